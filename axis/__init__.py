@@ -1,0 +1,54 @@
+"""The instrument: the axis, the floor, the hooks, extraction and calibration.
+
+Names are loaded at their first use (PEP 562), so that torch is not imported by those who only need an error class or a path.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from trimtab.axis.directions import Axis, Floor
+    from trimtab.axis.errors import UserError
+    from trimtab.axis.hooks import ActivationController, Recording, cap, project
+    from trimtab.axis.layers import find_decoder_layers
+    from trimtab.axis.published import load_capping_config, load_published_axis, load_role_vectors
+
+__all__ = [
+    "ActivationController",
+    "Axis",
+    "Floor",
+    "Recording",
+    "UserError",
+    "cap",
+    "find_decoder_layers",
+    "load_capping_config",
+    "load_published_axis",
+    "load_role_vectors",
+    "project",
+]
+
+_HOME = {
+    "ActivationController": "hooks",
+    "Axis": "directions",
+    "Floor": "directions",
+    "Recording": "hooks",
+    "UserError": "errors",
+    "cap": "hooks",
+    "find_decoder_layers": "layers",
+    "load_capping_config": "published",
+    "load_published_axis": "published",
+    "load_role_vectors": "published",
+    "project": "hooks",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,28 @@
+"""The one exception for faults of the user's input.
+
+The command line turns a :class:`UserError` into exit code 2 and prints it without a traceback; any other exception is
+ours and exits 1.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+class UserError(ValueError):
+    """A fault in what the user gave, with the place and the remedy.
+
+    Args:
+        fault: what is wrong, in one sentence.
+        remedy: what to do about it.
+        file: the file at fault, if one is.
+        key: the key, field or option at fault, if one is.
+    """
+
+    def __init__(self, fault: str, *, remedy: str, file: str | Path | None = None, key: str | None = None) -> None:
+        self.fault = fault
+        self.remedy = remedy
+        self.file = str(file) if file is not None else None
+        self.key = key
+        place = ": ".join(part for part in (self.file, key) if part)
+        super().__init__(f"{place}: {fault}\n  remedy: {remedy}" if place else f"{fault}\n  remedy: {remedy}")

@@ -1,0 +1,243 @@
+"""Files that are written whole or not at all, and files that survive a kill at any byte.
+
+Importing this module does not import torch: the functions for tensors do, when they are called.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import io
+import json
+import os
+import pickle
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trimtab.axis.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+TAIL_BYTES = 1 << 16
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``; on success it is synced and renamed onto ``path``, else removed.
+
+    Raises:
+        UserError: if the disk is full. ``path`` keeps its earlier content.
+    """
+    path = Path(path)
+    with _naming_a_full_disk(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            yield temporary
+            with temporary.open("rb") as written:
+                os.fsync(written.fileno())
+            temporary.chmod(0o644)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _naming_a_full_disk(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise disk_full(path) from error
+        raise
+
+
+def disk_full(path: str | Path) -> UserError:
+    """The error for a full disk at ``path``; nothing that was written before is lost."""
+    return UserError(
+        "the disk is full; nothing half-written was left behind",
+        file=path,
+        remedy="free some space and run the same command again: finished stages are kept and resumed",
+    )
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write ``text`` to ``path`` whole or not at all."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write ``value`` as indented JSON, whole or not at all. NaN is refused: a report must not hold one."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: str | Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        UserError: if the file is missing or is not JSON.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError("no such file", file=path, remedy="check the path") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"not valid JSON: {error}", file=path, remedy="mend or re-create the file") from error
+
+
+def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
+    """Read JSON Lines; a last line without its newline (a write cut short by a kill) is left out.
+
+    Raises:
+        UserError: if the file is missing, or any whole line is not a JSON object.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UserError("no such file", file=path, remedy="check the path")
+    rows: list[dict[str, Any]] = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise UserError(
+                f"line {number} is not JSON: {error}", file=path, remedy="mend or delete that line"
+            ) from error
+        if not isinstance(row, dict):
+            raise UserError(f"line {number} is not a JSON object", file=path, remedy="one object a line is expected")
+        rows.append(row)
+    return rows
+
+
+def write_jsonl(path: str | Path, rows: list[dict[str, Any]]) -> None:
+    """Write rows as JSON Lines, whole or not at all."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
+
+
+def append_jsonl(path: str | Path, rows: list[dict[str, Any]]) -> None:
+    """Append rows, all or none; a torn last line left by a kill is cut off first, so the file is always readable.
+
+    Raises:
+        UserError: if the disk is full. The file keeps its earlier rows.
+    """
+    path = Path(path)
+    data = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows).encode("utf-8")
+    with _naming_a_full_disk(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # unbuffered: a buffer that could not be flushed would be flushed again by truncate and by close
+        with path.open("ab+", buffering=0) as file:
+            end = _end_of_whole_lines(file)
+            file.truncate(end)
+            try:
+                left = memoryview(data)
+                while left:
+                    left = left[file.write(left) :]
+                os.fsync(file.fileno())
+            except OSError:
+                with contextlib.suppress(OSError):
+                    file.truncate(end)
+                raise
+
+
+def _end_of_whole_lines(file: io.FileIO) -> int:
+    """Position after the last newline, found from the end backwards, since these files grow to gigabytes."""
+    end = file.seek(0, os.SEEK_END)
+    while end:
+        start = max(0, end - TAIL_BYTES)
+        file.seek(start)
+        if (found := file.read(end - start).rfind(b"\n")) >= 0:
+            return start + found + 1
+        end = start
+    return 0
+
+
+def fingerprint(value: Any) -> str:
+    """A short, stable hash of any JSON-able value (16 hexadecimal digits of SHA-256)."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()[:16]
+
+
+def file_fingerprint(path: str | Path) -> str:
+    """A short hash of a file's bytes (16 hexadecimal digits of SHA-256)."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+def save_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, Any]) -> None:
+    """Save tensors as safetensors with JSON-encoded metadata values, whole or not at all."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    encoded = {key: json.dumps(value) for key, value in metadata.items()}
+    contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    with atomic_path(path) as temporary:
+        try:
+            save_file(contiguous, str(temporary), metadata=encoded)
+        except SafetensorError as error:
+            if "No space left" in str(error):
+                raise disk_full(path) from error
+            raise
+
+
+def load_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Load what :func:`save_tensors` wrote.
+
+    Raises:
+        UserError: if the file is missing, not safetensors, or its metadata is not ours.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    if not path.is_file():
+        raise UserError("no such file", file=path, remedy="check the path, or run the stage that writes it")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
+            return {key: file.get_tensor(key) for key in file.keys()}, metadata  # noqa: SIM118 - not a dict
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise UserError(
+            f"not a readable safetensors file of trimtab: {error}",
+            file=path,
+            remedy="re-create it; it may be cut short",
+        ) from error
+
+
+def load_torch(path: str | Path) -> Any:
+    """Load a ``.pt`` file with ``weights_only=True``: tensors and plain containers, never code.
+
+    Raises:
+        UserError: if the file is missing, unreadable, or holds pickled objects other than tensors.
+    """
+    import torch
+
+    path = Path(path)
+    if not path.is_file():
+        raise UserError("no such file", file=path, remedy="check the path")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        with path.open("rb") as file:
+            if file.read(1) not in (b"P", b"\x80"):  # neither a zip archive nor a pickle, so a text or a web page
+                raise UserError(
+                    "not a readable .pt file: it is neither a torch archive nor a pickle",
+                    file=path,
+                    remedy="fetch it again; a small text file is what git leaves where Git LFS is not installed",
+                ) from error
+        raise UserError(
+            "the file holds pickled objects, which could run code on loading; trimtab loads tensors only",
+            file=path,
+            remedy="re-save it as plain tensors and dicts, or as safetensors, where you trust it",
+        ) from error
+    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise UserError(f"not a readable .pt file: {error}", file=path, remedy="fetch it again") from error

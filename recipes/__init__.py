@@ -1,0 +1,1 @@
+"""Recipes: their schema, their loader, and the data that ships with trimtab."""

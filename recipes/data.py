@@ -1,0 +1,95 @@
+"""The data that ships with trimtab, and its fixed train / held-out split.
+
+All sentences are our own. A role, a question or a conversation is in one split only (tested).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from trimtab.axis.errors import UserError
+from trimtab.axis.extraction import Role
+from trimtab.axis.files import read_jsonl
+
+Split = Literal["train", "held_out"]
+FOLDER = Path(__file__).parent / "data"
+
+
+@dataclass(frozen=True)
+class DriftPrompt:
+    """A single user message under a role's system prompt."""
+
+    id: str
+    role: str
+    system: str
+    user: str
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """The scripted user side of a conversation."""
+
+    id: str
+    domain: str
+    persona: str
+    topic: str
+    turns: list[str]
+
+
+def _rows(name: str, split: Split | None = None) -> list[dict[str, Any]]:
+    rows = read_jsonl(FOLDER / name)
+    return rows if split is None else [row for row in rows if row["split"] == split]
+
+
+def _first(rows: list[Any], count: int | None, what: str, key: str) -> list[Any]:
+    if count is not None and count > len(rows):
+        raise UserError(f"{count} {what} asked for; there are {len(rows)}", key=key, remedy=f"ask for at most {len(rows)}")
+    return rows if count is None else rows[:count]
+
+
+def roles(split: Split, count: int | None = None) -> list[Role]:
+    """Roles of a split, the kinds (nonhuman, human, professional, abstract) taking turns, so that any prefix is a mix."""
+    rows = _rows("roles.jsonl", split)
+    return [Role(row["role"], row["prompts"]) for row in _first(rows, count, f"{split} roles", "axis.roles")]
+
+
+def questions(split: Split, count: int | None = None) -> list[str]:
+    """Questions shared by all roles."""
+    return [row["question"] for row in _first(_rows("questions.jsonl", split), count, f"{split} questions", "questions")]
+
+
+def default_prompts() -> list[str]:
+    """Neutral system prompts of the default Assistant; the first is none at all."""
+    found: list[str] = json.loads((FOLDER / "default_prompts.json").read_text(encoding="utf-8"))
+    return found
+
+
+def drift_prompts(split: Split, count: int | None = None) -> list[DriftPrompt]:
+    """Single prompts under role system prompts."""
+    prompts = {row["role"]: row["prompts"] for row in _rows("roles.jsonl")}
+    return [
+        DriftPrompt(row["id"], row["role"], prompts[row["role"]][row["prompt_index"]], row["user"])
+        for row in _first(_rows("drift_prompts.jsonl", split), count, f"{split} drift prompts", "data.drift_prompts")
+    ]
+
+
+def conversations(split: Split, count: int | None = None) -> list[Conversation]:
+    """Scripted conversations, the four domains taking turns."""
+    rows = sorted(_rows("drift_conversations.jsonl", split), key=lambda row: (row["id"][-2:], row["domain"]))
+    return [
+        Conversation(row["id"], row["domain"], row["persona"], row["topic"], row["turns"])
+        for row in _first(rows, count, f"{split} conversations", "eval.conversations")
+    ]
+
+
+def benign_prompts(split: Split, count: int | None = None) -> list[str]:
+    """Ordinary requests without any drift."""
+    return [row["prompt"] for row in _first(_rows("benign.jsonl", split), count, f"{split} benign prompts", "eval.benign")]
+
+
+def professional_probes(count: int | None = None) -> list[dict[str, Any]]:
+    """Requests to professional roles near the Assistant, with words that an answer in the role is likely to hold."""
+    return _first(_rows("professional_probes.jsonl"), count, "professional probes", "eval.professional")

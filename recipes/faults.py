@@ -1,0 +1,59 @@
+"""Faults of a recipe: all of them together, each with its place and its remedy."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from trimtab.axis.errors import UserError
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One fault.
+
+    Attributes:
+        fault: what is wrong.
+        remedy: what to do about it.
+        key: dotted key, such as ``train.learning_rate``; "" where no key is at fault.
+        file: the file, or ``command line`` for an override.
+        line: line in the file, from 1, where it is known.
+    """
+
+    fault: str
+    remedy: str
+    key: str = ""
+    file: str = ""
+    line: int | None = None
+
+    @property
+    def place(self) -> str:
+        """File, line and key, as far as they are known."""
+        where = f"{self.file}:{self.line}" if self.line is not None else self.file
+        return ": ".join(part for part in (where, self.key) if part)
+
+    def __str__(self) -> str:
+        place = f"{self.place}: " if self.place else ""
+        return f"{place}{self.fault}\n  remedy: {self.remedy}"
+
+
+class RecipeError(UserError):
+    """Every fault of a recipe at once, in :attr:`faults`."""
+
+    def __init__(self, faults: Sequence[Fault]) -> None:
+        assert faults, "a RecipeError needs at least one fault"
+        self.faults = list(faults)
+        first = self.faults[0]
+        super().__init__(first.fault, remedy=first.remedy, file=first.file or None, key=first.key or None)
+        if len(self.faults) == 1:
+            self.args = (str(first),)
+        else:
+            listed = "\n".join(f"{number}. {fault}" for number, fault in enumerate(self.faults, start=1))
+            self.args = (f"the recipe has {len(self.faults)} faults:\n{listed}",)
+
+
+def did_you_mean(word: str, known: Iterable[str], otherwise: str) -> str:
+    """A remedy that names the likeliest known word, or ``otherwise``."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"did you mean {close[0]!r}?" if close else otherwise

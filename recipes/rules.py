@@ -1,0 +1,182 @@
+"""Combinations that cannot work, or in which a setting would do nothing, across the sections of a recipe."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Set
+from pathlib import Path
+
+from trimtab.recipes.faults import Fault
+from trimtab.recipes.schema import Recipe
+
+DATA = Path(__file__).parent / "data"
+
+# Keys of `train` that trimtab sets itself, or whose work it does another way.
+NOT_YOURS = {
+    "remove_unused_columns": "remove it: trimtab sets it, as its rows carry a column of their own",
+    "dataset_kwargs": "remove it: trimtab sets it, as its rows come as tokens",
+    "dataset_text_field": "remove it: rows come as tokens, made of the `data` section",
+    "shuffle_dataset": "remove it: the order of prompts is fixed by data.seed",
+    "assistant_only_loss": "remove it: only the answer is ever trained on",
+    "completion_only_loss": "remove it: only the answer is ever trained on",
+    "chat_template_path": "remove it: the tokenizer's own template is used, with model.chat_template_kwargs",
+    "model_init_kwargs": "remove it: the `model` section says how the model is loaded",
+    "num_train_epochs": "set train.max_steps instead: rollouts are made as training goes on, so there is no epoch",
+    "eval_strategy": "remove it: the eval stage measures the model, with every arm",
+    "deepspeed": "remove it and choose a strategy when launching: --accelerate zero3",
+    "fsdp": "remove it and choose a strategy when launching: --accelerate fsdp2",
+    "fsdp_config": "remove it and choose a strategy when launching: --accelerate fsdp2",
+}
+
+# Keys of `train` that must be whole numbers above 0; the library's own annotation says only int.
+POSITIVE = ("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps")
+
+# key -> (file, split, what): how many there are is known, so asking for more is told before anything is loaded.
+SHIPPED = {
+    "axis.roles": ("roles.jsonl", "train", "roles"),
+    "axis.held_out_roles": ("roles.jsonl", "held_out", "held-out roles"),
+    "axis.questions": ("questions.jsonl", "train", "questions"),
+    "data.drift_prompts": ("drift_prompts.jsonl", "train", "drift prompts"),
+    "eval.roles": ("roles.jsonl", "held_out", "held-out roles"),
+    "eval.questions": ("questions.jsonl", "held_out", "held-out questions"),
+    "eval.conversations": ("drift_conversations.jsonl", "held_out", "held-out conversations"),
+    "eval.benign": ("benign.jsonl", "held_out", "held-out benign prompts"),
+    "eval.professional": ("professional_probes.jsonl", None, "professional probes"),
+}
+
+
+def impossible(recipe: Recipe, given: Set[str]) -> Iterator[Fault]:
+    """Faults across sections, without file and line.
+
+    Args:
+        recipe: the recipe, each section valid by itself.
+        given: dotted keys that stand in the file or on the command line, as against defaults.
+    """
+    yield from _train(recipe)
+    yield from _floor(recipe, given)
+    yield from _lora(recipe)
+    yield from _method_and_data(recipe, given)
+    yield from _shipped_data(recipe)
+
+
+def _train(recipe: Recipe) -> Iterator[Fault]:
+    for key, remedy in NOT_YOURS.items():
+        if key in recipe.train and not (key == "eval_strategy" and recipe.train[key] == "no"):
+            yield Fault("this key can't be set in a recipe", remedy, f"train.{key}")
+    for key in POSITIVE:
+        value = recipe.train.get(key)
+        if isinstance(value, int) and not isinstance(value, bool) and value < 1:
+            yield Fault(f"must be at least 1, got {value}", f"give a positive number: train.{key}=1", f"train.{key}")
+    if "max_steps" not in recipe.train and "num_train_epochs" not in recipe.train:
+        yield Fault("is missing", "say how many optimiser steps to train: train.max_steps=100", "train.max_steps")
+    mixed = recipe.method.rollouts == "on_the_fly" or recipe.data.benign_share > 0 or recipe.method.floor_weight > 0
+    for key in ("packing", "padding_free"):
+        if recipe.train.get(key) is True and mixed:
+            fault = "rows can't be packed: on-the-fly rollouts, benign rows and the floor loss need each row by itself"
+            yield Fault(fault, f"set train.{key}=false", f"train.{key}")
+
+
+def floor_layers(recipe: Recipe) -> list[int] | None:
+    """The floor's layers, as far as the recipe tells them: a list, or a published experiment's id; None for ``auto``."""
+    if isinstance(recipe.floor.layers, list):
+        return sorted(recipe.floor.layers)
+    found = re.match(r"layers_(\d+):(\d+)-", recipe.floor.experiment or "")
+    if found is None:
+        return None
+    return list(range(int(found[1]), int(found[2]))) or None  # the slice in the id leaves out its end
+
+
+def _floor(recipe: Recipe, given: Set[str]) -> Iterator[Fault]:
+    layers = recipe.floor.layers
+    if isinstance(layers, list) and (not layers or layers != sorted(set(layers))):
+        yield Fault(
+            f"layers must be ascending and distinct, got {layers}",
+            "write a range, floor.layers: 46-53, or a list such as [46, 47, 48]",
+            "floor.layers",
+        )
+    if recipe.floor.path is not None:
+        for key in ("layers", "percentile"):
+            if f"floor.{key}" in given:
+                yield Fault(
+                    "has no effect: floor.path names a finished floor, with layers and heights of its own",
+                    f"remove floor.{key}, or remove floor.path to calibrate a floor",
+                    f"floor.{key}",
+                )
+
+
+def _lora(recipe: Recipe) -> Iterator[Fault]:
+    targets = recipe.lora.get("target_modules")
+    names = targets if isinstance(targets, list) else []
+    hit = any(isinstance(name, str) and (name == "lm_head" or name.endswith(".lm_head")) for name in names)
+    if isinstance(targets, str) and targets != "all-linear":
+        try:
+            hit = re.fullmatch(targets, "lm_head") is not None
+        except re.error as error:
+            yield Fault(
+                f"not a regular expression: {error}", "mend it, or write a list of names", "lora.target_modules"
+            )
+    if hit:
+        yield Fault(
+            "an adapter on lm_head is not supported: TRL fuses the head with the loss, past any adapter",
+            "leave lm_head out; `all-linear` does so by itself",
+            "lora.target_modules",
+        )
+    chosen = recipe.lora.get("layers_to_transform")
+    if chosen is not None and isinstance(targets, str):
+        yield Fault(
+            "PEFT takes layers_to_transform only with a list of target_modules",
+            "list the modules, such as [q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj]",
+            "lora.layers_to_transform",
+        )
+        return
+    adapted = [chosen] if isinstance(chosen, int) else chosen
+    window = floor_layers(recipe)
+    if not window or not isinstance(adapted, list) or not all(isinstance(layer, int) for layer in adapted):
+        return
+    if adapted and min(adapted) > window[-1]:
+        yield Fault(
+            f"the adapters begin at layer {min(adapted)}, above the floor's deepest layer {window[-1]}: "
+            "no adapter can move a projection there",
+            f"adapt layers up to {window[-1]} as well, or leave layers_to_transform out",
+            "lora.layers_to_transform",
+        )
+
+
+def _method_and_data(recipe: Recipe, given: Set[str]) -> Iterator[Fault]:
+    method, data = recipe.method, recipe.data
+    if method.rollouts == "stored" and "method.regenerate_every" in given:
+        yield Fault(
+            "has no effect: stored rollouts are made once",
+            "remove it, or set method.rollouts=on_the_fly",
+            "method.regenerate_every",
+        )
+    if data.benign_share > 0 and method.benign_kl_weight == 0 and method.benign_axis_weight == 0:
+        yield Fault(
+            f"a share of {data.benign_share} of the rows is benign, and neither benign weight uses them",
+            "set data.benign_share=0, or method.benign_kl_weight above 0",
+            "data.benign_share",
+        )
+    for key in ("benign_kl_weight", "benign_axis_weight"):
+        if data.benign_share == 0 and f"method.{key}" in given and getattr(method, key) > 0:
+            yield Fault(
+                "has no effect: no row is benign, as data.benign_share is 0",
+                "set data.benign_share above 0, or remove this weight",
+                f"method.{key}",
+            )
+    if data.drift_file is None and data.drift_prompts + data.role_questions + data.conversation_turns == 0:
+        yield Fault(
+            "there is nothing to train on: every source of drift prompts is 0",
+            "set data.drift_prompts=220, or name a data.drift_file",
+            "data.drift_prompts",
+        )
+
+
+def _shipped_data(recipe: Recipe) -> Iterator[Fault]:
+    for key, (file, split, what) in SHIPPED.items():
+        section, _, name = key.partition(".")
+        asked = getattr(getattr(recipe, section), name)
+        lines = (DATA / file).read_text(encoding="utf-8").splitlines()
+        there = sum(1 for line in lines if split is None or json.loads(line)["split"] == split)
+        if asked > there:
+            yield Fault(f"{asked} {what} asked for; there are {there}", f"ask for at most {there}", key)
