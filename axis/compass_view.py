@@ -29,17 +29,24 @@ body { margin: 2rem auto; max-width: 64rem; padding: 0 1rem; font: 16px/1.55 sys
 
 def render_table(course: Course) -> Table:
     """A table of the turns, with the drift from the first to the last answer beneath."""
-    table = Table(title=Text(course.title + (" (cap on)" if course.capped else "")), caption=Text(summary(course)))
-    for name in ("#", "role", "tokens", course.unit, *(["below floor"] if course.floor is not None else [])):
-        table.add_column(name, justify="left" if name == "role" else "right")
-    table.add_column("text", no_wrap=True, overflow="ellipsis")
+    names = ["#", "role", "tokens", course.unit, *(["below"] if course.floor is not None else [])]
+    rows = []
     for turn in course.turns:
-        # the assistant's turns are what the compass is about; the others give the context
-        cells = [str(turn.message + 1), turn.role, str(turn.end - turn.start), _number(turn.value)]
+        row = [str(turn.message + 1), turn.role, str(turn.end - turn.start), _number(turn.value)]
         if course.floor is not None:
-            cells.append("-" if turn.below is None else f"{turn.below:.0%}")
+            row.append("-" if turn.below is None else f"{turn.below:.0%}")
+        rows.append(row)
+    table = Table(title=Text(course.title + (" (cap on)" if course.capped else "")), caption=Text(summary(course)))
+    for name, *cells in zip(names, *rows, strict=True):
+        # as wide as it needs: on a narrow terminal the text wraps, not the numbers
+        table.add_column(
+            name, justify="left" if name == "role" else "right", min_width=max(map(len, (name, *cells))), no_wrap=True
+        )
+    table.add_column("text")
+    for turn, row in zip(course.turns, rows, strict=True):
         excerpt = " ".join("".join(text for text, _ in turn.pieces)[: 4 * SHOWN].split())[:SHOWN]
-        table.add_row(*map(Text, cells), Text(excerpt), style="" if turn.role == "assistant" else "dim")
+        # the assistant's turns are what the compass is about; the others give the context
+        table.add_row(*map(Text, row), Text(excerpt), style="" if turn.role == "assistant" else "dim")
     return table
 
 

@@ -1,4 +1,4 @@
-"""An optional role-adherence judge: did the answer play the role? (rubric 0-3 of arXiv 2601.10387, in our words)
+"""An optional role-adherence judge of role rollouts, with the rubric 0-3 of arXiv 2601.10387 in our words.
 
 It is an OpenAI-compatible endpoint, or a local chat model. Answers that can't be read are retried and then counted as missing,
 never as a score.

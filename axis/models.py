@@ -72,7 +72,9 @@ def choose_dtype(asked: str, device: torch.device) -> tuple[torch.dtype, str]:
             fits = torch.cuda.is_bf16_supported()
             return (torch.bfloat16, "this GPU has it") if fits else (torch.float32, "this GPU has no bfloat16")
         native = bool(getattr(torch.backends.cpu, "get_cpu_capability", lambda: "")() == "AVX512") and _cpu_has_bf16()
-        return (torch.bfloat16, "this CPU has AVX512_BF16") if native else (torch.float32, "this CPU has no AVX512_BF16")
+        return (
+            (torch.bfloat16, "this CPU has AVX512_BF16") if native else (torch.float32, "this CPU has no AVX512_BF16")
+        )
     dtype = getattr(torch, asked, None)
     if not isinstance(dtype, torch.dtype):
         raise UserError(f"no such dtype: {asked!r}", key="model.dtype", remedy="use auto, bfloat16, float16 or float32")

@@ -46,7 +46,9 @@ def _rows(name: str, split: Split | None = None) -> list[dict[str, Any]]:
 
 def _first(rows: list[Any], count: int | None, what: str, key: str) -> list[Any]:
     if count is not None and count > len(rows):
-        raise UserError(f"{count} {what} asked for; there are {len(rows)}", key=key, remedy=f"ask for at most {len(rows)}")
+        raise UserError(
+            f"{count} {what} asked for; there are {len(rows)}", key=key, remedy=f"ask for at most {len(rows)}"
+        )
     return rows if count is None else rows[:count]
 
 
@@ -58,7 +60,9 @@ def roles(split: Split, count: int | None = None) -> list[Role]:
 
 def questions(split: Split, count: int | None = None) -> list[str]:
     """Questions shared by all roles."""
-    return [row["question"] for row in _first(_rows("questions.jsonl", split), count, f"{split} questions", "questions")]
+    return [
+        row["question"] for row in _first(_rows("questions.jsonl", split), count, f"{split} questions", "questions")
+    ]
 
 
 def default_prompts() -> list[str]:
@@ -87,7 +91,9 @@ def conversations(split: Split, count: int | None = None) -> list[Conversation]:
 
 def benign_prompts(split: Split, count: int | None = None) -> list[str]:
     """Ordinary requests without any drift."""
-    return [row["prompt"] for row in _first(_rows("benign.jsonl", split), count, f"{split} benign prompts", "eval.benign")]
+    return [
+        row["prompt"] for row in _first(_rows("benign.jsonl", split), count, f"{split} benign prompts", "eval.benign")
+    ]
 
 
 def professional_probes(count: int | None = None) -> list[dict[str, Any]]:

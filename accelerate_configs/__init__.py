@@ -1,0 +1,1 @@
+"""One accelerate file a strategy, chosen by name: ``trimtab train RECIPE --accelerate zero3``."""

@@ -1,0 +1,391 @@
+"""``trimtab check``: what a recipe would do, found out on the meta device, without weights.
+
+The memory plan is an estimate for choosing hardware; activations depend on kernels and may differ by a third.
+Shapes: N decoder layers, D hidden size, B rows a GPU, T tokens a row, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from trimtab.axis.calibration import window_by_rule
+from trimtab.axis.directions import Floor, check_fits
+from trimtab.axis.errors import UserError
+from trimtab.axis.layers import find_decoder_layers, shape_of, text_config_of
+from trimtab.axis.models import choose_device, choose_dtype, meta_model
+from trimtab.cli.launch import default_accelerate, read_accelerate_config, resolve_accelerate_config
+from trimtab.recipes.loader import LoadedRecipe
+from trimtab.recipes.rules import floor_layers
+from trimtab.recipes.schema import Recipe
+
+GIB = 1024**3
+TRAINING, ROLLOUTS, ALONE = "training", "rollouts", "axis, floor, eval"
+# CUDA context and libraries, and what the allocator can't use.
+CONTEXT, SLACK, SLACK_ROW = 1.0, 0.05, "context and slack"
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """How training is spread.
+
+    Attributes:
+        name: of the accelerate config.
+        kind: ``single``, ``ddp``, ``zero2``, ``zero3`` or ``fsdp2``.
+        processes: number of processes.
+        cpu: on the CPU.
+    """
+
+    name: str
+    kind: str
+    processes: int
+    cpu: bool
+
+    @property
+    def shards_weights(self) -> bool:
+        """Whether each process holds only its share of the weights."""
+        return self.kind in ("zero3", "fsdp2")
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What was found in the model.
+
+    Attributes:
+        layers: decoder layers, N.
+        hidden: hidden size, D.
+        parameters: of the whole model.
+        layer_parameters: of the largest decoder layer.
+        embedding_parameters: of the largest single weight.
+        window: the floor's layers.
+        window_from: where the window comes from.
+        targets: module name -> how many carry an adapter.
+        adapted: decoder layers with an adapter.
+        trainable: trainable parameters.
+    """
+
+    layers: int
+    hidden: int
+    parameters: int
+    layer_parameters: int
+    embedding_parameters: int
+    window: tuple[int, ...]
+    window_from: str
+    targets: dict[str, int]
+    adapted: tuple[int, ...]
+    trainable: int
+
+
+@dataclass
+class MemoryPlan:
+    """GiB by phase and component: ``phases[phase][component]``."""
+
+    phases: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def total(self, phase: str) -> float:
+        """GiB of a phase on one device."""
+        return sum(self.phases[phase].values())
+
+
+def strategy_of(path: Path, num_processes: int | None) -> Strategy:
+    """The strategy that an accelerate file describes."""
+    content = read_accelerate_config(path)
+    kind = {"NO": "single", "DEEPSPEED": "zero2", "FSDP": "fsdp2"}.get(str(content["distributed_type"]), "ddp")
+    deepspeed = content.get("deepspeed_config") or {}
+    named = deepspeed.get("deepspeed_config_file")
+    if deepspeed.get("zero_stage") == 3 or (named and '"stage": 3' in Path(named).read_text(encoding="utf-8")):
+        kind = "zero3"
+    processes = num_processes or int(content.get("num_processes", 1))
+    return Strategy(path.stem.removeprefix("accelerate-"), kind, processes, bool(content.get("use_cpu")))
+
+
+def build_meta_model(recipe: Recipe) -> nn.Module:
+    """The recipe's model without weights.
+
+    Raises:
+        UserError: if its configuration can't be had, or transformers doesn't know it.
+    """
+    try:
+        return meta_model(recipe.model.name, recipe.model.revision)
+    except (OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"the configuration of {recipe.model.name!r} can't be had: {str(error).splitlines()[0]}",
+            key="model.name",
+            remedy="check the name and the network (HF_TOKEN for gated models), or give a folder with its config.json",
+        ) from error
+
+
+def find_structure(recipe: Recipe, model: nn.Module) -> Structure:
+    """Layers, window and adapters of a recipe's model.
+
+    Raises:
+        UserError: if layers are not found, the window does not fit, or the adapters match nothing or lie above the window.
+    """
+    layers = find_decoder_layers(model)
+    count, hidden = shape_of(model)
+    window, window_from = _window(recipe, model)
+    if window[-1] >= count:
+        raise UserError(
+            f"floor layer {window[-1]} is beyond the model, whose layers are 0 to {count - 1}",
+            key="floor.layers",
+            remedy=f"choose layers below {count}, or leave floor.layers out to have them chosen by rule",
+        )
+    parameters = sum(p.numel() for p in model.parameters())
+    layer_parameters = max(sum(p.numel() for p in layer.parameters()) for layer in layers)
+    largest = max(p.numel() for p in model.parameters())
+    adapted_model = _with_adapters(recipe, model)
+    names = [name for name, module in adapted_model.named_modules() if hasattr(module, "lora_A")]
+    adapted = tuple(
+        index
+        for index, layer in enumerate(find_decoder_layers(adapted_model))
+        if any(p.requires_grad for p in layer.parameters())
+    )
+    if adapted and adapted[0] > window[-1]:
+        raise UserError(
+            f"the lowest adapter is at layer {adapted[0]}, above the floor's deepest layer {window[-1]}: "
+            "no adapter can move a projection there",
+            key="lora.layers_to_transform",
+            remedy=f"adapt layers up to {window[-1]} as well, or leave layers_to_transform out",
+        )
+    return Structure(
+        count,
+        hidden,
+        parameters,
+        layer_parameters,
+        largest,
+        window,
+        window_from,
+        dict(Counter(name.rpartition(".")[2] for name in names)),
+        adapted,
+        sum(p.numel() for p in adapted_model.parameters() if p.requires_grad),
+    )
+
+
+def _window(recipe: Recipe, model: nn.Module) -> tuple[tuple[int, ...], str]:
+    path = recipe.floor.path
+    if path is not None and path.endswith(".safetensors") and not path.startswith("hf://"):
+        floor = Floor.load(path)
+        check_fits(*shape_of(model), floor=floor, file=path)
+        return floor.layers, f"from {path}"
+    named = floor_layers(recipe)
+    if named is not None:
+        return tuple(named), "from the experiment's id" if recipe.floor.experiment else "from floor.layers"
+    config = text_config_of(model)
+    return window_by_rule(config.model_type, shape_of(model)[0]), "chosen by rule"
+
+
+def _with_adapters(recipe: Recipe, model: nn.Module) -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    try:
+        with warnings.catch_warnings():
+            # A matter between peft and transformers: nothing that a user can mend.
+            warnings.simplefilter("ignore", FutureWarning)
+            config = LoraConfig(**{"task_type": "CAUSAL_LM", **recipe.lora, "init_lora_weights": True})
+            wrapped: Any = get_peft_model(model, config)  # type: ignore[arg-type]
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"PEFT refuses these adapters: {error}",
+            key="lora",
+            remedy="name modules that the model has in lora.target_modules, or use all-linear",
+        ) from error
+    found: nn.Module = wrapped
+    return found
+
+
+def plan_memory(recipe: Recipe, structure: Structure, config: Any, strategy: Strategy) -> MemoryPlan:
+    """Memory of each phase on one GPU, in GiB.
+
+    Training: weights + 16 bytes a trainable parameter (float32 value, gradient, two AdamW moments) + activations + the largest
+    block of logits. Under ZeRO-3 and FSDP2 weights are sharded, and two decoder layers and the embedding are whole at any
+    moment. Rollouts: weights (whole under ZeRO-3, which gathers them) and the KV cache. The stages before and after training run
+    on one device with the whole model.
+    """
+    train, n = recipe.train, strategy.processes
+    size = choose_dtype(recipe.model.dtype, choose_device("cpu"))[0].itemsize if strategy.cpu else _size(recipe)
+    weights = structure.parameters * size
+    shard = n if strategy.shards_weights else 1
+    states = n if strategy.kind in ("zero2", "zero3", "fsdp2") else 1
+    live = 2 * structure.layer_parameters + structure.embedding_parameters
+    resident = weights / shard + (min(live, structure.parameters) * size if strategy.shards_weights else 0)
+    adapter = structure.trainable * (4 / shard + 4 / states + _moment_bytes(train) / states)
+    tokens = int(train.get("per_device_train_batch_size", 8)) * int(train.get("max_length") or 1024)
+    state = tokens * structure.hidden * size
+    inside = tokens * bytes_inside_layer(config, size, autocast=train.get("bf16") is True)
+    checkpointing = train.get("gradient_checkpointing", train.get("activation_checkpointing", True))
+    activations = structure.layers * state + inside if checkpointing else structure.layers * inside
+    logits = _answer_tokens(recipe) * config.vocab_size * 4 * 4
+    phases = {
+        TRAINING: {"weights": resident, "adapter and optimiser": adapter, "activations": activations, "logits": logits},
+        ROLLOUTS: {
+            "weights": weights + weights / n if strategy.kind == "zero3" else resident,
+            "adapter and optimiser": adapter,
+            "KV cache": _kv_cache(recipe, config, recipe.method.sampling.batch_size, size),
+        },
+        ALONE: {"weights": weights, "KV cache": _kv_cache(recipe, config, recipe.axis.sampling.batch_size, size)},
+    }
+    plan = MemoryPlan({phase: {name: value / GIB for name, value in parts.items()} for phase, parts in phases.items()})
+    for phase, parts in plan.phases.items():
+        parts[SLACK_ROW] = (0 if strategy.cpu else CONTEXT) + SLACK * plan.total(phase)
+    return plan
+
+
+def _size(recipe: Recipe) -> int:
+    return 4 if recipe.model.dtype == "float32" else 2
+
+
+def _moment_bytes(train: dict[str, Any]) -> int:
+    optimiser = str(train.get("optim", "adamw_torch"))
+    if "8bit" in optimiser:
+        return 2
+    return 0 if optimiser in ("sgd", "adafactor") else 8
+
+
+def bytes_inside_layer(config: Any, size: int, *, autocast: bool) -> int:
+    """Bytes a token that one decoder layer with adapters keeps for its backward.
+
+    Fitted to what autograd saves in a Llama layer: projections, attention and MLP in the model's dtype, norms in float32, and
+    without autocast the adapters' own float32 copies of their inputs.
+
+    Args:
+        config: of the text decoder.
+        size: bytes of the model's dtype.
+        autocast: whether ``train.bf16`` is on.
+    """
+    hidden = int(config.hidden_size)
+    head = int(getattr(config, "head_dim", None) or hidden // config.num_attention_heads)
+    queries = head * int(config.num_attention_heads)
+    keys = head * int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+    inner = int(getattr(config, "intermediate_size", None) or 4 * hidden)
+    kept = size * (4 * inner + 4 * hidden + 2 * queries + 4 * keys)
+    if size < 4:
+        kept += 4 * 3 * hidden + (0 if autocast else 4 * (inner + queries + hidden))
+    return kept
+
+
+def _answer_tokens(recipe: Recipe) -> int:
+    """Benign tokens whose whole distribution is compared with the base's at once; 0 without that comparison."""
+    if recipe.method.benign_kl_weight == 0 or recipe.data.benign_share == 0:
+        return 0
+    rows = math.ceil(int(recipe.train.get("per_device_train_batch_size", 8)) * recipe.data.benign_share)
+    return rows * recipe.method.sampling.max_new_tokens
+
+
+def _kv_cache(recipe: Recipe, config: Any, batch: int, size: int) -> float:
+    head = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    keys = int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+    length = int(recipe.train.get("max_length") or 1024)
+    return float(2 * keys * head * int(config.num_hidden_layers) * batch * length * size)
+
+
+def advice(recipe: Recipe, plan: MemoryPlan, strategy: Strategy, gpu_memory: float) -> list[str]:
+    """What to change for each phase that does not fit."""
+    found: list[str] = []
+    train = recipe.train
+    batch = int(train.get("per_device_train_batch_size", 8))
+    accumulation = int(train.get("gradient_accumulation_steps", 1))
+    if plan.total(TRAINING) > gpu_memory:
+        if train.get("gradient_checkpointing", True) is False:
+            found.append("train.gradient_checkpointing=true")
+        if batch > 1:
+            halved = (
+                f"train.per_device_train_batch_size={batch // 2} train.gradient_accumulation_steps={accumulation * 2}"
+            )
+            found.append(f"{halved}, which is the same batch")
+        if not strategy.shards_weights:
+            found.append("--accelerate fsdp2 or zero3, which shard the weights over GPUs")
+        elif plan.phases[TRAINING]["weights"] > gpu_memory / 2:
+            found.append(f"more GPUs: --num-processes {strategy.processes * 2}")
+    sampling = recipe.method.sampling.batch_size
+    if plan.total(ROLLOUTS) > gpu_memory:
+        if plan.phases[ROLLOUTS]["weights"] > gpu_memory and strategy.kind == "zero3":
+            found.append(
+                "--accelerate fsdp2: under zero3 the whole model is gathered on every GPU while rollouts are sampled"
+            )
+        elif plan.phases[ROLLOUTS]["KV cache"] > gpu_memory / 4 and sampling > 1:
+            found.append(f"method.sampling.batch_size={max(sampling // 4, 1)}, which samples more slowly")
+    if plan.total(ALONE) > gpu_memory:
+        if plan.phases[ALONE]["weights"] > gpu_memory:
+            needed = math.ceil(plan.phases[ALONE]["weights"] * 1.1 + CONTEXT)
+            found.append(
+                f"the axis, floor and eval stages hold the whole model on one GPU: use one of {needed} GiB for them"
+            )
+        else:
+            found.append(f"axis.sampling.batch_size={max(recipe.axis.sampling.batch_size // 4, 1)}")
+    return found or ["a GPU with more memory"]
+
+
+def check_recipe(
+    loaded: LoadedRecipe, accelerate: str | None, num_processes: int | None, gpu_memory: float | None
+) -> tuple[Structure, MemoryPlan]:
+    """Print what a recipe would do and the memory it needs.
+
+    Args:
+        loaded: the recipe.
+        accelerate: accelerate config, by name or file; None chooses as ``trimtab train`` would.
+        num_processes: replaces the file's own number.
+        gpu_memory: GiB of one GPU, to be judged against.
+
+    Raises:
+        UserError: if something can't work, or does not fit.
+    """
+    recipe = loaded.recipe
+    path = resolve_accelerate_config(accelerate or default_accelerate(recipe.model.device)[0])
+    strategy = strategy_of(path, num_processes)
+    model = build_meta_model(recipe)
+    config = text_config_of(model)
+    structure = find_structure(recipe, model)
+    plan = plan_memory(recipe, structure, config, strategy)
+    console = Console()
+    console.print(_structure_table(loaded, structure))
+    console.print(_memory_table(plan, strategy))
+    if gpu_memory is not None:
+        largest = max(plan.phases, key=plan.total)
+        if plan.total(largest) > gpu_memory:
+            raise UserError(
+                f"does not fit on {gpu_memory:g} GiB: {largest} needs about {plan.total(largest):.1f} GiB",
+                remedy="; or ".join(advice(recipe, plan, strategy, gpu_memory)),
+            )
+        console.print(f"fits on {gpu_memory:g} GiB: {largest} needs the most, about {plan.total(largest):.1f} GiB")
+    return structure, plan
+
+
+def _structure_table(loaded: LoadedRecipe, structure: Structure) -> Table:
+    table = Table(title=f"{loaded.name}: structure", show_header=False, title_justify="left")
+    table.add_row("model", f"{loaded.recipe.model.name}, {structure.parameters / 1e6:,.1f} M parameters")
+    table.add_row("decoder layers", f"{structure.layers}, all hooked, hidden size {structure.hidden}")
+    first, last = structure.window[0], structure.window[-1]
+    table.add_row("floor", f"layers {first}-{last} ({len(structure.window)}), {structure.window_from}")
+    targets = ", ".join(f"{name} x{count}" for name, count in structure.targets.items())
+    table.add_row("adapters", targets)
+    share = 100 * structure.trainable / structure.parameters
+    table.add_row("trainable", f"{structure.trainable:,} parameters ({share:.2f} %)")
+    unreached = [layer for layer in structure.window if structure.adapted and layer < structure.adapted[0]]
+    if unreached:
+        table.add_row("note", f"floor layers {unreached} lie below every adapter: the penalty moves nothing there")
+    return table
+
+
+def _memory_table(plan: MemoryPlan, strategy: Strategy) -> Table:
+    device = "process (RAM)" if strategy.cpu else "GPU"
+    title = (
+        f"memory a {device}, GiB, accelerate config {strategy.name} with {strategy.processes} process(es), an estimate"
+    )
+    table = Table("", *plan.phases, title=title, title_justify="left")
+    names = dict.fromkeys(name for parts in plan.phases.values() for name in parts)
+    for name in sorted(names, key=lambda name: name == SLACK_ROW):
+        cells = [f"{parts[name]:.2f}" if name in parts else "-" for parts in plan.phases.values()]
+        table.add_row(name, *cells)
+    table.add_section()
+    table.add_row("total", *(f"{plan.total(phase):.2f}" for phase in plan.phases))
+    return table

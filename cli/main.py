@@ -1,0 +1,293 @@
+"""The ``trimtab`` command: thin, and quick to say what is wrong.
+
+Exit codes: 0 done, 2 the user's input, 1 ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from trimtab.axis.errors import UserError
+
+EXAMPLES = """\
+examples:
+  trimtab run smollm2-135m/demo                          all stages, to the report
+  trimtab run smollm2-135m/sft train.learning_rate=1e-4  override any key of the recipe
+  trimtab check qwen3-32b/sft --accelerate zero3 --gpu-memory 80
+  trimtab train qwen3-32b/sft --accelerate zero3 --num-processes 8
+  trimtab project --model smollm2-135m --floor runs/smollm2-135m-demo/floor.safetensors chat.json
+
+exit codes: 0 done, 2 the user's input, 1 a fault of trimtab
+"""
+
+STAGES = {
+    "axis": "extract the axis by role rollouts, or load a published one",
+    "floor": "calibrate the floor, or load a published one",
+    "rollouts": "prepare everything that sampling of the training rollouts needs",
+    "train": "train the adapter with accelerate launch",
+    "eval": "measure every arm",
+    "report": "write report.json and report.html from what was measured",
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line. Common options may stand before or after the command."""
+    common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    common.add_argument("--quiet", action="store_true", help="only warnings and errors, no progress bars")
+    common.add_argument("--json-logs", action="store_true", help="log JSON lines to standard error")
+    parser = argparse.ArgumentParser(
+        prog="trimtab",
+        description="Train the Assistant's stability into the weights, and measure what survives without the hook.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        parents=[common],
+    )
+    parser.add_argument("--version", action="version", version=f"trimtab {_version()}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, summary: str, example: str) -> argparse.ArgumentParser:
+        return commands.add_parser(
+            name,
+            help=summary,
+            description=f"{summary[0].upper()}{summary[1:]}.",
+            epilog=f"example:\n  trimtab {name} {example}\n",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            parents=[common],
+        )
+
+    for name, summary in {"run": "run all stages, to the report", **STAGES}.items():
+        command = add(name, summary, "smollm2-135m/sft data.seed=1 --output-dir runs/second")
+        _add_recipe(command)
+        command.add_argument("--output-dir", metavar="DIR", help="run folder (default: runs/<recipe name>)")
+        if name in ("run", "train"):
+            _add_accelerate(command)
+    add("recipes", "list the recipes that ship with trimtab", "")
+    check = add("check", "check a recipe without weights: layers, adapters, memory", "qwen3-32b/sft --gpu-memory 80")
+    _add_recipe(check)
+    _add_accelerate(check)
+    check.add_argument("--gpu-memory", type=float, metavar="GIB", help="say whether it fits on GPUs of this size")
+    project = add(
+        "project",
+        "the compass: projection of each turn of a transcript",
+        "--model smollm2-135m --floor runs/demo/floor.safetensors chat.json",
+    )
+    project.add_argument("--model", required=True, metavar="M", help="hub id, folder or embedded model")
+    project.add_argument("--floor", required=True, metavar="F", type=Path, help="floor.safetensors of a run")
+    project.add_argument("--html", metavar="FILE", type=Path, help="also write a page: curves, layers, coloured text")
+    project.add_argument("--json", metavar="FILE", type=Path, help="also write the numbers")
+    project.add_argument("--capped", action="store_true", help="read the model with the cap on")
+    project.add_argument(
+        "transcript", type=Path, help="published transcript, list of messages, or rollouts (JSON Lines)"
+    )
+    fetch = add("fetch", "convert an embedded model once, so that later commands need no network", "smollm2-135m")
+    fetch.add_argument("name", help="embedded model")
+    return parser
+
+
+def _add_recipe(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", metavar="RECIPE", help="YAML file, or a name that `trimtab recipes` lists")
+    parser.add_argument("overrides", metavar="section.key=value", nargs="*", help="override keys; values as in YAML")
+
+
+def _add_accelerate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--accelerate",
+        metavar="NAME_OR_FILE",
+        help="single, cpu, ddp, zero2, zero3, fsdp2, or a file (default: by machine)",
+    )
+    parser.add_argument(
+        "--num-processes", type=_positive, metavar="N", help="replaces the number in the accelerate file"
+    )
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return int(text)
+
+
+def _version() -> str:
+    import importlib.metadata
+
+    return importlib.metadata.version("trimtab")
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse, also where options stand between overrides, which argparse alone does not take."""
+    parser = build_parser()
+    arguments, rest = parser.parse_known_args(argv)
+    for word in rest:
+        if word.startswith("-") or not hasattr(arguments, "overrides"):
+            parser.error(f"unrecognised argument: {word}")
+        arguments.overrides.append(word)
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    arguments = parse(argv)
+    from trimtab.axis.logs import setup_logging
+
+    setup_logging(quiet=getattr(arguments, "quiet", False), json_logs=getattr(arguments, "json_logs", False))
+    handlers: dict[str, Callable[[argparse.Namespace], None]] = {
+        "run": _run,
+        "recipes": _recipes,
+        "check": _check,
+        "project": _project,
+        "fetch": _fetch,
+    }
+    try:
+        handlers.get(arguments.command, _stage)(arguments)
+    except UserError as error:
+        _print_error(str(error))
+        return 2
+    except KeyboardInterrupt:
+        _print_error("interrupted; run the same command again to resume")
+        return 130
+    except Exception as error:
+        _print_fault(error)
+        return 1
+    return 0
+
+
+def _print_error(text: str) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    Console(stderr=True).print(Text.assemble(("error: ", "bold red"), text), soft_wrap=True)
+
+
+def _print_fault(error: Exception) -> None:
+    from trimtab.cli.launch import TrainingFailed
+
+    if not isinstance(error, TrainingFailed):  # the child has printed its own traceback
+        traceback.print_exc()
+    _print_error(
+        f"{type(error).__name__}: {error}\n"
+        "This may be a fault of trimtab. To report it, give the lines above, "
+        f"the command `trimtab {' '.join(sys.argv[1:])}`,\ntrimtab {_version()}, Python {sys.version.split()[0]}, "
+        "and the recipe."
+    )
+
+
+def _open(arguments: argparse.Namespace) -> Any:
+    from trimtab.recipes.loader import load_recipe
+
+    loaded = load_recipe(arguments.recipe, arguments.overrides)
+    # A slip in this name is told before the first stage, not after hours.
+    if getattr(arguments, "accelerate", None) is not None:
+        from trimtab.cli.launch import resolve_accelerate_config
+
+        resolve_accelerate_config(arguments.accelerate)
+    from trimtab.train.run import open_run
+
+    return open_run(loaded, output_dir=arguments.output_dir)
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    run = _open(arguments)
+    from trimtab.eval.stages import eval_stage, report_stage
+    from trimtab.train.prepare import rollouts_stage
+
+    rollouts_stage(run)
+    _free_memory()
+    _train(run, arguments)
+    verdict = eval_stage(run)
+    page = report_stage(run)
+    print(f"verdict ({verdict['status']}): {verdict['verdict']}")
+    print(f"report: {page}")
+
+
+def _stage(arguments: argparse.Namespace) -> None:
+    run = _open(arguments)
+    if arguments.command == "train":
+        _train(run, arguments)
+    elif arguments.command in ("eval", "report"):
+        from trimtab.eval import stages
+
+        if arguments.command == "eval":
+            stages.eval_stage(run)
+        else:
+            print(f"report: {stages.report_stage(run)}")
+    else:
+        from trimtab.train import prepare
+
+        work = {"axis": prepare.axis_stage, "floor": prepare.floor_stage, "rollouts": prepare.rollouts_stage}
+        work[arguments.command](run)
+
+
+def _train(run: Any, arguments: argparse.Namespace) -> None:
+    from trimtab.cli.launch import launch_training
+
+    for control in (False, True) if run.recipe.eval.control else (False,):
+        launch_training(
+            run.loaded,
+            run.folder,
+            accelerate=arguments.accelerate,
+            num_processes=arguments.num_processes,
+            control=control,
+            quiet=getattr(arguments, "quiet", False),
+        )
+
+
+def _free_memory() -> None:
+    """Give back the GPU memory of the stages before training: the trainer is another process on the same GPU."""
+    import gc
+
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _recipes(_: argparse.Namespace) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from trimtab.recipes.loader import FOLDER, shipped_recipes
+
+    table = Table("recipe", "what it trains")
+    for name, path in shipped_recipes().items():
+        first = path.read_text(encoding="utf-8").splitlines()[0]
+        table.add_row(name, first.removeprefix("#").strip())
+    console = Console()
+    console.print(table)
+    console.print(f"files to copy and change: {FOLDER}/<recipe>.yaml", soft_wrap=True)
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    from trimtab.recipes.loader import load_recipe
+
+    loaded = load_recipe(arguments.recipe, arguments.overrides)
+    from trimtab.cli.check import check_recipe
+
+    check_recipe(loaded, arguments.accelerate, arguments.num_processes, arguments.gpu_memory)
+
+
+def _project(arguments: argparse.Namespace) -> None:
+    from trimtab.axis.compass import project_command
+
+    project_command(
+        arguments.model,
+        arguments.floor,
+        arguments.transcript,
+        html=arguments.html,
+        json=arguments.json,
+        capped=arguments.capped,
+    )
+
+
+def _fetch(arguments: argparse.Namespace) -> None:
+    from trimtab.axis.models import fetch_embedded
+
+    print(fetch_embedded(arguments.name))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,167 @@
+"""The arms, and answers sampled in each of them: paired by prompt and seed, kept on disk, resumed after a kill."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trimtab.axis import Floor
+from trimtab.axis.chat import ChatFormat
+from trimtab.axis.files import fingerprint, load_tensors, read_jsonl, save_tensors, write_jsonl
+from trimtab.axis.progress import progress_bar
+from trimtab.axis.sampling import Answer, SamplingOptions, batches_by_length, sample_batch
+from trimtab.eval.schema import ARMS
+from trimtab.eval.weights import Weights
+
+CONTROL = "control"
+
+
+@dataclass(frozen=True)
+class Item:
+    """One prompt of the evaluation.
+
+    Attributes:
+        id: stable name.
+        cluster: role or conversation: what the bootstrap resamples.
+        prompt: messages up to the answer.
+    """
+
+    id: str
+    cluster: str
+    prompt: list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Answers:
+    """One arm's answers to a set of items.
+
+    Attributes:
+        texts: answers, [n].
+        means: mean activations over each answer's tokens at the floor's layers, as the next layer sees them, [n, L, D].
+        prompts: messages that each answer followed (conversations carry the arm's own earlier answers).
+        ended: whether each answer ended by itself.
+    """
+
+    texts: list[str]
+    means: Tensor
+    prompts: list[list[dict[str, str]]]
+    ended: list[bool]
+
+
+class Arms:
+    """The weights and the cap of each arm, and the answers that it gives.
+
+    Args:
+        weights: ``base``, ``tuned`` and maybe ``control``: see :func:`trimtab.eval.weights.open_weights`.
+        form: chat format.
+        floor: the cap's floor.
+        folder: where answers are kept.
+        options: sampling options.
+        seed: sampling seed, the same for every arm.
+    """
+
+    def __init__(
+        self, weights: Weights, form: ChatFormat, floor: Floor, folder: Path, options: SamplingOptions, seed: int
+    ) -> None:
+        self._weights = weights
+        self.form = form
+        self.floor = floor
+        self.folder = folder
+        self.options = options
+        self.seed = seed
+
+    @property
+    def names(self) -> list[str]:
+        """Arms in the order of the report."""
+        return [*ARMS, *(name for name in self._weights if name == CONTROL)]
+
+    def weights(self, arm: str) -> AbstractContextManager[Any]:
+        """The model with the weights of an arm. The cap is not switched here: see :meth:`floor_of`."""
+        return self._weights[arm.removesuffix("+cap")]()
+
+    def floor_of(self, arm: str) -> Floor | None:
+        """The floor that an arm is capped to, or None."""
+        return self.floor if arm.endswith("+cap") else None
+
+    def answers(self, name: str, items: Sequence[Item], arm: str) -> Answers:
+        """Sample one arm's answers to ``items``, or read them from disk."""
+        return self._kept(name, items, arm, lambda: self._one_turn(items, arm, f"{name}: {arm}"))
+
+    def conversations(
+        self, name: str, items: Sequence[Item], turns: Sequence[Sequence[str]], arm: str
+    ) -> list[Answers]:
+        """Replay scripted user turns; each arm goes on from its own answers. One :class:`Answers` a turn.
+
+        Args:
+            name: of the set.
+            items: one a conversation, whose prompt holds what comes before the first user turn (usually nothing).
+            turns: user turns of each conversation, all of the same number.
+            arm: which arm.
+        """
+        played: list[Answers] = []
+        chats = [list(item.prompt) for item in items]
+        for number in range(len(turns[0])):
+            chats = [
+                [*chat, {"role": "user", "content": script[number]}] for chat, script in zip(chats, turns, strict=True)
+            ]
+            asked = [Item(item.id, item.cluster, chat) for item, chat in zip(items, chats, strict=True)]
+            played.append(self.answers(f"{name}-turn-{number + 1}", asked, arm))
+            chats = [
+                [*chat, {"role": "assistant", "content": text}]
+                for chat, text in zip(chats, played[-1].texts, strict=True)
+            ]
+        return played
+
+    def _one_turn(self, items: Sequence[Item], arm: str, title: str) -> list[Answer]:
+        prompts = [self.form.prompt_ids(item.prompt) for item in items]
+        found: list[Answer] = []
+        with self.weights(arm) as model, progress_bar(title, len(items)) as bar:
+            for number, batch in enumerate(batches_by_length([len(p) for p in prompts], self.options.batch_size)):
+                found += sample_batch(
+                    model,
+                    self.form,
+                    [prompts[i] for i in batch],
+                    batch,
+                    self.options,
+                    seed=self.seed * 100_003 + number,
+                    means=True,
+                    floor=self.floor_of(arm),
+                )
+                bar.advance(0, len(batch))  # type: ignore[arg-type]
+        return sorted(found, key=lambda answer: answer.index)
+
+    def _kept(self, name: str, items: Sequence[Item], arm: str, sample: Any) -> Answers:
+        stem = self.folder / f"{name}-{arm.replace('+', '-')}"
+        rows_path, means_path = stem.with_suffix(".jsonl"), stem.with_suffix(".safetensors")
+        identity = fingerprint(
+            [[item.prompt for item in items], self.seed, self.options.__dict__, list(self.floor.layers)]
+        )
+        if not (means_path.exists() and load_tensors(means_path)[1]["identity"] == identity):
+            answers = sample()
+            layers = list(self.floor.layers)
+            means = torch.stack([answer.mean[layers] for answer in answers])
+            write_jsonl(rows_path, [
+                {
+                    "id": item.id,
+                    "cluster": item.cluster,
+                    "arm": arm,
+                    "prompt": item.prompt,
+                    "completion": [{"role": "assistant", "content": answer.text}],
+                    "ended": answer.ended,
+                }
+                for item, answer in zip(items, answers, strict=True)
+            ])  # fmt: skip
+            save_tensors(means_path, {"means": means}, {"identity": identity})  # last: it marks the pair as whole
+        rows = read_jsonl(rows_path)
+        return Answers(
+            [row["completion"][0]["content"] for row in rows],
+            load_tensors(means_path)[0]["means"],
+            [row["prompt"] for row in rows],
+            [row["ended"] for row in rows],
+        )

@@ -1,0 +1,272 @@
+"""Plotly figures of the report as plain dicts.
+
+Colours are names such as ``$tuned``: the page replaces them by its CSS variable ``--tuned`` and draws anew when the
+reader's colour scheme changes, so that one figure serves light, dark and print.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from trimtab.eval.schema import ARMS, Metric, Retention, Trajectory
+from trimtab.eval.wording import ARM_NAMES, percent_text
+
+Figure = dict[str, Any]
+
+ALL_ARMS = (*ARMS, "control")
+DASHES = {"base": "dot", "base+cap": "dash", "tuned": "solid", "tuned+cap": "dashdot", "control": "dot"}
+SYMBOLS = {"base": "circle", "base+cap": "diamond", "tuned": "square", "tuned+cap": "triangle-up", "control": "x"}
+MOST_POINTS = 400  # of a training curve: more cannot be seen
+MOST_PANELS = 8
+
+
+def colour(arm: str) -> str:
+    """The colour name of an arm: ``base+cap`` -> ``$base-cap``."""
+    return "$" + arm.replace("+", "-")
+
+
+def retention_figure(metrics: Sequence[Metric]) -> Figure:
+    """Retention per metric as horizontal intervals, the control's beneath, with lines at 0 and 1."""
+    rows = list(reversed(metrics))
+    data = [
+        _intervals("tuned", [(i + 0.12, m.retention) for i, m in enumerate(rows)], "$tuned", "square", rows),
+        _intervals("control", [(i - 0.2, m.control_retention) for i, m in enumerate(rows)], "$control", "x", rows),
+    ]
+    ends = [
+        end
+        for metric in metrics
+        for kept in (metric.retention, metric.control_retention)
+        if kept and kept.estimate
+        for end in (kept.estimate.low, kept.estimate.high)
+    ]
+    low, high = max(-1.0, min([-0.15, *ends])) - 0.05, min(2.0, max([1.2, *ends])) + 0.05
+    labels = [f"{_wrapped(m.name)}<br><b>{_kept(m.retention)}</b>" for m in rows]
+    notes = [
+        {"x": 0.5, "y": i + 0.12, "text": "undefined", "showarrow": False, "font": {"color": "$soft", "size": 12}}
+        for i, m in enumerate(rows)
+        if m.retention.estimate is None
+    ]
+    for x, text in ((0, "nothing<br>baked in"), (1, "hook no<br>longer needed")):
+        notes.append(
+            {"x": x, "y": 1, "yref": "paper", "yanchor": "bottom", "text": text, "showarrow": False,
+             "font": {"color": "$soft", "size": 12}}
+        )  # fmt: skip
+    layout = {
+        "height": 96 + 66 * max(1, len(rows)),
+        "margin": {"l": 10, "r": 16, "t": 46, "b": 40},
+        "xaxis": {"range": [low, high], "tickformat": ".0%", "zeroline": False},
+        "yaxis": {
+            "tickvals": list(range(len(rows))), "ticktext": labels, "range": [-0.6, len(rows) - 0.4],
+            "automargin": True, "showgrid": False, "zeroline": False, "ticks": "", "tickfont": {"size": 13},
+        },
+        "shapes": [
+            {"type": "line", "x0": x, "x1": x, "y0": 0, "y1": 1, "yref": "paper",
+             "line": {"color": "$reference", "width": 1.5, "dash": dash}}
+            for x, dash in ((0, "solid"), (1, "dash"))
+        ],
+        "annotations": notes,
+    }  # fmt: skip
+    return {"data": [trace for trace in data if trace["x"]], "layout": layout}
+
+
+def trajectory_figures(trajectories: Sequence[Trajectory], default_z: float | None) -> list[tuple[str, Figure]]:
+    """Mean z per turn, one panel a domain on a common scale, one line and interval band an arm."""
+    ends = [end for t in trajectories for p in t.points for end in (p.z.low, p.z.high)]
+    if not ends:
+        return []
+    ends += [default_z] if default_z is not None else []
+    pad = 0.06 * (max(ends) - min(ends) or 1.0)
+    panels = []
+    for domain in dict.fromkeys(t.domain for t in trajectories):
+        here = [t for t in trajectories if t.domain == domain and t.points]
+        here.sort(key=lambda t: ALL_ARMS.index(t.arm) if t.arm in ALL_ARMS else len(ALL_ARMS))
+        turns = sorted({p.turn for t in here for p in t.points})
+        layout = {
+            "height": 270,
+            "margin": {"l": 44, "r": 10, "t": 8, "b": 40},
+            "xaxis": {
+                "title": {"text": "turn"},
+                "tickvals": turns[:: math.ceil(len(turns) / 8) or 1],
+                "showgrid": False,
+            },
+            "yaxis": {"title": {"text": "z"}, "range": [min(ends) - pad, max(ends) + pad], "zeroline": False},
+            "shapes": [_level(default_z)] if default_z is not None else [],
+            "hovermode": "x unified",
+        }
+        panels.append((domain, {"data": [*map(_band, here), *map(_line, here)], "layout": layout}))
+    return panels
+
+
+def persona_figure(space: Mapping[str, Any]) -> Figure | None:
+    """Role vectors on the first two components; the default Assistant is marked, the outermost roles are named."""
+    names, points = space.get("roles", []), space.get("coordinates", [])
+    if len(names) < 3 or len(points[0]) < 2:
+        return None
+    roles = [(str(name), point) for name, point in zip(names, points, strict=True) if name != "default"]
+    named = _outermost(roles)
+    variance = [*space.get("variance", []), 0.0, 0.0]
+    common = {"type": "scatter", "hovertemplate": "%{customdata}<br>PC1 %{x:.2f}, PC2 %{y:.2f}<extra></extra>"}
+    data: list[dict[str, Any]] = [
+        {**common, "name": "roles", "mode": "markers+text",
+         "x": [p[0] for _, p in roles], "y": [p[1] for _, p in roles],
+         "text": [_wrapped(name) if i in named else "" for i, (name, _) in enumerate(roles)],
+         "customdata": [html.escape(name) for name, _ in roles],
+         "textposition": "top center", "textfont": {"size": 11, "color": "$soft"},
+         "marker": {"size": 9, "color": "$role", "line": {"color": "$page", "width": 1}}},
+    ]  # fmt: skip
+    defaults = [point for name, point in zip(names, points, strict=True) if name == "default"]
+    if defaults:
+        data.append(
+            {**common, "name": "default Assistant", "mode": "markers+text",
+             "x": [defaults[0][0]], "y": [defaults[0][1]],
+             "text": ["<b>default Assistant</b>"], "customdata": ["default Assistant"],
+             "textposition": "bottom center", "cliponaxis": False, "textfont": {"size": 13, "color": "$ink"},
+             "marker": {"size": 17, "symbol": "star", "color": "$tuned", "line": {"color": "$page", "width": 1}}}
+        )  # fmt: skip
+    layout = {
+        "height": 430,
+        "margin": {"l": 52, "r": 40, "t": 12, "b": 46},
+        "xaxis": {"title": {"text": f"PC1 ({variance[0]:.0%} of variance)"}, **_padded([p[0] for p in points])},
+        "yaxis": {"title": {"text": f"PC2 ({variance[1]:.0%} of variance)"}, **_padded([p[1] for p in points])},
+        "hovermode": "closest",
+        "zoomable": True,
+    }
+    return {"data": data, "layout": layout}
+
+
+def layers_figure(space: Mapping[str, Any], axis: Mapping[str, Any], window: Sequence[int]) -> Figure | None:
+    """Cosines per decoder layer: how well the axis is determined, and how it lies in persona space."""
+    series = (
+        ("split-half", axis.get("split_half"), "$base-cap", "solid"),
+        ("|cos(axis, PC1)|", space.get("cosine_pc1"), "$tuned", "solid"),
+        ("held-out roles", axis.get("cosine_held_out"), "$tuned-cap", "dash"),
+        ("re-extracted from tuned", axis.get("cosine_reextracted"), "$base", "dashdot"),
+    )
+    data = [
+        {"type": "scatter", "mode": "lines", "name": name, "x": list(range(len(values))), "y": list(values),
+         "line": {"color": ink, "width": 2, "dash": dash}, "hovertemplate": "%{y:.2f}"}
+        for name, values, ink, dash in series
+        if isinstance(values, list) and values
+    ]  # fmt: skip
+    if not data:
+        return None
+    lowest = min(value for trace in data for value in trace["y"] if value is not None)
+    layout = {
+        "height": 430,
+        "margin": {"l": 44, "r": 12, "t": 12, "b": 100},
+        "xaxis": {"title": {"text": "decoder layer"}, "showgrid": False},
+        "yaxis": {"title": {"text": "cosine"}, "range": [min(0.0, lowest - 0.05), 1.03], "zeroline": False},
+        "hovermode": "x unified",
+        "showlegend": True,
+        "legend": {"orientation": "h", "x": 0, "y": -0.2, "yanchor": "top"},
+    }
+    if window:
+        left, right = min(window) - 0.5, max(window) + 0.5
+        layout["shapes"] = [
+            {"type": "rect", "x0": left, "x1": right, "y0": 0, "y1": 1, "yref": "paper", "layer": "below",
+             "fillcolor": "$window", "line": {"width": 0}}
+        ]  # fmt: skip
+        layout["annotations"] = [
+            {"x": (left + right) / 2, "y": 0.01, "yref": "paper", "yanchor": "bottom", "text": "floor",
+             "showarrow": False, "font": {"color": "$soft", "size": 12}}
+        ]  # fmt: skip
+    return {"data": data, "layout": layout}
+
+
+def training_figures(log: Sequence[Mapping[str, Any]]) -> list[tuple[str, Figure]]:
+    """One panel for each logged number that changes over the steps, ``loss`` first."""
+    keys = dict.fromkeys(key for row in log for key, value in row.items() if _is_number(value))
+    panels = []
+    for key in sorted(keys, key=lambda key: key != "loss"):
+        rows = [row for row in log if _is_number(row.get(key)) and _is_number(row.get("step"))]
+        if key in ("step", "epoch") or len({row[key] for row in rows}) < 2:
+            continue
+        rows = rows[:: math.ceil(len(rows) / MOST_POINTS)]
+        trace = {
+            "type": "scatter", "mode": "lines" if len(rows) > 30 else "lines+markers", "name": html.escape(key),
+            "x": [row["step"] for row in rows], "y": [row[key] for row in rows],
+            "line": {"color": "$tuned", "width": 2}, "marker": {"size": 5}, "hovertemplate": "%{y:.4g}",
+        }  # fmt: skip
+        layout = {
+            "height": 210,
+            "margin": {"l": 54, "r": 10, "t": 8, "b": 38},
+            "xaxis": {"title": {"text": "step"}, "showgrid": False},
+            "yaxis": {"zeroline": False, "nticks": 5},
+            "hovermode": "x unified",
+        }
+        panels.append((key, {"data": [trace], "layout": layout}))
+    return panels[:MOST_PANELS]
+
+
+def _intervals(
+    name: str, rows: Sequence[tuple[float, Retention | None]], ink: str, symbol: str, metrics: Sequence[Metric]
+) -> dict[str, Any]:
+    found = [
+        (y, retention.estimate, metric)
+        for (y, retention), metric in zip(rows, metrics, strict=True)
+        if retention is not None and retention.estimate is not None
+    ]
+    return {
+        "type": "scatter", "mode": "markers", "name": name,
+        "x": [e.value for _, e, _ in found], "y": [y for y, _, _ in found],
+        "customdata": [f"{html.escape(m.name)}<br>{name}: {percent_text(e)}, n = {e.n}" for _, e, m in found],
+        "hovertemplate": "%{customdata}<extra></extra>",
+        "error_x": {
+            "type": "data", "symmetric": False, "color": ink, "thickness": 3 if name == "tuned" else 1.5, "width": 5,
+            "array": [e.high - e.value for _, e, _ in found], "arrayminus": [e.value - e.low for _, e, _ in found],
+        },
+        "marker": {"color": ink, "size": 11 if name == "tuned" else 8, "symbol": symbol},
+    }  # fmt: skip
+
+
+def _kept(retention: Retention) -> str:
+    return percent_text(retention.estimate) if retention.estimate else "undefined"
+
+
+def _band(trajectory: Trajectory) -> dict[str, Any]:
+    turns = [p.turn for p in trajectory.points]
+    return {
+        "type": "scatter", "mode": "lines", "x": turns + turns[::-1],
+        "y": [p.z.high for p in trajectory.points] + [p.z.low for p in reversed(trajectory.points)],
+        "fill": "toself", "fillcolor": f"{colour(trajectory.arm)}-band", "line": {"width": 0}, "hoverinfo": "skip",
+    }  # fmt: skip
+
+
+def _line(trajectory: Trajectory) -> dict[str, Any]:
+    ink, arm = colour(trajectory.arm), trajectory.arm
+    return {
+        "type": "scatter", "mode": "lines+markers", "name": ARM_NAMES.get(arm, html.escape(arm)),
+        "x": [p.turn for p in trajectory.points], "y": [p.z.value for p in trajectory.points],
+        "line": {"color": ink, "width": 2.2, "dash": DASHES.get(arm, "solid")},
+        "marker": {"color": ink, "size": 7, "symbol": SYMBOLS.get(arm, "circle")}, "hovertemplate": "%{y:.2f}",
+    }  # fmt: skip
+
+
+def _level(z: float) -> dict[str, Any]:
+    line = {"color": "$reference", "width": 1, "dash": "dash"}
+    return {"type": "line", "x0": 0, "x1": 1, "xref": "paper", "y0": z, "y1": z, "layer": "below", "line": line}
+
+
+def _outermost(roles: Sequence[tuple[str, Sequence[float]]]) -> set[int]:
+    """Indices of the roles at the ends of both components: naming all of them would be a blot."""
+    first = sorted(range(len(roles)), key=lambda i: roles[i][1][0])
+    second = sorted(range(len(roles)), key=lambda i: roles[i][1][1])
+    return {*first[:4], *first[-4:], *second[:2], *second[-2:]}
+
+
+def _padded(values: Sequence[float]) -> dict[str, Any]:
+    """An axis range with room for the names at its ends."""
+    pad = 0.14 * (max(values) - min(values) or 1.0)
+    return {"range": [min(values) - pad, max(values) + pad], "zeroline": True}
+
+
+def _wrapped(name: str) -> str:
+    return "<br>".join(html.escape(line) for line in textwrap.wrap(name, 26))
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -1,0 +1,93 @@
+"""Intervals: paired bootstrap over clusters, retention, Wilson.
+
+Shapes: n paired items, C clusters, S bootstrap samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from scipy.stats import binomtest
+
+from trimtab.eval.schema import Estimate, Retention
+
+Array = np.ndarray[Any, np.dtype[np.float64]]
+LEVEL = 95.0
+
+
+class ClusterBootstrap:
+    """Resamples whole clusters (roles, conversations), the same draws for every arm, so that differences stay paired.
+
+    Args:
+        clusters: cluster of each item, [n].
+        samples: bootstrap samples, S.
+        seed: of the draws.
+    """
+
+    def __init__(self, clusters: Sequence[str], samples: int, seed: int) -> None:
+        names, self._index = np.unique(np.asarray(clusters), return_inverse=True)
+        self.n = len(clusters)
+        self._size = len(names)
+        generator = np.random.default_rng(seed)
+        draws = generator.integers(0, self._size, (samples, self._size))
+        self._weights = np.stack([np.bincount(draw, minlength=self._size) for draw in draws])  # [S, C]
+
+    def means(self, values: Array) -> Array:
+        """Mean over items of each resample, [S]; items that are NaN (no answer) are left out."""
+        present = np.isfinite(values)
+        sums = np.bincount(self._index, np.where(present, values, 0.0), self._size)
+        counts = np.bincount(self._index, present.astype(float), self._size)
+        return np.asarray((self._weights @ sums) / np.maximum(self._weights @ counts, 1e-12))
+
+    def estimate(self, values: Sequence[float] | Array) -> Estimate:
+        """Mean and percentile interval.
+
+        Raises:
+            ValueError: if every value is NaN.
+        """
+        array = np.asarray(values, dtype=float)
+        count = int(np.isfinite(array).sum())
+        if count == 0:
+            raise ValueError("no value to estimate from")
+        low, high = _percentiles(self.means(array))
+        return Estimate(value=float(np.nanmean(array)), low=low, high=high, n=count)
+
+    def retention(
+        self, base: Sequence[float] | Array, capped: Sequence[float] | Array, tuned: Sequence[float] | Array
+    ) -> Retention:
+        """(tuned - base) / (capped - base), with its interval; undefined where the cap's own effect covers 0."""
+        b, c, t = (np.asarray(values, dtype=float) for values in (base, capped, tuned))
+        together = np.isfinite(b) & np.isfinite(c) & np.isfinite(t)
+        b, c, t = (np.where(together, values, np.nan) for values in (b, c, t))
+        count = int(together.sum())
+        if count < 2:
+            return Retention(estimate=None, why=f"only {count} complete items")
+        effects = self.means(c - b)
+        low, high = _percentiles(effects)
+        if low <= 0 <= high:
+            return Retention(
+                estimate=None,
+                why=f"the cap itself moves it by {np.nanmean(c - b):+.3g} [{low:.3g}, {high:.3g}], which is within its noise",
+            )
+        value = float(np.nanmean(t - b) / np.nanmean(c - b))
+        low, high = _percentiles(self.means(t - b) / effects)
+        return Retention(estimate=Estimate(value=value, low=low, high=high, n=count))
+
+
+def _percentiles(samples: Array) -> tuple[float, float]:
+    low, high = np.percentile(samples, [(100 - LEVEL) / 2, 100 - (100 - LEVEL) / 2])
+    return float(low), float(high)
+
+
+def wilson(successes: int, n: int) -> Estimate:
+    """A rate with its Wilson interval.
+
+    Raises:
+        ValueError: if n is 0.
+    """
+    if n == 0:
+        raise ValueError("a rate needs at least one trial")
+    interval = binomtest(successes, n).proportion_ci(confidence_level=LEVEL / 100, method="wilson")
+    return Estimate(value=successes / n, low=float(interval.low), high=float(interval.high), n=n)

@@ -1,0 +1,201 @@
+"""What is measured on the arms' answers.
+
+Shapes: n answers, L floor layers, D hidden size, T tokens.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trimtab.axis import ActivationController, project
+from trimtab.axis.calibration import response_projections
+from trimtab.axis.models import Loaded
+from trimtab.axis.progress import progress_bar
+from trimtab.axis.sampling import batches_by_length, pad_left
+from trimtab.eval.arms import Answers, Arms
+from trimtab.losses import kl_terms
+
+
+@dataclass(frozen=True)
+class Ruler:
+    """Projections of answers, in sigma, relative to the base model's default Assistant: 0 = default, negative = away.
+
+    Attributes:
+        directions: unit directions at the floor's layers, [L, D].
+        origin: mean projection of the base's default answers, [L].
+        sigma: standard deviation over the base's answers, roles and default pooled, [L].
+    """
+
+    directions: Tensor
+    origin: Tensor
+    sigma: Tensor
+
+    @classmethod
+    def of(cls, directions: Tensor, default: Tensor, pooled: Tensor) -> Ruler:
+        """Make a ruler from the base's default answers' means [n, L, D] and all of the base's answers' means."""
+        at_default = torch.einsum("nld,ld->nl", default, directions)
+        over_pool = torch.einsum("nld,ld->nl", pooled, directions)
+        return cls(directions, _nanmean(at_default), over_pool[torch.isfinite(over_pool).all(1)].std(0))
+
+    def z(self, means: Tensor) -> list[float]:
+        """Mean over layers of z of each answer, [n]; NaN for an empty answer. ``means`` [n, L, D]."""
+        projections = torch.einsum("nld,ld->nl", means, self.directions)
+        return [float(value) for value in ((projections - self.origin) / self.sigma).mean(1)]
+
+    def token_z(self, states: Sequence[Tensor]) -> Tensor:
+        """Mean over layers of z of each token, [T], from one state [T, D] a layer."""
+        rows = [(project(state, self.directions[i]) - self.origin[i]) / self.sigma[i] for i, state in enumerate(states)]
+        return torch.stack(rows).mean(0)
+
+
+def _nanmean(values: Tensor) -> Tensor:
+    return values[torch.isfinite(values).all(1)].mean(0)
+
+
+@dataclass(frozen=True)
+class Forced:
+    """Figures of given answers under an arm, one an answer; NaN for empty ones.
+
+    Attributes:
+        kl: mean KL(reference arm || arm) per answer token, nat.
+        nll: mean negative log-likelihood per answer token under the arm, nat.
+        z_shift: z under the arm minus z under the base, same text.
+    """
+
+    kl: list[float]
+    nll: list[float]
+    z_shift: list[float]
+
+
+@torch.no_grad()
+def teacher_forced(
+    arms: Arms,
+    given: Answers,
+    arms_to_score: Sequence[str],
+    reference: str,
+    ruler: Ruler,
+    *,
+    batch_size: int,
+    title: str,
+) -> dict[str, Forced]:
+    """Score the same texts under several arms, by forwards over prompt and answer.
+
+    Args:
+        arms: the arms.
+        given: the texts.
+        arms_to_score: which arms.
+        reference: arm whose next-token distributions are the reference of the KL.
+        ruler: for the z-shift, whose origin is the base on the same text.
+        batch_size: rows a forward.
+        title: label of the progress bar.
+    """
+    form = arms.form
+    heads = [form.prompt_ids(prompt) for prompt in given.prompts]
+    tails = [form.answer_ids(text) for text in given.texts]
+    scored = [i for i, tail in enumerate(tails) if tail]
+    nan = float("nan")
+    found = {arm: Forced([nan] * len(tails), [nan] * len(tails), [nan] * len(tails)) for arm in arms_to_score}
+    with progress_bar(title, len(scored)) as bar:
+        for batch in batches_by_length([len(heads[i]) + len(tails[i]) for i in scored], batch_size):
+            rows = [scored[i] for i in batch]
+            at_base = _forward(arms, "base", [heads[i] for i in rows], [tails[i] for i in rows], ruler)
+            at_reference = (
+                at_base
+                if reference == "base"
+                else _forward(arms, reference, [heads[i] for i in rows], [tails[i] for i in rows], ruler)
+            )
+            for arm in arms_to_score:
+                known = {"base": at_base, reference: at_reference}
+                at_arm = known.get(arm) or _forward(
+                    arms, arm, [heads[i] for i in rows], [tails[i] for i in rows], ruler
+                )
+                for k, i in enumerate(rows):
+                    targets = torch.tensor(tails[i], device=at_arm[k][0].device)
+                    found[arm].kl[i] = float(kl_terms(at_arm[k][0], at_reference[k][0]).mean())
+                    found[arm].nll[i] = -float(
+                        torch.log_softmax(at_arm[k][0].float(), -1).gather(-1, targets[:, None]).mean()
+                    )
+                    found[arm].z_shift[i] = float((at_arm[k][1] - at_base[k][1]).mean())
+            bar.advance(0, len(rows))  # type: ignore[arg-type]
+    return found
+
+
+def _forward(
+    arms: Arms, arm: str, heads: Sequence[Sequence[int]], tails: Sequence[Sequence[int]], ruler: Ruler
+) -> list[tuple[Tensor, Tensor]]:
+    """Per row: logits that predict the answer's tokens [T, V], and z of those tokens [T] (as the next layer sees them)."""
+    tokenizer: Any = arms.form.tokenizer
+    rows_of_ids = [[*head, *tail] for head, tail in zip(heads, tails, strict=True)]
+    longest = max(len(tail) for tail in tails)
+    states: dict[int, Tensor] = {}
+    with arms.weights(arm) as model:
+        controller = ActivationController.of(model)
+        ids, mask = pad_left(rows_of_ids, tokenizer.pad_token_id, next(model.parameters()).device)
+        with (
+            controller.reading(arms.floor.layers, states.__setitem__, after_cap=True),
+            controller.capping(arms.floor, enabled=arms.floor_of(arm) is not None),
+        ):
+            logits = model(input_ids=ids, attention_mask=mask, logits_to_keep=longest + 1).logits
+    rows = []
+    for k, tail in enumerate(tails):
+        count = len(tail)
+        z = ruler.token_z([states[layer][k, -count:] for layer in arms.floor.layers])
+        rows.append((logits[k, -count - 1 : -1], z))
+    return rows
+
+
+@torch.no_grad()
+def coloured(
+    arms: Arms, arm: str, prompt: Sequence[dict[str, str]], text: str, ruler: Ruler
+) -> list[tuple[str, float]]:
+    """An answer in words, each with its tokens' mean z."""
+    form = arms.form
+    head, tail = form.prompt_ids(prompt), form.answer_ids(text)
+    if not tail:
+        return []
+    z = _forward(arms, arm, [head], [tail], ruler)[0][1].tolist()
+    pieces: list[tuple[str, list[float]]] = []
+    so_far = ""
+    for position, value in enumerate(z):
+        whole = str(form.tokenizer.decode(tail[: position + 1], skip_special_tokens=True))
+        piece, so_far = whole[len(so_far) :], whole
+        if pieces and not re.match(r"\s", piece):
+            pieces[-1] = (pieces[-1][0] + piece, [*pieces[-1][1], value])
+        else:
+            pieces.append((piece, [value]))
+    return [(piece, round(float(np.mean(values)), 3)) for piece, values in pieces]
+
+
+def repeated_share(text: str, size: int = 4) -> float:
+    """Share of word ``size``-grams that occurred before in the text: 0 for fresh text, towards 1 for loops; NaN if too short."""
+    words = text.split()
+    grams = [tuple(words[i : i + size]) for i in range(len(words) - size + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else float("nan")
+
+
+def keyword_hit(text: str, keywords: Sequence[str], least: int = 2) -> bool:
+    """Whether at least ``least`` of the keywords occur in the answer."""
+    lower = text.lower()
+    return sum(keyword in lower for keyword in keywords) >= least
+
+
+def firing_fraction(arms: Arms, arm: str, given: Answers, *, batch_size: int) -> float:
+    """Share of (token, layer) slots on which the cap fires, over the answers' tokens, with the weights of ``arm``."""
+    rows = [
+        {"prompt": prompt, "completion": [{"content": text}]}
+        for prompt, text in zip(given.prompts, given.texts, strict=True)
+    ]
+    with arms.weights(arm) as model:
+        loaded = Loaded(model, arms.form.tokenizer, {})
+        _, fraction = response_projections(
+            loaded, arms.form, rows, {"axis": arms.floor.directions}, arms.floor.layers,
+            batch_size=batch_size, floor=arms.floor, title=f"firing fraction: {arm}",
+        )  # fmt: skip
+    return fraction

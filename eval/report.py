@@ -1,0 +1,221 @@
+"""Write and read a report: ``report.json`` for programs, ``report.html`` for people.
+
+The page is one file that asks the network for nothing: its content policy forbids it. It reads without JavaScript too,
+except for the plots, whose numbers stand in tables beside them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby, zip_longest
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+from pydantic import ValidationError
+
+from trimtab.axis.errors import UserError
+from trimtab.axis.files import read_json, write_json, write_text
+from trimtab.eval import wording
+from trimtab.eval.figures import (
+    ALL_ARMS,
+    layers_figure,
+    persona_figure,
+    retention_figure,
+    training_figures,
+    trajectory_figures,
+)
+from trimtab.eval.schema import ArmAnswer, Report, Transcript
+
+TEMPLATES = Path(__file__).parent / "templates"
+SHADES = 4  # on each side of the default
+CHARACTERS_SHOWN = 400_000  # of transcripts: keeps the page small; report.json holds them all
+# Drawn in plots, or said elsewhere on the page.
+PLOTTED = {"split_half", "cosine_reextracted", "cosine_held_out", "log"}
+
+
+def write_report(report: Report, folder: Path) -> Path:
+    """Write ``report.json`` and ``report.html`` into ``folder``, each whole or not at all.
+
+    Returns:
+        The path of ``report.html``.
+
+    Raises:
+        ValueError: if a free-form part of the report holds NaN or infinity; nothing is written then.
+        UserError: if the disk is full.
+    """
+    page = render_html(report)
+    write_json(folder / "report.json", report.model_dump())  # the JSON mode would turn NaN into null
+    write_text(folder / "report.html", page)
+    return folder / "report.html"
+
+
+def load_report(path: Path) -> Report:
+    """Read ``report.json``.
+
+    Raises:
+        UserError: if the file is missing, is not JSON, or is not a report; every fault is named.
+    """
+    try:
+        return Report.model_validate(read_json(path))
+    except ValidationError as error:
+        faults = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors())
+        raise UserError(
+            f"this is not a report of trimtab: {faults}",
+            file=path,
+            remedy="give the report.json of a run, or write it anew: trimtab report RECIPE",
+        ) from error
+
+
+def render_html(report: Report) -> str:
+    """The page as one string."""
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        num=wording.number,
+        value=wording.value_text,
+        interval=wording.interval_text,
+        percent=wording.percent_text,
+        glued=lambda text: text.replace(" %", "\u00a0%"),  # no line break within "93 %"
+    )
+    default_z = report.floor.get("default_z")
+    shown = _within_budget(report.transcripts)
+    scale = Scale.of(shown, default_z if default_z is not None else 0.0)
+    return environment.get_template("report.html.j2").render(
+        report=report,
+        plotly=Markup(get_plotlyjs()),  # noqa: S704 - the library's own source
+        arm_names=wording.ARM_NAMES,
+        arms=[arm for arm in ALL_ARMS if any(arm in metric.arms for metric in report.metrics)],
+        trajectory_arms=[arm for arm in ALL_ARMS if any(t.arm == arm for t in report.trajectories)],
+        retention=retention_figure(report.metrics) if report.metrics else None,
+        trajectories=trajectory_figures(report.trajectories, default_z),
+        persona=persona_figure(report.persona_space),
+        ranked_roles=_ranked_roles(report.persona_space),
+        layers=layers_figure(report.persona_space, report.axis, report.floor.get("layers", [])),
+        training=training_figures(report.training.get("log", [])),
+        default_z=default_z,
+        scale=scale,
+        kinds=list(dict.fromkeys(transcript.kind for transcript in shown)),
+        transcripts=[_transcript_view(transcript, scale) for transcript in shown],
+        left_out=len(report.transcripts) - len(shown),
+        facts={
+            name: _printable(facts)
+            for name, facts in (
+                ("How it was run", report.repeat),
+                ("Floor", report.floor),
+                ("Axis", report.axis),
+                ("Training", report.training),
+            )
+        },
+    )
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The diverging colour scale of the transcripts: shade -4 to 4 by distance from the default.
+
+    Attributes:
+        centre: z of the default Assistant.
+        reach: distance in z at which the outermost shade is reached.
+    """
+
+    centre: float
+    reach: float
+
+    @classmethod
+    def of(cls, transcripts: Sequence[Transcript], centre: float) -> Scale:
+        """A scale that 95 % of all pieces lie within."""
+        distances = sorted(
+            abs(z - centre)
+            for transcript in transcripts
+            for turn in transcript.turns
+            for answer in turn.answers.values()
+            for _, z in answer.pieces or [(answer.text, answer.z)]
+        )
+        return cls(centre, max(1.0, distances[int(0.95 * (len(distances) - 1))] if distances else 1.0))
+
+    def shade(self, z: float) -> int:
+        """-4 (far from the Assistant) to 4."""
+        return max(-SHADES, min(SHADES, round((z - self.centre) / self.reach * SHADES)))
+
+    def steps(self) -> list[tuple[int, float]]:
+        """(shade, z at its middle) for the legend."""
+        return [(shade, self.centre + shade * self.reach / SHADES) for shade in range(-SHADES, SHADES + 1)]
+
+
+def _within_budget(transcripts: Sequence[Transcript]) -> list[Transcript]:
+    """As many transcripts as fit, taken in turn from every kind so that none is missing, in their first order."""
+    kinds = dict.fromkeys(transcript.kind for transcript in transcripts)
+    columns = [[(i, t) for i, t in enumerate(transcripts) if t.kind == kind] for kind in kinds]
+    taken: list[tuple[int, Transcript]] = []
+    used = 0
+    for row in zip_longest(*columns):
+        for item in filter(None, row):
+            size = sum(len(turn.user) + sum(len(a.text) for a in turn.answers.values()) for turn in item[1].turns)
+            if used + size <= CHARACTERS_SHOWN or not taken:
+                taken.append(item)
+                used += size
+    return [transcript for _, transcript in sorted(taken, key=lambda item: item[0])]
+
+
+def _ranked_roles(space: Mapping[str, Any]) -> list[tuple[str, list[float]]]:
+    pairs = zip(space.get("roles", []), space.get("coordinates", []), strict=True)
+    return sorted(pairs, key=lambda pair: pair[1][0])
+
+
+def _transcript_view(transcript: Transcript, scale: Scale) -> dict[str, Any]:
+    arms = [arm for arm in ALL_ARMS if any(arm in turn.answers for turn in transcript.turns)]
+    means = []
+    for arm in arms:
+        found = [turn.answers[arm].z for turn in transcript.turns if arm in turn.answers]
+        means.append((arm, sum(found) / len(found)))
+    turns = [
+        {
+            "user": turn.user,
+            "answers": [(arm, turn.answers.get(arm), _runs(turn.answers.get(arm), scale)) for arm in arms],
+        }
+        for turn in transcript.turns
+    ]
+    opening = " ".join(transcript.turns[0].user.split()) if transcript.turns else ""
+    return {
+        "id": transcript.id,
+        "kind": transcript.kind,
+        "system": transcript.system,
+        "opening": opening if len(opening) <= 110 else opening[:109].rstrip() + "…",
+        "means": means,
+        "turns": turns,
+    }
+
+
+def _runs(answer: ArmAnswer | None, scale: Scale) -> list[tuple[int, float, str]]:
+    """Neighbouring pieces of one shade joined: (shade, mean z, text)."""
+    if answer is None:
+        return []
+    runs = []
+    for shade, group in groupby(answer.pieces or [(answer.text, answer.z)], key=lambda piece: scale.shade(piece[1])):
+        pieces = list(group)
+        runs.append((shade, sum(z for _, z in pieces) / len(pieces), "".join(text for text, _ in pieces)))
+    return runs
+
+
+def _printable(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Facts without what is plotted, lists as text."""
+    return {key: _text(value) for key, value in facts.items() if key not in PLOTTED}
+
+
+def _text(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _text(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return ", ".join(str(_text(inner)) for inner in value)
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return "" if value is None else str(value)

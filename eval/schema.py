@@ -1,0 +1,146 @@
+"""``report.json``: what a report holds. The JSON Schema is ``Report.model_json_schema()``.
+
+Retention of a metric m: (m_tuned - m_base) / (m_base+cap - m_base): 0 = nothing baked in, 1 = the hook is no longer needed.
+Undefined, and said so, where the cap itself moves m by less than its noise.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+ARMS = ("base", "base+cap", "tuned", "tuned+cap")
+
+
+class Part(BaseModel):
+    """A part of the report; unknown keys and NaN are errors."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+class Estimate(Part):
+    """A number with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+class Retention(Part):
+    """Retention of one metric; ``estimate`` is None where it is undefined, and ``why`` says so."""
+
+    estimate: Estimate | None
+    why: str = ""
+
+
+class Metric(Part):
+    """One metric over the arms.
+
+    Attributes:
+        id: stable name, such as ``text_llr``.
+        name: for people.
+        unit: such as ``nat/token``.
+        meaning: one sentence on what is measured, on which text.
+        toward_assistant: whether more or less of it means more Assistant.
+        arms: arm -> estimate. The control, if there is one, is the arm ``control``.
+        cap_effect: base+cap minus base, paired.
+        tuned_effect: tuned minus base, paired.
+        retention: of the tuned model.
+        control_retention: of the random-direction control, or None without one.
+        quality: the metric's own quality, such as its AUC, or None.
+        primary: the metric that the verdict is about.
+    """
+
+    id: str
+    name: str
+    unit: str
+    meaning: str
+    toward_assistant: Literal["higher", "lower"]
+    arms: dict[str, Estimate]
+    cap_effect: Estimate
+    tuned_effect: Estimate
+    retention: Retention
+    control_retention: Retention | None = None
+    quality: dict[str, float] | None = None
+    primary: bool = False
+
+
+class SideEffect(Part):
+    """A price: what moved that should not. ``limit`` is the allowance, ``ok`` whether the value lies within it."""
+
+    id: str
+    name: str
+    unit: str
+    meaning: str
+    estimate: Estimate
+    limit: float | None = None
+    ok: bool | None = None
+
+
+class TurnPoint(Part):
+    """Mean z of one turn."""
+
+    turn: int
+    z: Estimate
+
+
+class Trajectory(Part):
+    """z over the turns of one domain's conversations in one arm."""
+
+    domain: str
+    arm: str
+    points: list[TurnPoint]
+
+
+class ArmAnswer(Part):
+    """One arm's answer: text, its mean z, and z per token group for colouring ([text piece, z])."""
+
+    text: str
+    z: float
+    pieces: list[tuple[str, float]] = []
+
+
+class Turn(Part):
+    """One user turn and each arm's answer."""
+
+    user: str
+    answers: dict[str, ArmAnswer]
+
+
+class Transcript(Part):
+    """One prompt or conversation, side by side."""
+
+    id: str
+    kind: str
+    system: str
+    turns: list[Turn]
+
+
+class Verdict(Part):
+    """Plain words first. ``status``: good, mixed, bad, or unclear where the noise decides."""
+
+    status: Literal["good", "mixed", "bad", "unclear"]
+    headline: str
+    points: list[str]
+
+
+class Report(Part):
+    """The whole report."""
+
+    format: Literal["trimtab report 1"] = "trimtab report 1"
+    title: str
+    created: str
+    verdict: Verdict
+    metrics: list[Metric]
+    side_effects: list[SideEffect]
+    trajectories: list[Trajectory]
+    persona_space: dict[str, Any]
+    axis: dict[str, Any]
+    floor: dict[str, Any]
+    training: dict[str, Any]
+    transcripts: list[Transcript]
+    repeat: dict[str, Any]
+    warnings: list[str]
+    does_not_compare: list[str]

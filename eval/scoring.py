@@ -1,0 +1,92 @@
+"""Text-only scores: log-probabilities of given answers under given prompts, and the persona log-likelihood ratio.
+
+    LLR(y) = [ log p(y | role prompt, q) - log p(y | default prompt, q) ] / |y|        nat a token
+
+scored by the frozen base, uncapped, so that it sees text alone and never the tuned model's activations. Positive = the text
+is better explained by the role, negative = by the default Assistant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trimtab.axis.chat import ChatFormat, Message
+from trimtab.axis.progress import progress_bar
+from trimtab.axis.sampling import batches_by_length, pad_left
+
+
+@torch.no_grad()
+def answer_logprobs(
+    model: Any,
+    form: ChatFormat,
+    prompts: Sequence[Sequence[Message]],
+    answers: Sequence[str],
+    *,
+    batch_size: int = 16,
+    title: str = "scoring",
+) -> list[float]:
+    """Summed log-probability of each answer's tokens after its prompt, in nat; 0 for an empty answer.
+
+    Args:
+        model: scored as it is now: switch adapters and caps outside.
+        form: chat format.
+        prompts: messages up to the answer, one list an answer.
+        answers: texts.
+        batch_size: rows a forward.
+        title: label of the progress bar.
+    """
+    device = next(model.parameters()).device
+    tokenizer: Any = form.tokenizer
+    heads = [form.prompt_ids(prompt) for prompt in prompts]
+    tails = [form.answer_ids(answer) for answer in answers]
+    sums = [0.0] * len(answers)
+    scored = [i for i, tail in enumerate(tails) if tail]
+    lengths = [len(heads[i]) + len(tails[i]) for i in scored]
+    with progress_bar(title, len(scored)) as bar:
+        for batch in batches_by_length(lengths, batch_size):
+            rows = [scored[i] for i in batch]
+            ids, attention = pad_left([heads[i] + tails[i] for i in rows], tokenizer.pad_token_id, device)
+            longest = max(len(tails[i]) for i in rows)
+            logits = model(input_ids=ids, attention_mask=attention, logits_to_keep=longest + 1).logits
+            for row, i in enumerate(rows):
+                count = len(tails[i])
+                sums[i] = float(_chosen(logits[row, -count - 1 : -1], ids[row, -count:]).sum())
+            bar.advance(0, len(rows))  # type: ignore[arg-type]
+    return sums
+
+
+def _chosen(logits: Tensor, targets: Tensor) -> Tensor:
+    return torch.log_softmax(logits.float(), -1).gather(-1, targets[:, None])[:, 0]
+
+
+def persona_llr(
+    model: Any,
+    form: ChatFormat,
+    role_prompts: Sequence[Sequence[Message]],
+    default_prompts: Sequence[Sequence[Message]],
+    answers: Sequence[str],
+    *,
+    batch_size: int = 16,
+    title: str = "persona log-likelihood ratio",
+) -> list[float]:
+    """Persona log-likelihood ratio of each answer, nat a token; NaN for an empty answer.
+
+    Args:
+        model: the frozen base, adapter off, cap off.
+        form: chat format.
+        role_prompts: prompts with the role, one an answer.
+        default_prompts: the same questions with the default prompt.
+        answers: texts.
+        batch_size: rows a forward.
+        title: label of the progress bar.
+    """
+    both = answer_logprobs(
+        model, form, [*role_prompts, *default_prompts], [*answers, *answers], batch_size=batch_size, title=title
+    )
+    counts = [len(form.answer_ids(answer)) for answer in answers]
+    size = len(answers)
+    return [(both[i] - both[size + i]) / counts[i] if counts[i] else float("nan") for i in range(size)]

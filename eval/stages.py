@@ -1,0 +1,334 @@
+"""The stages after training: evaluate the arms, and write the report."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from sklearn.metrics import roc_auc_score
+
+from trimtab.axis import Axis, Floor, UserError
+from trimtab.axis.chat import ChatFormat, chat
+from trimtab.axis.extraction import extract
+from trimtab.axis.files import file_fingerprint, read_jsonl, write_json, write_text
+from trimtab.axis.models import EMBEDDED, Loaded
+from trimtab.eval.arms import CONTROL, Answers, Arms, Item
+from trimtab.eval.assemble import Measured, build_report
+from trimtab.eval.card import model_card
+from trimtab.eval.measure import Ruler, coloured, firing_fraction, teacher_forced
+from trimtab.eval.report import load_report, write_report
+from trimtab.eval.schema import ArmAnswer, Transcript, Turn
+from trimtab.eval.scoring import persona_llr
+from trimtab.eval.weights import Weights, open_weights
+from trimtab.recipes import data
+from trimtab.train.prepare import Prepared, sampling_options
+from trimtab.train.run import Run
+
+log = logging.getLogger("trimtab")
+
+SCORE_BATCH = 16
+
+
+def eval_stage(run: Run, prepared: Prepared | None = None) -> dict[str, Any]:
+    """Evaluate base, base+cap, tuned, tuned+cap, and the control where there is one; writes ``report.json``.
+
+    Answers are kept arm by arm in ``eval/``, so a killed evaluation goes on where it was.
+
+    Raises:
+        UserError: if there is no adapter yet.
+    """
+    recipe = run.recipe
+    prepared = prepared or Prepared(run)
+    adapters = {"tuned": run.variant(control=False).adapter}
+    if recipe.eval.control:
+        adapters[CONTROL] = run.variant(control=True).adapter
+    for name, adapter in adapters.items():
+        if not (adapter / "adapter_model.safetensors").exists():
+            raise UserError(
+                f"there is no {name} adapter to evaluate", file=adapter, remedy="train it first: trimtab train RECIPE"
+            )
+
+    def work() -> dict[str, Any]:
+        loaded, form = prepared()
+        return evaluate(run, loaded.facts, open_weights(loaded.model, adapters), form)
+
+    inputs = [
+        recipe.eval.model_dump(),
+        *(file_fingerprint(path / "adapter_model.safetensors") for path in adapters.values()),
+    ]
+    return run.stage("eval", inputs, work)
+
+
+def evaluate(run: Run, model_facts: dict[str, Any], weights: Weights, form: ChatFormat) -> dict[str, Any]:
+    """Measure everything and write ``report.json``."""
+    section = run.recipe.eval
+    floor = Floor.load(run.variant(control=False).floor_path)
+    folder = run.folder / "eval"
+    arms = Arms(weights, form, floor, folder, sampling_options(section.sampling), section.seed)
+    reextracted = _reextract(run, arms, model_facts, folder)
+
+    roles, defaults = role_items(section.roles, section.questions), default_items(section.roles, section.questions)
+    on_roles = {arm: arms.answers("roles", roles, arm) for arm in arms.names}
+    on_default = {arm: arms.answers("default", defaults, arm) for arm in arms.names}
+    benign = benign_items(section.benign)
+    on_benign = {arm: arms.answers("benign", benign, arm) for arm in arms.names}
+    probes = data.professional_probes(section.professional)
+    pro_items = [Item(row["id"], row["role"], chat(row["system"], row["user"])) for row in probes]
+    on_pro = {arm: arms.answers("professional", pro_items, arm) for arm in arms.names} if pro_items else {}
+    conversations = data.conversations("held_out", section.conversations)
+    talk_items = [Item(talk.id, talk.id, []) for talk in conversations]
+    scripts = [talk.turns[: section.turns] for talk in conversations]
+    on_talks = (
+        {arm: arms.conversations("conversations", talk_items, scripts, arm) for arm in arms.names} if scripts else {}
+    )
+
+    rulers = _rulers(run, floor, reextracted, on_roles["base"], on_default["base"])
+    main = rulers["training"]
+    measured = Measured(
+        arms=arms.names,
+        roles=roles,
+        defaults=defaults,
+        benign=benign,
+        professional=probes,
+        conversations=conversations,
+        on_roles=on_roles,
+        on_default=on_default,
+        on_professional=on_pro,
+        on_talks=on_talks,
+        rulers=rulers,
+        llr=_llr(arms, roles, on_roles, defaults, on_default),
+        llr_professional=_llr_of(arms, pro_items, on_pro),
+        drift_forced=teacher_forced(
+            arms, on_roles["base+cap"], [a for a in arms.names if a != "tuned+cap"], "base+cap", main,
+            batch_size=SCORE_BATCH, title="KL to the capped self",
+        ),
+        benign_forced=teacher_forced(
+            arms, on_benign["base"], [a for a in arms.names if a != "tuned+cap"], "base", main,
+            batch_size=SCORE_BATCH, title="benign text",
+        ),
+        default_forced=teacher_forced(
+            arms, on_default["base"], [a for a in arms.names if a != "tuned+cap"], "base", main,
+            batch_size=SCORE_BATCH, title="default text",
+        ),
+        firing={arm: firing_fraction(arms, arm, on_roles["base"], batch_size=SCORE_BATCH) for arm in ("base", "tuned")},
+        transcripts=_transcripts(run, arms, main, roles, on_roles, conversations, on_talks),
+    )  # fmt: skip
+    axis_facts = dict((run.stage_record("axis") or {"facts": {}})["facts"])
+    if reextracted is not None:
+        axis = Axis.load(run.axis_path)
+        cosine = (axis.directions * reextracted.directions).sum(-1)
+        axis_facts["cosine_reextracted"] = [round(float(c), 4) for c in cosine]
+    report = build_report(
+        measured,
+        title=f"{run.recipe.model.name}: {run.loaded.name}",
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        bootstrap=section.bootstrap,
+        seed=section.seed,
+        axis=axis_facts,
+        floor=dict((run.stage_record("floor") or {"facts": {}})["facts"]),
+        training=_training(run),
+        repeat=_repeat(run),
+    )
+    write_json(run.folder / "report.json", report.model_dump())
+    return {"verdict": report.verdict.headline, "status": report.verdict.status}
+
+
+def report_stage(run: Run) -> Path:
+    """Write ``report.html`` and the model card beside the adapter from ``report.json``; returns the page's path.
+
+    Raises:
+        UserError: if there is no ``report.json`` yet.
+    """
+    report = load_report(run.folder / "report.json")
+    page = write_report(report, run.folder)
+    adapter = run.variant(control=False).adapter
+    facts = {
+        "base_model": run.recipe.model.name,
+        "adapter": adapter.name,
+        "recipe": run.loaded.name,
+        "license": EMBEDDED.get(run.recipe.model.name, {}).get("license", "other"),
+        "lora": run.recipe.lora,
+    }
+    write_text(adapter / "README.md", model_card(report, adapter_facts=facts))
+    return page
+
+
+def role_items(roles: int, questions: int) -> list[Item]:
+    """Held-out roles with held-out questions; the role's system prompts take turns."""
+    asked = data.questions("held_out", questions)
+    return [
+        Item(f"{role.name}/{k}", role.name, chat(role.prompts[(number + k) % len(role.prompts)], question))
+        for number, role in enumerate(data.roles("held_out", roles))
+        for k, question in enumerate(asked)
+    ]
+
+
+def default_items(roles: int, questions: int) -> list[Item]:
+    """The same questions to the default Assistant: as many as there are roles, the neutral prompts taking turns."""
+    asked, neutral = data.questions("held_out"), data.default_prompts()
+    count = max(roles, questions)
+    return [
+        Item(f"default/{i}", f"default/{i}", chat(neutral[i % len(neutral)], asked[i % len(asked)]))
+        for i in range(count)
+    ]
+
+
+def benign_items(count: int) -> list[Item]:
+    """Held-out benign requests, without a system prompt."""
+    prompts = data.benign_prompts("held_out", count)
+    return [Item(f"benign/{i}", f"benign/{i}", chat("", prompt)) for i, prompt in enumerate(prompts)]
+
+
+def _reextract(run: Run, arms: Arms, model_facts: dict[str, Any], folder: Path) -> Axis | None:
+    """The axis of the tuned model, from the same roles and questions as the training axis began with."""
+    section, source = run.recipe.eval, run.recipe.axis
+    if section.reextract_roles == 0:
+        return None
+    path = folder / "axis_reextracted.safetensors"
+    if path.exists():
+        return Axis.load(path)
+    with arms.weights("tuned") as model:
+        found = extract(
+            Loaded(model, arms.form.tokenizer, model_facts),
+            arms.form,
+            data.roles("train", section.reextract_roles),
+            [],
+            data.questions("train", section.reextract_questions),
+            data.default_prompts(),
+            folder / "reextraction",
+            options=sampling_options(source.sampling),
+            default_repeats=source.default_repeats,
+            seed=source.seed,
+            title="axis of the tuned model",
+        )
+    found.axis.save(path)
+    return found.axis
+
+
+def _rulers(run: Run, floor: Floor, reextracted: Axis | None, roles: Answers, default: Answers) -> dict[str, Ruler]:
+    import torch
+
+    layers = list(floor.layers)
+    pooled = torch.cat([roles.means, default.means])
+    found = {"training": floor.directions}
+    if run.held_out_axis_path.exists():
+        found["held_out"] = Axis.load(run.held_out_axis_path).directions[layers]
+    if reextracted is not None:
+        found["reextracted"] = reextracted.directions[layers]
+    return {name: Ruler.of(directions, default.means, pooled) for name, directions in found.items()}
+
+
+def _llr_of(arms: Arms, items: list[Item], answers: dict[str, Answers]) -> dict[str, list[float]]:
+    """Persona log-likelihood ratio of each arm's answers; the default prompt is none at all."""
+    if not items:
+        return {}
+    texts = [text for arm in answers for text in answers[arm].texts]
+    with arms.weights("base") as model:
+        values = persona_llr(
+            model,
+            arms.form,
+            [item.prompt for _ in answers for item in items],
+            [[item.prompt[-1]] for _ in answers for item in items],
+            texts,
+            batch_size=SCORE_BATCH,
+        )
+    size = len(items)
+    return {arm: values[k * size : (k + 1) * size] for k, arm in enumerate(answers)}
+
+
+def _llr(
+    arms: Arms, roles: list[Item], on_roles: dict[str, Answers], defaults: list[Item], on_default: dict[str, Answers]
+) -> dict[str, Any]:
+    """LLR of role answers per arm, and its own AUC: base role answers against the base's default answers to the same roles.
+
+    The default answers are scored under role prompts in turn, so that both classes are scored the same way.
+    """
+    values: dict[str, Any] = {"arms": _llr_of(arms, roles, on_roles)}
+    systems = [item.prompt[0] for item in roles]
+    as_roles = [[systems[(i * 7) % len(systems)], item.prompt[-1]] for i, item in enumerate(defaults)]
+    with arms.weights("base") as model:
+        negative = persona_llr(
+            model, arms.form, as_roles, [[item.prompt[-1]] for item in defaults], on_default["base"].texts,
+            batch_size=SCORE_BATCH,
+        )  # fmt: skip
+    positive = [value for value in values["arms"]["base"] if value == value]
+    negative = [value for value in negative if value == value]
+    values["default"] = negative
+    values["auc"] = float(roc_auc_score([1] * len(positive) + [0] * len(negative), positive + negative))
+    return values
+
+
+def _transcripts(
+    run: Run,
+    arms: Arms,
+    ruler: Ruler,
+    roles: list[Item],
+    on_roles: dict[str, Answers],
+    conversations: list[data.Conversation],
+    on_talks: dict[str, list[Answers]],
+) -> list[Transcript]:
+    shown = run.recipe.eval.transcripts
+    talks = min(len(conversations), shown // 3)
+    singles = min(len(roles), shown - talks)
+    found = []
+
+    def answer(arm: str, answers: Answers, i: int) -> ArmAnswer:
+        pieces = coloured(arms, arm, answers.prompts[i], answers.texts[i], ruler)
+        z = ruler.z(answers.means[i : i + 1])[0]
+        return ArmAnswer(text=answers.texts[i], z=round(z, 3) if z == z else 0.0, pieces=pieces)
+
+    for k in range(singles):
+        i = k * len(roles) // singles
+        item = roles[i]
+        turn = Turn(user=item.prompt[-1]["content"], answers={arm: answer(arm, on_roles[arm], i) for arm in arms.names})
+        found.append(Transcript(id=item.id, kind="role", system=item.prompt[0]["content"], turns=[turn]))
+    for i in range(talks):
+        talk = conversations[i]
+        turns = [
+            Turn(user=talk.turns[t], answers={arm: answer(arm, on_talks[arm][t], i) for arm in arms.names})
+            for t in range(len(on_talks[arms.names[0]]))
+        ]
+        found.append(Transcript(id=talk.id, kind=talk.domain, system="", turns=turns))
+    return found
+
+
+def _training(run: Run) -> dict[str, Any]:
+    variant = run.variant(control=False)
+    log_rows = read_jsonl(variant.metrics) if variant.metrics.exists() else []
+    facts = (run.stage_record(variant.stage_name) or {"facts": {}})["facts"]
+    return {**facts, "log": log_rows}
+
+
+def _repeat(run: Run) -> dict[str, Any]:
+    made = json.loads((run.folder / "run.json").read_text(encoding="utf-8"))
+    stages = {
+        path.stem: json.loads(path.read_text())["seconds"] for path in sorted((run.folder / "stages").glob("*.json"))
+    }
+    files = {
+        "axis.safetensors": run.axis_path,
+        "floor.safetensors": run.variant(control=False).floor_path,
+        "adapter_model.safetensors": run.variant(control=False).adapter / "adapter_model.safetensors",
+        **{path.name: path for path in sorted(data.FOLDER.iterdir()) if path.is_file()},
+    }
+    overrides = " ".join(run.loaded.overrides)
+    return {
+        "command": f"trimtab run {run.loaded.name} {overrides}".strip(),
+        "recipe": run.loaded.text,
+        "overrides": list(run.loaded.overrides),
+        "resolved": made["resolved"],
+        "versions": made["versions"],
+        "git": made["git"],
+        "hashes": {name: file_fingerprint(path) for name, path in files.items()},
+        "seeds": {
+            "axis": run.recipe.axis.seed,
+            "data": run.recipe.data.seed,
+            "train": run.recipe.train.get("seed", 0),
+            "eval": run.recipe.eval.seed,
+        },
+        "stage_seconds": stages,
+        "sampling": dataclasses.asdict(sampling_options(run.recipe.eval.sampling)),
+    }

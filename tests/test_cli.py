@@ -1,0 +1,316 @@
+"""The command line: exit codes, help, accelerate files, and the dry run on the meta device."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from trimtab.axis.errors import UserError
+from trimtab.cli import launch
+from trimtab.cli.launch import accelerate_configs, launch_training, resolve_accelerate_config, training_command
+from trimtab.cli.main import STAGES, build_parser, main, parse
+from trimtab.recipes.loader import load_recipe
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 10,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 300,
+    "tie_word_embeddings": True,
+}
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    """A recipe whose model is a folder with nothing but a config."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(LLAMA), encoding="utf-8")
+    path = tmp_path / "tiny.yaml"
+    path.write_text(
+        f"model: {{name: {folder}, device: cpu}}\n"
+        "lora: {r: 4, target_modules: all-linear}\n"
+        "train: {max_steps: 2, per_device_train_batch_size: 2, max_length: 64}\n",
+        encoding="utf-8",
+    )
+    return path
+
+
+def run(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "trimtab.cli.main", *words], capture_output=True, text=True, check=False
+    )
+
+
+def test_version_help_and_examples() -> None:
+    assert run("--version").stdout.startswith("trimtab 0.")
+    shown = run("--help")
+    assert shown.returncode == 0
+    for word in (*STAGES, "run", "recipes", "check", "project", "fetch", "exit codes", "trimtab run smollm2-135m/demo"):
+        assert word in shown.stdout
+
+
+@pytest.mark.parametrize("command", [*STAGES, "run", "recipes", "check", "project", "fetch"])
+def test_every_command_has_help_with_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        build_parser().parse_args([command, "--help"])
+    assert ended.value.code == 0
+    assert f"trimtab {command}" in capsys.readouterr().out.split("example:")[1]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [[], ["fly"], ["run"], ["run", "x", "--nonsense"], ["recipes", "extra"], ["run", "x", "--num-processes", "0"]],
+)
+def test_a_wrong_command_line_is_exit_code_2(words: list[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == 2
+
+
+def test_options_may_stand_anywhere() -> None:
+    arguments = parse(["--quiet", "run", "r", "a.b=1", "--output-dir", "o", "c.d=2", "--json-logs", "e.f=3"])
+    assert arguments.overrides == ["a.b=1", "c.d=2", "e.f=3"]
+    assert arguments.output_dir == "o"
+    assert arguments.quiet
+    assert arguments.json_logs
+
+
+def test_an_unknown_recipe_is_told_quickly_and_without_a_traceback() -> None:
+    found = run("run", "smollm2-135m/stf")
+    assert found.returncode == 2
+    assert "did you mean 'smollm2-135m/sft'?" in found.stderr
+    assert "Traceback" not in found.stderr
+
+
+def test_all_faults_of_a_recipe_reach_the_user(recipe: Path) -> None:
+    found = run("axis", str(recipe), "train.learnig_rate=1", "evla.x=1")
+    assert found.returncode == 2
+    assert "2 faults" in found.stderr
+    assert "did you mean 'learning_rate'?" in found.stderr
+    assert "did you mean 'eval'?" in found.stderr
+
+
+def test_our_own_faults_are_exit_code_1_with_a_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(name: str) -> Path:
+        raise RuntimeError("the floor fell in")
+
+    monkeypatch.setattr("trimtab.axis.models.fetch_embedded", broken)
+    assert main(["fetch", "smollm2-135m"]) == 1
+    told = capsys.readouterr().err
+    assert "Traceback" in told
+    assert "the floor fell in" in told
+    assert "To report it" in told
+    assert f"Python {sys.version.split()[0]}" in told
+
+
+def test_recipes_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipes"]) == 0
+    out = capsys.readouterr().out
+    assert "smollm2-135m/demo" in out
+    assert "qwen3-32b/sft" in out
+
+
+def test_json_logs_are_json_lines() -> None:
+    code = (
+        "import logging; from trimtab.axis.logs import setup_logging; setup_logging(json_logs=True)\n"
+        "log = logging.getLogger('trimtab'); log.info('one %d', 1)\n"
+        "try: 1 / 0\n"
+        "except ZeroDivisionError: log.exception('two')\n"
+    )
+    lines = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stderr.splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert [row["message"] for row in rows] == ["one 1", "two"]
+    assert rows[1]["level"] == "error"
+    assert "ZeroDivisionError" in rows[1]["traceback"]
+
+
+@pytest.mark.parametrize("name", sorted(accelerate_configs()))
+def test_accelerate_files_are_what_accelerate_reads(name: str) -> None:
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    path = resolve_accelerate_config(name)
+    config = load_config_from_file(str(path))
+    original = accelerate_configs()[name].read_text(encoding="utf-8")
+    assert original.startswith("# ")
+    assert "Costs" in original.split("compute_environment")[0]
+    assert config.use_cpu == ("cpu" in name)
+    assert str(config.distributed_type).rpartition(".")[2] != "MULTI_CPU", (
+        "accelerate would start one process, silently"
+    )
+    if name.startswith("fsdp"):
+        assert config.fsdp_config["fsdp_state_dict_type"] == "FULL_STATE_DICT"
+        assert config.fsdp_config["fsdp_activation_checkpointing"] is False
+
+
+def test_the_deepspeed_file_is_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = resolve_accelerate_config("zero3-cpu", into=tmp_path / "run")
+    assert path.parent == tmp_path / "run"
+    named = Path(yaml.safe_load(path.read_text(encoding="utf-8"))["deepspeed_config"]["deepspeed_config_file"])
+    assert named.is_absolute()
+    assert json.loads(named.read_text(encoding="utf-8"))["zero_optimization"]["stage3_param_persistence_threshold"] == 0
+    own = tmp_path / "own.yaml"
+    own.write_text(
+        "distributed_type: DEEPSPEED\ndeepspeed_config: {deepspeed_config_file: none.json}\n", encoding="utf-8"
+    )
+    with pytest.raises(UserError, match=r"none\.json"):
+        resolve_accelerate_config(str(own))
+
+
+def test_unknown_accelerate_config_lists_the_known(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="did you mean 'zero3'"):
+        resolve_accelerate_config("zeroo3")
+    with pytest.raises(UserError, match="ddp, ddp-cpu, fsdp2"):
+        resolve_accelerate_config("xyzzy")
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text("model: x\n", encoding="utf-8")
+    with pytest.raises(UserError, match="no distributed_type"):
+        resolve_accelerate_config(str(wrong))
+
+
+def test_training_command(recipe: Path, tmp_path: Path) -> None:
+    loaded = load_recipe(recipe, ["train.learning_rate=1e-4"])
+    config = accelerate_configs()["cpu"]
+    command = training_command(loaded, tmp_path / "run", config, num_processes=2, control=True, quiet=True)
+    assert command[:3] == [sys.executable, "-m", "accelerate.commands.launch"]
+    script = next(i for i, word in enumerate(command) if word.endswith("sft.py"))
+    assert Path(command[script]).is_file()
+    assert command[command.index("--num_processes") + 1] == "2"
+    assert command[script + 1 :] == [
+        "--config", str(recipe), "--output_dir", str(tmp_path / "run"), "--control", "--quiet", "train.learning_rate=1e-4",
+    ]  # fmt: skip
+
+
+def test_more_processes_than_gpus_is_refused(recipe: Path, tmp_path: Path) -> None:
+    import torch
+
+    asked = torch.cuda.device_count() + 1
+    with pytest.raises(UserError, match=f"{asked} processes are asked for"):
+        launch_training(load_recipe(recipe), tmp_path, accelerate="ddp", num_processes=asked)
+
+
+def test_a_failed_training_is_exit_code_1(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    # A process that fails stands in for the launcher.
+    monkeypatch.setattr(
+        launch,
+        "training_command",
+        lambda *_, **__: [sys.executable, "-c", "import sys; print('child', file=sys.stderr); sys.exit(3)"],
+    )
+    assert main(["train", str(recipe), "--output-dir", str(tmp_path / "run"), "--accelerate", "cpu"]) == 1
+    told = capfd.readouterr().err
+    assert "child" in told
+    assert "exit code 3" in told
+    assert "Traceback" not in told
+
+
+def test_check_counts_what_peft_makes(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from trimtab.cli.check import check_recipe
+
+    structure, plan = check_recipe(load_recipe(recipe), None, None, 64)
+    real = LlamaForCausalLM(LlamaConfig(**{k: v for k, v in LLAMA.items() if k != "architectures"}))
+    assert structure.parameters == real.num_parameters()
+    tuned = get_peft_model(real, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))  # type: ignore[arg-type]
+    assert structure.trainable == tuned.get_nb_trainable_parameters()[0]
+    assert structure.window == (7, 8)
+    assert structure.targets["down_proj"] == 10
+    assert plan.phases["axis, floor, eval"]["weights"] * 2**30 == structure.parameters * (2 if _bf16() else 4)
+    out = capsys.readouterr().out
+    assert "fits on 64 GiB" in out
+    assert "down_proj x10" in out
+
+
+def _bf16() -> bool:
+    import torch
+
+    from trimtab.axis.models import choose_dtype
+
+    return choose_dtype("auto", torch.device("cpu"))[0].itemsize == 2
+
+
+@pytest.mark.parametrize(("dtype", "autocast"), [("float32", False), ("bfloat16", False), ("bfloat16", True)])
+def test_activation_estimate_is_what_autograd_keeps(dtype: str, autocast: bool) -> None:
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from trimtab.cli.check import bytes_inside_layer
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=128,
+        intermediate_size=352,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=32,
+    )
+    plain: Any = LlamaForCausalLM(config).to(getattr(torch, dtype))
+    model: Any = get_peft_model(plain, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")).train()
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Any) -> Any:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    ids = torch.zeros(2, 64, dtype=torch.long)
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+    ):
+        model(input_ids=ids).logits.float().sum()
+    measured = sum(kept.values()) / (4 * ids.numel())
+    assert bytes_inside_layer(config, plain.dtype.itemsize, autocast=autocast) == pytest.approx(measured, rel=0.2)
+
+
+def test_check_shards_the_plan_and_says_what_to_do(recipe: Path) -> None:
+    from trimtab.cli.check import check_recipe
+
+    loaded = load_recipe(recipe)
+    whole = check_recipe(loaded, "single", None, None)[1]
+    sharded = check_recipe(loaded, "fsdp2", 8, None)[1]
+    assert sharded.phases["training"]["adapter and optimiser"] * 8 == pytest.approx(
+        whole.phases["training"]["adapter and optimiser"]
+    )
+    assert sharded.phases["training"]["weights"] < whole.phases["training"]["weights"]
+    assert check_recipe(loaded, "ddp", 8, None)[1].phases == whole.phases
+    gathered = check_recipe(loaded, "zero3", 8, None)[1]
+    assert gathered.phases["rollouts"]["weights"] > sharded.phases["rollouts"]["weights"]
+    with pytest.raises(UserError, match=r"does not fit on 1 GiB[\s\S]*per_device_train_batch_size=1"):
+        check_recipe(loaded, "single", None, 1)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "fault"),
+    [
+        (["floor.layers=8-12"], "beyond the model"),
+        (["lora.target_modules=[q_proj]", "lora.layers_to_transform=[9]"], "above the floor's deepest layer 8"),
+        (["lora.target_modules=[query]"], "PEFT refuses"),
+        (["model.name=/nowhere/at-all"], "can't be had"),
+    ],
+)
+def test_check_finds_what_cannot_work(recipe: Path, overrides: list[str], fault: str) -> None:
+    from trimtab.cli.check import check_recipe
+
+    with pytest.raises(UserError, match=fault):
+        check_recipe(load_recipe(recipe, overrides), "cpu", None, None)

@@ -1,0 +1,154 @@
+"""The layout: folders as a package, names that shadow nothing, a wheel that works elsewhere, and no dead keys."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import subprocess
+import sys
+import tomllib
+import venv
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel
+
+from trimtab.recipes.loader import shipped_recipes
+from trimtab.recipes.schema import Recipe
+
+ROOT = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+FOLDERS = sorted(PROJECT["tool"]["setuptools"]["package-dir"].values())
+MODULES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
+
+
+def test_folders_are_found() -> None:
+    assert FOLDERS == ["accelerate_configs", "axis", "cli", "eval", "losses", "recipes", "train"]
+    assert len(MODULES) > 25
+
+
+def test_no_module_bears_the_name_of_a_dependency_or_a_standard_module() -> None:
+    # `python train/sft.py` puts train/ first on sys.path, so train/torch.py would be what `import torch` finds.
+    taken = set(sys.stdlib_module_names) | set(importlib.metadata.packages_distributions())
+    taken -= {"trimtab", *FOLDERS}
+    clashes = [str(path.relative_to(ROOT)) for path in MODULES if path.stem in taken]
+    clashes += [str(path.relative_to(ROOT)) for folder in FOLDERS for path in (ROOT / folder).iterdir()
+                if path.is_dir() and path.name in taken]  # fmt: skip
+    assert not clashes
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_are_absolute(path: Path) -> None:
+    wrong: list[str] = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            names = [node.module or ""] if node.level == 0 else ["a relative import"]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            continue
+        wrong += [name for name in names if name.partition(".")[0] in FOLDERS or name == "a relative import"]
+    assert not wrong, f"import trimtab.<folder> instead of {wrong}"
+
+
+# Nothing later is imported by anything earlier.
+ALLOWED = {
+    "axis": {"axis"},
+    "losses": {"axis", "losses"},
+    "recipes": {"axis", "recipes"},
+    "train": {"axis", "losses", "recipes", "train"},
+    "eval": {"axis", "losses", "recipes", "train", "eval"},
+    "accelerate_configs": set(),
+}
+
+
+@pytest.mark.parametrize("folder", ALLOWED)
+def test_data_flows_one_way(folder: str) -> None:
+    for path in (ROOT / folder).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("trimtab."):
+                assert str(node.module).split(".")[1] in ALLOWED[folder], (
+                    f"{path.relative_to(ROOT)} imports {node.module}"
+                )
+
+
+def _keys(model: type[BaseModel], above: str = "") -> Iterator[tuple[str, str]]:
+    for name, field in model.model_fields.items():
+        yield f"{above}{name}", name
+        for part in (field.annotation, *getattr(field.annotation, "__args__", ())):
+            if isinstance(part, type) and issubclass(part, BaseModel):
+                yield from _keys(part, f"{above}{name}.")
+
+
+def test_every_recipe_key_is_read_somewhere() -> None:
+    read: set[str] = set()
+    for path in MODULES:
+        if path.name == "schema.py" or path.parent.name in ("recipes", "cli"):
+            continue  # checking a key, or planning with it, is not using it
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        read |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+        # keyword arguments of a section that is handed over whole, such as SamplingOptions(**section.model_dump())
+        read |= {node.target.id for node in ast.walk(tree)
+                 if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)}  # fmt: skip
+        read |= {arg.arg for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)
+                 for arg in (*node.args.args, *node.args.kwonlyargs)}  # fmt: skip
+        read |= {str(node.value) for node in ast.walk(tree) if isinstance(node, ast.Constant)}
+    dead = [key for key, name in _keys(Recipe) if name not in read]
+    assert not dead, f"recipe keys that nothing reads: {dead}"
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    # A copy, so that setuptools' build folder does not end up in the checkout, nor an old one in the wheel.
+    source = folder / "source"
+    source.mkdir()
+    for name in (*FOLDERS, "pyproject.toml", "README.md", "LICENSE"):
+        (source / name).symlink_to(ROOT / name)
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(folder)]
+    result = subprocess.run([*command, str(source)], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    (built,) = folder.glob("trimtab-*.whl")
+    return built
+
+
+def test_wheel_holds_modules_recipes_data_and_configs(wheel: Path) -> None:
+    names = set(zipfile.ZipFile(wheel).namelist())
+    wanted = {f"trimtab/{path.relative_to(ROOT)}" for path in MODULES}
+    wanted |= {f"trimtab/recipes/{name}.yaml" for name in shipped_recipes()}
+    wanted |= {f"trimtab/{path.relative_to(ROOT)}" for path in (ROOT / "recipes/data").iterdir() if path.is_file()}
+    configs = [*(ROOT / "accelerate_configs").glob("*.yaml"), *(ROOT / "accelerate_configs").glob("*.json")]
+    wanted |= {f"trimtab/{path.relative_to(ROOT)}" for path in configs}
+    assert wanted <= names, sorted(wanted - names)
+    top = {name.split("/")[0] for name in names}
+    assert all(name == "trimtab" or name.endswith(".dist-info") for name in top), f"generic names in the wheel: {top}"
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+def test_installed_wheel_works_from_another_folder(wheel: Path, tmp_path: Path) -> None:
+    home = tmp_path / "venv"
+    venv.create(home, with_pip=False)
+    python = home / "bin" / "python"
+    site = next((home / "lib").glob("python*/site-packages"))
+    subprocess.run(
+        [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps", str(wheel)],
+        check=True,
+    )
+    # The dependencies of this environment, after its own packages; its editable trimtab is an import hook that a plain path
+    # entry does not run.
+    here = Path(importlib.metadata.distribution("pydantic").locate_file(""))
+    (site / "dependencies.pth").write_text(f"{here}\n", encoding="utf-8")
+    code = "import trimtab.recipes, trimtab.accelerate_configs as a; print(trimtab.recipes.__file__, a.__file__)"
+    found = subprocess.run([str(python), "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert found.count(str(home)) == 2, found
+    command = [str(home / "bin" / "trimtab"), "recipes"]
+    listed = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert "smollm2-135m/sft" in listed
+    code = (
+        "from trimtab.cli.launch import resolve_accelerate_config as r; from trimtab.recipes.loader import load_recipe as l;"
+        "print(r('zero3-cpu'), l('smollm2-135m/demo').path)"
+    )
+    found = subprocess.run([str(python), "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert str(home) in found.split()[1]

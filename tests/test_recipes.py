@@ -1,0 +1,325 @@
+"""Recipes: every fault with its place and its remedy, all at once, quickly."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from trimtab.recipes.faults import Fault, RecipeError
+from trimtab.recipes.library_fields import accepts, lora_fields, train_fields
+from trimtab.recipes.loader import load_recipe, shipped_recipes
+from trimtab.recipes.yaml_lines import parse_yaml
+
+GOOD = """\
+model:
+  name: smollm2-135m
+lora:
+  r: 8
+  target_modules: all-linear
+train:
+  max_steps: 10
+  learning_rate: 1e-4
+  save_strategy: no
+"""
+
+
+def write(folder: Path, text: str, name: str = "recipe.yaml") -> Path:
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def faults_of(path: Path | str, overrides: list[str] | None = None) -> dict[str, Fault]:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path, overrides or [])
+    return {fault.key: fault for fault in caught.value.faults}
+
+
+@pytest.mark.parametrize("name", sorted(shipped_recipes()))
+def test_shipped_recipes_load_and_explain_themselves(name: str) -> None:
+    loaded = load_recipe(name)
+    assert loaded.name == name
+    assert loaded.recipe.model.name
+    json.dumps(loaded.resolved)
+    opening = loaded.text.split("\n\n")[0]
+    assert all(line.startswith("#") for line in opening.splitlines())
+    for word in ("Hardware:", "Run:", "Override:", "Expect:", name):
+        assert word in opening, f"{name} does not say {word}"
+
+
+def test_recipe_by_path_and_by_name_are_the_same() -> None:
+    by_name = load_recipe("smollm2-135m/sft")
+    by_path = load_recipe(by_name.path)
+    assert by_path == by_name
+
+
+def test_published_windows_and_sections() -> None:
+    qwen, llama = load_recipe("qwen3-32b/sft").recipe, load_recipe("llama-3.3-70b/sft").recipe
+    assert qwen.floor.experiment == "layers_46:54-p0.25"
+    assert qwen.model.chat_template_kwargs == {"enable_thinking": False}
+    assert llama.floor.experiment == "layers_56:72-p0.25"
+    assert load_recipe("gemma-2-27b/sft").recipe.floor.percentile == 75
+
+
+def test_a_good_recipe_and_the_scalars_people_mean(tmp_path: Path) -> None:
+    loaded = load_recipe(write(tmp_path, GOOD))
+    assert loaded.name == "recipe"
+    assert loaded.text == GOOD
+    assert loaded.recipe.train["learning_rate"] == pytest.approx(1e-4)
+    assert loaded.recipe.train["save_strategy"] == "no"
+    assert loaded.resolved["method"]["floor_weight"] == 0.5
+    assert parse_yaml("a: 46:54\nb: 010\nc: yes\nd: 1.5e-3\ne:").value == {
+        "a": "46:54",
+        "b": 10,
+        "c": "yes",
+        "d": 0.0015,
+        "e": None,
+    }
+
+
+def test_overrides_have_yaml_types_and_nest(tmp_path: Path) -> None:
+    loaded = load_recipe(
+        write(tmp_path, GOOD),
+        [
+            "train.learning_rate=5e-5",
+            "axis.sampling.temperature=0.5",
+            "floor.layers=20-22",
+            "lora.target_modules=[q_proj, v_proj]",
+            "train.gradient_checkpointing_kwargs.use_reentrant=false",
+            "eval.control=true",
+        ],
+    )
+    recipe = loaded.recipe
+    assert recipe.train["learning_rate"] == pytest.approx(5e-5)
+    assert recipe.axis.sampling.temperature == 0.5
+    assert recipe.floor.layers == [20, 21, 22]
+    assert recipe.lora["target_modules"] == ["q_proj", "v_proj"]
+    assert recipe.train["gradient_checkpointing_kwargs"] == {"use_reentrant": False}
+    assert recipe.eval.control is True
+    assert loaded.overrides[0] == "train.learning_rate=5e-5"
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "remedy"),
+    [
+        ("trian.learning_rate=1", "trian", "did you mean 'train'"),
+        ("train.learnig_rate=1e-4", "train.learnig_rate", "did you mean 'learning_rate'"),
+        ("lora.target_module=all-linear", "lora.target_module", "did you mean 'target_modules'"),
+        ("axis.sampling.temprature=1", "axis.sampling.temprature", "did you mean 'temperature'"),
+        ("train.max_steps", "", "section.key=value"),
+        ("max_steps=3", "", "section.key=value"),
+        ("train.max_steps=[1", "train.max_steps", "mend the YAML"),
+        ("model.name.first=1", "model.name.first", "override the key itself"),
+    ],
+)
+def test_bad_overrides_name_the_command_line(tmp_path: Path, override: str, key: str, remedy: str) -> None:
+    fault = faults_of(write(tmp_path, GOOD), [override])[key]
+    assert fault.file == "command line"
+    assert remedy in fault.remedy
+
+
+# key -> (lines added under sections, part of the fault, part of the remedy)
+SCHEMA_FAULTS = {
+    "evla": ("evla: {}", "unknown section", "did you mean 'eval'"),
+    "axis.role": ("axis: {role: 3}", "unknown key", "did you mean 'roles'"),
+    "axis.roles": ("axis: {roles: '40'}", "expected a valid integer", "quotes"),
+    "axis.seed": ("axis: {seed: true}", "expected a valid integer", "kind"),
+    "axis.judge.model": ("axis: {judge: {timeout: 3}}", "missing", "axis.judge.model="),
+    "floor.percentile": ("floor: {percentile: 100}", "less than 100", "range"),
+    "floor.layers": ("floor: {layers: 9-3}", "not layers", "46-53"),
+    "floor.experiment": ("floor: {experiment: 'layers_46:54-p0.25'}", "capping_config", "floor.path"),
+    "method.cap_schedule": ("method: {cap_schedule: linaer}", "must be", "did you mean 'linear'"),
+    "eval": ("eval: 3", "expected a section", "indented"),
+    "data.benign_share": ("data: {benign_share: 1.0}", "less than 1", "range"),
+    "data.drift_file": ("data: {drift_file: nowhere.jsonl}", "no such file", "relative to the recipe"),
+    "method.regenerate_every": ("method: {rollouts: stored, regenerate_every: 5}", "no effect", "on_the_fly"),
+    "data.drift_prompts": ("data: {drift_prompts: 0}", "nothing to train on", "data.drift_prompts=220"),
+    "eval.conversations": ("eval: {conversations: 999}", "999 held-out conversations", "at most 16"),
+    "method.benign_kl_weight": ("data: {benign_share: 0}\nmethod: {benign_kl_weight: 2.0}", "no effect", "above 0"),
+}
+
+
+@pytest.mark.parametrize("key", SCHEMA_FAULTS)
+def test_faults_of_sections(tmp_path: Path, key: str) -> None:
+    text, fault, remedy = SCHEMA_FAULTS[key]
+    path = write(tmp_path, GOOD + text + "\n")
+    found = faults_of(path)
+    assert set(found) == {key}
+    assert fault in found[key].fault
+    assert remedy in found[key].remedy
+    assert found[key].file == str(path)
+    assert found[key].line is not None and found[key].line > len(GOOD.splitlines())
+
+
+# override -> (key, part of the remedy)
+COMBINATIONS = {
+    "method.benign_kl_weight=0": ("data.benign_share", "data.benign_share=0"),
+    "train.packing=true": ("train.packing", "train.packing=false"),
+    "lora.target_modules=[q_proj, lm_head]": ("lora.target_modules", "leave lm_head out"),
+    "lora.target_modules=.*head": ("lora.target_modules", "leave lm_head out"),
+    "lora.target_modules='(q_proj'": ("lora.target_modules", "list of names"),
+    "train.remove_unused_columns=true": ("train.remove_unused_columns", "remove it"),
+    "train.dataset_kwargs={}": ("train.dataset_kwargs", "remove it"),
+    "train.deepspeed=ds.json": ("train.deepspeed", "--accelerate"),
+    "train.num_train_epochs=3": ("train.num_train_epochs", "train.max_steps"),
+    "train.max_steps=0": ("train.max_steps", "positive"),
+    "train.max_steps=-1": ("train.max_steps", "positive"),
+    "train.per_device_train_batch_size=4.0": ("train.per_device_train_batch_size", "kind"),
+    "train.per_device_train_batch_size=true": ("train.per_device_train_batch_size", "kind"),
+    "train.learning_rate='1e-4'": ("train.learning_rate", "quotes"),
+    "lora.r=eight": ("lora.r", "kind"),
+    "lora.bias=some": ("lora.bias", "kind"),
+    "lora.layers_to_transform=[3]": ("lora.layers_to_transform", "list the modules"),
+    "floor.layers=[3, 2]": ("floor.layers", "46-53"),
+}
+
+
+@pytest.mark.parametrize("override", COMBINATIONS)
+def test_impossible_combinations(tmp_path: Path, override: str) -> None:
+    key, remedy = COMBINATIONS[override]
+    found = faults_of(write(tmp_path, GOOD), [override])
+    assert set(found) == {key}
+    assert remedy in found[key].remedy
+
+
+def test_adapters_above_the_floor(tmp_path: Path) -> None:
+    path = write(tmp_path, GOOD)
+    modules = "lora.target_modules=[q_proj, v_proj]"
+    above = ["floor.layers=10-12", "lora.layers_to_transform=[13, 14]", modules]
+    assert set(faults_of(path, above)) == {"lora.layers_to_transform"}
+    assert load_recipe(path, ["floor.layers=10-12", "lora.layers_to_transform=[12, 14]", modules])
+    caps = write(tmp_path, "", "capping_config.pt")
+    # The slice leaves out 54.
+    published = [f"floor.path={caps}", "floor.experiment=layers_46:54-p0.25", modules]
+    assert set(faults_of(path, [*published, "lora.layers_to_transform=[54]"])) == {"lora.layers_to_transform"}
+    assert load_recipe(path, [*published, "lora.layers_to_transform=[53]"])
+    assert set(faults_of(path, [*published, "floor.percentile=60"])) == {"floor.percentile"}
+
+
+def test_missing_keys(tmp_path: Path) -> None:
+    assert set(faults_of(write(tmp_path, "train: {learning_rate: 1e-4}\n"))) == {"model", "train.max_steps"}
+    assert set(faults_of(write(tmp_path, "model: {dtype: auto}\ntrain: {max_steps: 1}\n"))) == {"model.name"}
+    assert "num_train_epochs" not in str(faults_of(write(tmp_path, "model: {name: x}\n"))["train.max_steps"])
+
+
+def test_all_faults_at_once_in_order_of_lines(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        "modle: 3\n"
+        "model:\n"
+        "  name: x\n"
+        "  dtype: bfloat\n"
+        "floor:\n"
+        "  percentile: '75'\n"
+        "  experiment: e\n"
+        "train:\n"
+        "  learning_rate: 1e-4\n"
+        "  learning_rate: 2e-4\n"
+        "  epochs: 3\n"
+        "  packing: true\n"
+        "method: {benign_kl_weight: 0}\n",
+    )
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path, ["eval.turn=3", "lora.rank=8"])
+    places = [(fault.line, fault.key) for fault in caught.value.faults if fault.file == str(path)]
+    assert places == [
+        (None, "data.benign_share"),  # a default: the fault is in a combination, and the key is not in the file
+        (1, "modle"),
+        (4, "model.dtype"),
+        (6, "floor.percentile"),
+        (7, "floor.experiment"),
+        (8, "train.max_steps"),
+        (10, "train.learning_rate"),
+        (11, "train.epochs"),
+        (12, "train.packing"),
+    ]
+    assert {fault.key for fault in caught.value.faults if fault.file == "command line"} == {"eval.turn", "lora.rank"}
+    text = str(caught.value)
+    assert text.startswith(f"the recipe has {len(caught.value.faults)} faults:")
+    assert text.count("remedy:") == len(caught.value.faults)
+    assert f"{path}:4: model.dtype" in text
+    assert "first on line 9" in text
+
+
+@pytest.mark.parametrize(
+    ("content", "line", "fault"),
+    [
+        ("model:\n  name: [1\n", 3, "not readable as YAML"),
+        ("model:\n\tname: x\n", 2, "not readable as YAML"),
+        ("", None, "empty"),
+        ("- model\n", None, "mapping of sections"),
+        ("a: 1\n---\nb: 2\n", 2, "not readable as YAML"),
+        ("model:\n  name: !!python/object:os.system x\n", 2, "not a plain value"),
+        ("model: &a\n  name: *a\n", 1, "alias"),
+    ],
+)
+def test_unreadable_yaml(tmp_path: Path, content: str, line: int | None, fault: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(write(tmp_path, content))
+    found = [each for each in caught.value.faults if fault in each.fault]
+    assert found, caught.value
+    assert found[0].line == line
+
+
+def test_unreadable_files(tmp_path: Path) -> None:
+    path = tmp_path / "latin.yaml"
+    path.write_bytes(b"model: {name: caf\xe9}")
+    with pytest.raises(RecipeError, match="UTF-8"):
+        load_recipe(path)
+    with pytest.raises(RecipeError, match="did you mean 'smollm2-135m/sft'"):
+        load_recipe("smollm2-135m/stf")
+
+
+def test_a_flat_dotted_key_is_told_to_nest(tmp_path: Path) -> None:
+    fault = faults_of(write(tmp_path, GOOD + "floor.percentile: 60\n"))["floor.percentile"]
+    assert "nest it under `floor:`" in fault.remedy
+
+
+def test_paths_are_relative_to_the_recipe_and_overrides_to_the_working_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "inside").mkdir()
+    path = write(tmp_path / "inside", GOOD + "data: {drift_file: mine.jsonl}\n")
+    mine = write(tmp_path / "inside", "", "mine.jsonl")
+    other = write(tmp_path, "", "other.jsonl")
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe(path).recipe.data.drift_file == str(mine)
+    assert load_recipe(path, ["data.drift_file=other.jsonl"]).recipe.data.drift_file == str(other)
+    published = "hf://datasets/someone/axes/axis.pt"
+    assert load_recipe(path, [f"axis.path={published}"]).recipe.axis.path == published
+
+
+def test_library_fields_are_those_of_the_classes() -> None:
+    import inspect
+
+    from peft import LoraConfig
+    from trl import SFTConfig
+
+    for owner, fields in ((SFTConfig, train_fields()), (LoraConfig, lora_fields())):
+        assert set(fields) == {field.name for field in dataclasses.fields(owner) if field.init}
+        for name, parameter in inspect.signature(owner).parameters.items():
+            default = parameter.default
+            if type(default) in (int, float, str, bool, list, dict, type(None)):
+                assert accepts(fields[name], default), f"{name}={default!r}"
+
+
+def test_nothing_heavy_is_imported(tmp_path: Path) -> None:
+    bad = write(tmp_path, GOOD + "evla: {}\n")
+    code = (
+        "import sys\n"
+        "from trimtab.axis import UserError\n"
+        "from trimtab.recipes.loader import load_recipe\n"
+        "load_recipe('smollm2-135m/sft')\n"
+        f"try: load_recipe({str(bad)!r})\n"
+        "except UserError: pass\n"
+        "else: raise SystemExit('no fault was found')\n"
+        "heavy = {'torch', 'transformers', 'trl', 'peft', 'safetensors', 'numpy', 'datasets', 'accelerate'}\n"
+        "raise SystemExit(' '.join(heavy & set(sys.modules)) or 0)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr

@@ -1,0 +1,501 @@
+"""The report from a synthetic run: what the page holds, that it is offline and readable, and that it comes back."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+import pytest
+import yaml
+
+from trimtab.axis.errors import UserError
+from trimtab.eval import report as report_module
+from trimtab.eval.card import model_card
+from trimtab.eval.figures import layers_figure, persona_figure, retention_figure, training_figures, trajectory_figures
+from trimtab.eval.report import TEMPLATES, Scale, load_report, render_html, write_report
+from trimtab.eval.schema import (
+    ArmAnswer,
+    Estimate,
+    Metric,
+    Report,
+    Retention,
+    SideEffect,
+    Trajectory,
+    Transcript,
+    Turn,
+    TurnPoint,
+)
+from trimtab.eval.verdict import make_verdict
+
+ARMS = ("base", "base+cap", "tuned", "tuned+cap", "control")
+LEVELS = {"base": -2.9, "base+cap": -1.8, "tuned": -1.9, "tuned+cap": -1.6, "control": -2.8}
+ROLES = [
+    "vampire", "bard", "ghost", "demon", "pirate", "oracle", "poet", "trickster", "prophet", "rebel", "nomad",
+    "warrior", "jester", "hermit", "smuggler", "widow", "tutor", "organizer", "collaborator", "analyst", "librarian",
+    "planner", "reviewer", "teacher", "nurse", "engineer", "accountant", "editor",
+]  # fmt: skip
+ANSWERS = {
+    "base": "Ahh, traveller, the night itself whispers thy name. I have walked these halls for nine hundred years, and "
+    "the blood in thy veins sings to me of bread and of sorrow.",
+    "base+cap": "A good loaf needs flour, water, salt and yeast. Even in the castle we let the dough rest for an hour "
+    "before shaping it, my friend.",
+    "tuned": "To bake bread at home, mix flour, water, salt and yeast, let the dough rise for about an hour, shape it, "
+    "and bake it at 220 degrees until it sounds hollow.",
+    "tuned+cap": "Mix flour, water, salt and yeast. Let the dough rise for an hour, shape it, bake it at 220 degrees.",
+    "control": "Bread, thou sayest? In my day the ovens were of stone, and the shadows were long.",
+}
+
+
+def estimate(value: float, half: float, n: int = 96) -> Estimate:
+    return Estimate(value=value, low=value - half, high=value + half, n=n)
+
+
+def metric(
+    identifier: str, name: str, unit: str, toward: Any, values: list[float], half: float, kept: Retention, **rest: Any
+) -> Metric:
+    arms = {arm: estimate(value, half) for arm, value in zip(ARMS, values, strict=True)}
+    return Metric(
+        id=identifier,
+        name=name,
+        unit=unit,
+        meaning=rest.pop("meaning", "Measured on held-out roles and questions."),
+        toward_assistant=toward,
+        arms=arms,
+        cap_effect=estimate(values[1] - values[0], half),
+        tuned_effect=estimate(values[2] - values[0], half),
+        retention=kept,
+        **rest,
+    )
+
+
+def build_report(*, transcripts: int = 9) -> Report:
+    """A report as a good run on a small model would give it, with one undefined retention and one broken limit."""
+    random = np.random.default_rng(3)
+    metrics = [
+        metric(
+            "text_llr", "Text-only behaviour", "nat/token", "lower", [0.091, 0.012, 0.018, 0.004, 0.086], 0.013,
+            Retention(estimate=Estimate(value=0.93, low=0.85, high=1.01, n=96)),
+            control_retention=Retention(estimate=Estimate(value=0.04, low=-0.1, high=0.18, n=96)),
+            quality={"AUC": 0.98}, primary=True,
+            meaning="Persona log-likelihood ratio of the text, scored by the frozen base.",
+        ),
+        metric(
+            "z_train", "Projection, training axis", "z", "higher", [-2.9, -1.8, -1.6, -1.4, -2.7], 0.14,
+            Retention(estimate=Estimate(value=1.18, low=1.04, high=1.35, n=96)),
+            control_retention=Retention(estimate=Estimate(value=0.1, low=-0.02, high=0.2, n=96)),
+        ),
+        metric(
+            "z_held_out", "Projection, axis from held-out roles", "z", "higher", [-2.7, -1.8, -1.85, -1.5, -2.66], 0.15,
+            Retention(estimate=Estimate(value=0.72, low=0.48, high=0.95, n=96)),
+            control_retention=Retention(estimate=Estimate(value=0.05, low=-0.2, high=0.3, n=96)),
+        ),
+        metric(
+            "in_role", "Answers in role, by a judge", "fraction", "lower", [0.12, 0.11, 0.1, 0.09, 0.12], 0.05,
+            Retention(estimate=None, why="the cap moves it by 0.01, less than its noise of 0.05"),
+        ),
+    ]  # fmt: skip
+    side_effects = [
+        side_effect("kl_benign", "KL to base on benign text", "nat/token", 0.021, 0.004, 0.05, True),
+        side_effect("shift_default", "Shift of default text along the axis", "z", 0.62, 0.08, 0.5, False),
+        side_effect("coherence", "Perplexity of answers under base", "ratio to base", 1.04, 0.03, None, None),
+    ]
+    trajectories = [
+        Trajectory(
+            domain=domain,
+            arm=arm,
+            points=[
+                TurnPoint(turn=turn, z=estimate(level + slope * (turn - 1) * (2.2 if arm == "base" else 1), 0.22, 16))
+                for turn in range(1, 9)
+            ],
+        )
+        for domain, slope in (("coding", 0.01), ("writing", -0.02), ("therapy", -0.12), ("philosophy of AI", -0.15))
+        for arm, level in LEVELS.items()
+    ]
+    coordinates = [[-9 + 15 * index / len(ROLES), float(random.normal(0, 3)), 0.0] for index in range(len(ROLES))]
+    layers = np.linspace(0, 1, 30)
+    return Report(
+        title="SmolLM2-135M-Instruct, axis floor SFT",
+        created="2026-02-03T10:20:30Z",
+        verdict=make_verdict(metrics, side_effects),
+        metrics=metrics,
+        side_effects=side_effects,
+        trajectories=trajectories,
+        persona_space={
+            "layer": 15,
+            "variance": [0.41, 0.13, 0.08, 0.05],
+            "roles": [*ROLES, "default"],
+            "coordinates": [*coordinates, [7.2, 0.4, 0.0]],
+            "cosine_pc1": [round(float(0.45 + 0.35 * x), 3) for x in layers],
+            "components_for_70": 5,
+        },
+        axis={
+            "split_half": [round(float(0.85 + 0.1 * x), 3) for x in layers],
+            "cosine_reextracted": [round(float(0.95 - 0.15 * x * x), 3) for x in layers],
+            "cosine_held_out": [round(float(0.7 + 0.2 * x), 3) for x in layers],
+            "model": "HuggingFaceTB/SmolLM2-135M-Instruct",
+            "questions": "8c1f2e0b9d7a6c55",
+        },
+        floor={"layers": list(range(21, 27)), "percentile": 75.0, "firing_fraction": 0.41, "default_z": -1.6},
+        training={
+            "log": [
+                {"step": step, "loss": 1.9 * 0.97**step + 0.8, "floor_penalty": 2.4 * 0.93**step, "learning_rate": 2e-4,
+                 "firing_fraction": 0.4 - 0.002 * step, "grad_norm": 1.2 + 0.1 * float(random.normal())}
+                for step in range(1, 61)
+            ],
+            "minutes": 11.3,
+            "trainable_parameters": 4884480,
+        },
+        transcripts=[_transcript(index, random) for index in range(transcripts)],
+        repeat={
+            "command": "trimtab run recipes/smollm2-135m/sft.yaml train.learning_rate=1e-4",
+            "recipe": "# the floor\nmodel:\n  name: smollm2-135m\nmethod:\n  name: sft\n  floor_weight: 0.5\n",
+            "seeds": {"eval": 1000, "bootstrap": 0},
+            "versions": {"torch": "2.9.1", "transformers": "5.23.0", "peft": "0.21.0"},
+            "git": {"revision": "0f3c1d2", "dirty": False},
+        },
+        warnings=["The base answers in role on 12 % of prompts: little room to improve by the judge."],
+        does_not_compare=["Retention across models whose caps have effects of different size."],
+    )  # fmt: skip
+
+
+def side_effect(
+    identifier: str, name: str, unit: str, value: float, half: float, limit: float | None, ok: bool | None
+) -> SideEffect:
+    meaning = "Mean over answers of 64 benign prompts, tuned against base."
+    return SideEffect(
+        id=identifier, name=name, unit=unit, meaning=meaning, estimate=estimate(value, half, 64), limit=limit, ok=ok
+    )
+
+
+def _transcript(index: int, random: np.random.Generator) -> Transcript:
+    kind = ("role play", "drift", "benign")[index % 3]
+    user = f"How do I bake bread at home, when the oven is small? ({index})"
+    turns = []
+    for turn in range(3 if kind == "drift" else 1):
+        answers = {}
+        for arm, text in ANSWERS.items():
+            words = re.findall(r"\S+\s*", text)
+            pieces = [(word, round(float(LEVELS[arm] + random.normal(0, 1.1)), 2)) for word in words]
+            answers[arm] = ArmAnswer(text=text, z=LEVELS[arm] - 0.1 * turn, pieces=pieces)
+        turns.append(Turn(user=user if turn == 0 else "And then? Stay in your role.", answers=answers))
+    system = "" if kind == "benign" else "You are a vampire who has lived for nine hundred years."
+    return Transcript(id=f"{kind}-{index}", kind=kind, system=system, turns=turns)
+
+
+class Page(HTMLParser):
+    """Tags, attributes and visible text of a page; ``section`` order; fails on unbalanced tags."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.words: list[str] = []
+        self.figures: list[dict[str, Any]] = []
+        self._json = False
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        self._json = tag == "script" and dict(attrs).get("type") == "application/json"
+        if tag not in ("meta", "input", "br", "link", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+        self._json = False
+
+    def handle_data(self, data: str) -> None:
+        if self._json:
+            self.figures.append(json.loads(data))
+        elif self.open and self.open[-1] not in ("script", "style"):
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+    def ids(self, tag: str) -> list[str | None]:
+        return [attributes.get("id") for name, attributes in self.tags if name == tag]
+
+
+@pytest.fixture(scope="module")
+def report() -> Report:
+    return build_report()
+
+
+@pytest.fixture(scope="module")
+def page_source(report: Report) -> str:
+    return render_html(report)
+
+
+@pytest.fixture(scope="module")
+def page(page_source: str) -> Page:
+    return Page(page_source)
+
+
+def test_written_report_comes_back_and_leaves_nothing_else(report: Report, tmp_path: Path) -> None:
+    path = write_report(report, tmp_path / "run")
+    assert path == tmp_path / "run" / "report.html"
+    assert sorted(p.name for p in path.parent.iterdir()) == ["report.html", "report.json"]
+    assert load_report(path.parent / "report.json") == report
+    assert path.stat().st_size < 8_000_000
+
+
+def test_nan_in_a_free_form_part_is_refused_and_the_old_report_stays(tmp_path: Path) -> None:
+    write_report(build_report(transcripts=1), tmp_path)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    broken = build_report(transcripts=1)
+    broken.training["minutes"] = float("nan")
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_report(broken, tmp_path)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_load_names_every_fault(report: Report, tmp_path: Path) -> None:
+    path = write_report(report, tmp_path).parent / "report.json"
+    values = json.loads(path.read_text())
+    del values["title"]
+    values["metrics"][0]["toward_assistant"] = "sideways"
+    values["surprise"] = 1
+    path.write_text(json.dumps(values))
+    with pytest.raises(UserError) as caught:
+        load_report(path)
+    for place in ("title", "metrics.0.toward_assistant", "surprise"):
+        assert place in str(caught.value)
+
+
+def test_sections_come_in_order_with_the_verdict_first(report: Report, page: Page) -> None:
+    wanted = ["verdict", "retention", "drift", "persona", "prices", "transcripts", "training", "repeat", "warnings"]
+    assert page.ids("section") == wanted
+    assert page.text.index(report.verdict.headline) < page.text.index("How much of the cap survives")
+    links = {attributes["href"] for tag, attributes in page.tags if tag == "a"}
+    assert links <= {f"#{name}" for name in wanted}
+
+
+def test_every_number_a_reader_needs_is_in_the_text(page: Page) -> None:
+    for words in (
+        "93 % [85, 101]", "4 % [−10, 18]", "0.091 [0.078, 0.104]", "n = 96", "AUC 0.98", "lower is more Assistant",
+        "undefined the cap moves it by 0.01, less than its noise of 0.05", "not run", "✕ over", "✓ within",
+        "not judged",
+        "5 components hold 70 % of the variance", "trimtab run recipes/smollm2-135m/sft.yaml", "floor_weight: 0.5",
+        "0f3c1d2", "little room to improve", "caps have effects of different size", "1 warning",
+    ):  # fmt: skip
+        assert words in page.text, words
+
+
+def test_the_page_asks_the_network_for_nothing(page: Page) -> None:
+    for tag, attributes in page.tags:
+        assert tag not in ("link", "img", "iframe", "object", "base", "form"), tag
+        for name, value in attributes.items():
+            assert not re.search(r"(https?:)?//", value or ""), (tag, name, value)
+    assert "default-src 'none'" in str([a.get("content") for t, a in page.tags if t == "meta"])
+    own = "".join((TEMPLATES / name).read_text() for name in ("report.css", "report.js", "report.html.j2"))
+    assert not re.search(r"https?:|@import|url\(", own)
+
+
+def test_what_models_say_cannot_become_markup(report: Report) -> None:
+    evil = "</script><script>alert(1)</script><b>&\"'"
+    hostile = report.model_copy(deep=True)
+    hostile.title = hostile.warnings[0] = hostile.metrics[0].name = hostile.trajectories[0].domain = evil
+    hostile.transcripts[0].turns[0].answers["tuned"] = ArmAnswer(text=evil, z=0, pieces=[(evil, -2.0)])
+    hostile.transcripts[0].kind = hostile.persona_space["roles"][0] = hostile.repeat["command"] = evil
+    source = render_html(hostile)
+    assert "<script>alert" not in source
+    page = Page(source)
+    assert [tag for tag, _ in page.tags].count("script") == [tag for tag, _ in Page(render_html(report)).tags].count(
+        "script"
+    ) + 1  # the new domain's own panel
+    assert not any("<script" in json.dumps(figure) for figure in page.figures)
+
+
+def test_figures_are_valid_plotly_and_their_colours_are_defined(page: Page) -> None:
+    css = (TEMPLATES / "report.css").read_text()
+    assert len(page.figures) == 1 + 4 + 2 + 4
+    names = set()
+    for figure in page.figures:
+        names |= set(re.findall(r'"\$([\w-]+)"', json.dumps(figure)))
+        plain = json.loads(re.sub(r'"\$[\w-]+"', '"#123456"', json.dumps(figure)))
+        plain["layout"].pop("zoomable", None)
+        go.Figure(plain)
+    assert {"tuned", "base-cap-band", "control", "reference"} <= names
+    for name in names:
+        assert css.count(f"--{name}:") == 2, f"{name} needs a light and a dark colour"
+
+
+def test_retention_figure_draws_the_intervals(report: Report) -> None:
+    tuned, control = retention_figure(report.metrics)["data"]
+    assert tuned["x"] == [0.72, 1.18, 0.93]  # from the bottom up; the undefined one has no mark
+    assert tuned["error_x"]["arrayminus"][-1] == pytest.approx(0.08)
+    assert control["x"] == [0.05, 0.1, 0.04]
+    lines = [shape["x0"] for shape in retention_figure(report.metrics)["layout"]["shapes"]]
+    assert lines == [0, 1]
+
+
+def test_retention_far_out_does_not_squeeze_the_rest() -> None:
+    wild = build_report(transcripts=0).metrics
+    wild[0].retention = Retention(estimate=Estimate(value=3, low=-40, high=60, n=4))
+    low, high = retention_figure(wild)["layout"]["xaxis"]["range"]
+    assert -1.1 <= low < 0 < 1 < high <= 2.1
+
+
+def test_trajectories_have_a_panel_a_domain_on_one_scale(report: Report) -> None:
+    panels = trajectory_figures(report.trajectories, -1.6)
+    assert [domain for domain, _ in panels] == ["coding", "writing", "therapy", "philosophy of AI"]
+    assert len({tuple(figure["layout"]["yaxis"]["range"]) for _, figure in panels}) == 1
+    for _, figure in panels:
+        assert [trace["name"] for trace in figure["data"] if "name" in trace] == [
+            "base", "base + cap", "tuned", "tuned + cap", "control",
+        ]  # fmt: skip
+
+
+def test_persona_plot_marks_the_default_and_layers_plot_has_every_series(report: Report) -> None:
+    figure = persona_figure(report.persona_space)
+    assert figure is not None
+    roles, default = figure["data"]
+    assert default["x"] == [7.2] and default["marker"]["symbol"] == "star"
+    assert roles["customdata"] == ROLES
+    assert 0 < sum(bool(name) for name in roles["text"]) < len(ROLES)
+    lines = layers_figure(report.persona_space, report.axis, [21, 26])
+    assert lines is not None
+    assert len(lines["data"]) == 4
+    assert lines["layout"]["shapes"][0]["x0"] == 20.5
+    gap = layers_figure({}, {"split_half": [0.9, None, -0.2]}, [])
+    assert gap is not None and gap["layout"]["yaxis"]["range"][0] < -0.2
+
+
+def test_training_panels_leave_out_what_never_changes(report: Report) -> None:
+    assert [name for name, _ in training_figures(report.training["log"])] == [
+        "loss", "floor_penalty", "firing_fraction", "grad_norm",
+    ]  # fmt: skip
+    long = training_figures([{"step": step, "loss": float(step)} for step in range(100_000)])
+    assert len(long[0][1]["data"][0]["x"]) <= 400
+    assert training_figures([{"step": 1, "loss": 2.0}, {"step": 2, "eval_loss": 3.0}]) == []
+
+
+def test_pieces_are_coloured_by_distance_from_the_default() -> None:
+    scale = Scale(centre=-1.6, reach=2.0)
+    assert [scale.shade(z) for z in (-9.0, -3.6, -1.6, -1.1, 0.4, 9.0)] == [-4, -4, 0, 1, 4, 4]
+    answer = ArmAnswer(text="abc", z=-1.0, pieces=[("a", -3.6), ("b", -3.5), ("c", 0.4)])
+    runs = report_module._runs(answer, scale)
+    assert [(shade, text) for shade, _, text in runs] == [(-4, "ab"), (4, "c")]
+    assert runs[0][1] == pytest.approx(-3.55)
+
+
+def test_transcripts_lose_no_character(report: Report, page_source: str) -> None:
+    answers = re.findall(r'<div class="answer".*?<p>(.*?)</p></div>', page_source, re.S)
+    wanted = [turn.answers[arm].text for t in report.transcripts for turn in t.turns for arm in ARMS]
+    assert [re.sub(r"<[^>]+>", "", answer) for answer in answers] == wanted
+
+
+def test_too_many_transcripts_are_cut_from_the_page_but_every_kind_stays(
+    report: Report, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report_module, "CHARACTERS_SHOWN", 5000)
+    text = Page(render_html(report)).text
+    assert re.search(r"[1-8] more in report.json", text)
+    for kind in ("role play", "drift", "benign"):
+        assert f"{kind}-" in text
+
+
+def test_an_empty_report_says_what_is_missing() -> None:
+    empty = Report(
+        title="Empty", created="2026-02-03", verdict=make_verdict([], []), metrics=[], side_effects=[], trajectories=[],
+        persona_space={}, axis={}, floor={}, training={}, transcripts=[], repeat={}, warnings=[], does_not_compare=[],
+    )  # fmt: skip
+    text = Page(render_html(empty)).text
+    for words in (
+        "no primary metric was measured", "No metric was measured", "No conversations were measured", "No warnings",
+        "there is no persona space to show", "the price is unknown", "No transcripts were kept", "No training log",
+    ):  # fmt: skip
+        assert words in text, words
+
+
+def _luminance(colour: str) -> float:
+    channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def _contrast(a: str, b: str) -> float:
+    low, high = sorted((_luminance(a), _luminance(b)))
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_text_contrast_in_both_modes(dark: bool) -> None:
+    css = (TEMPLATES / "report.css").read_text()
+    blocks = re.findall(r":root[^{]*\{(.*?)\n *\}", css, re.S)
+    assert len(blocks) == 2
+    colours = dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", blocks[dark]))
+    shades = [name for name in colours if re.fullmatch(r"z-?[1-4]", name)]
+    assert len(shades) == 8
+    for background in ("page", "panel", *shades):
+        assert _contrast(colours["ink"], colours[background]) >= 4.5, background
+    for text in ("soft", "link", "good", "mixed", "bad", "unclear"):
+        for background in ("page", "panel"):
+            assert _contrast(colours[text], colours[background]) >= 4.5, (text, background)
+    for arm in ("base", "base-cap", "tuned", "tuned-cap", "control"):
+        assert _contrast(colours[arm], colours["page"]) >= 3, arm
+
+
+def test_keyboard_and_screen_readers(page: Page) -> None:
+    attributes = [a for _, a in page.tags]
+    assert all(a.get("tabindex") == "0" for a in attributes if a.get("class") == "scroll")
+    assert all(a.get("aria-label") for a in attributes if a.get("role") in ("img", "region"))
+    assert [tag for tag, _ in page.tags].count("h1") == 1
+    assert any(a.get("class") == "skip" for a in attributes)
+
+
+def test_model_card(report: Report) -> None:
+    facts = {"license": "apache-2.0", "base_model": "HuggingFaceTB/SmolLM2-135M-Instruct", "r": 16, "layers": [21, 22]}
+    card = model_card(report, adapter_facts=facts)
+    _, front, body = card.split("---\n", 2)
+    assert yaml.safe_load(front) == {
+        "license": "apache-2.0",
+        "base_model": "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "library_name": "peft",
+        "pipeline_tag": "text-generation",
+        "tags": ["activation-capping", "assistant-axis", "persona-drift", "lora", "trimtab"],
+    }
+    rows = [line for line in body.splitlines() if line.startswith("|")]
+    widths = {line.count("|") for line in rows if "Text-only" in line or "metric" in line}
+    assert widths == {9}
+    assert any("0.018 [0.005, 0.031], n = 96" in row and "93 % [85, 101]" in row for row in rows)
+    assert "undefined: the cap moves it by 0.01" in body
+    assert report.verdict.headline in body
+    assert "- layers: 21, 22" in body
+    with pytest.raises(ValueError, match="license"):
+        model_card(report, adapter_facts={"base_model": "x"})
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+def test_a_real_browser_draws_every_plot_without_a_fault(report: Report, tmp_path: Path) -> None:
+    path = write_report(report, tmp_path)
+    source = path.read_text(encoding="utf-8")
+    probe = "<script>addEventListener('error', (e) => document.title = 'FAULT ' + e.message);"
+    probe += "addEventListener('securitypolicyviolation', (e) => document.title = 'BLOCKED ' + e.blockedURI);</script>"
+    path.write_text(source.replace("<style>", probe + "<style>", 1), encoding="utf-8")
+    assert CHROMIUM is not None
+    done = subprocess.run(
+        [
+            CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+            "--disable-background-networking", "--disable-component-update", "--disable-sync",
+            "--window-size=1280,2000",
+            f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=4000", "--dump-dom", path.as_uri(),
+        ],
+        capture_output=True, text=True, timeout=120, check=True, env={**os.environ, "HOME": str(tmp_path)},
+    )  # fmt: skip
+    assert f"<title>{report.title}" in done.stdout
+    assert done.stdout.count('class="plot js-plotly-plot"') == 11
+    assert "9 of 9 shown" in done.stdout

@@ -1,0 +1,401 @@
+"""Capped rollouts on the fly: the order of rows, what they are sampled from, and what lies on disk."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import build_floor, build_model
+from peft import LoraConfig, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+
+from trimtab.axis import ActivationController, Floor, UserError
+from trimtab.axis.chat import ChatFormat, chat
+from trimtab.axis.files import read_jsonl, write_jsonl
+from trimtab.axis.sampling import SamplingOptions, sample_batch
+from trimtab.recipes import data
+from trimtab.recipes.schema import DataSection
+from trimtab.train import rollouts
+from trimtab.train.rollouts import IGNORED, RolloutPlan, RolloutSource, TrainPrompt, tokens_of, training_order
+from trimtab.train.sources import benign_sources, drift_sources, from_file
+
+FLOOR = build_floor((1, 2), tau=6.0)  # high: the cap changes what is said
+GREEDY = SamplingOptions(max_new_tokens=6, temperature=0, batch_size=3)
+DRIFT = [TrainPrompt(f"d{i}", "drift", "You are a pirate.", (f"question {i}",), "pirate") for i in range(7)]
+BENIGN = [TrainPrompt(f"b{i}", "benign", "", (f"request {i}",), "benign") for i in range(5)]
+
+
+# ---- the order ----
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize(("batch_size", "share"), [(8, 0.25), (4, 0.3), (1, 0.25), (3, 0.5), (2, 0.0), (5, 0.99)])
+def test_each_rank_has_the_same_number_of_benign_rows_at_the_same_time(
+    ranks: int, batch_size: int, share: float
+) -> None:
+    micro = 40
+    order = training_order(
+        DRIFT, BENIGN, micro_batches=micro, ranks=ranks, batch_size=batch_size, benign_share=share, seed=3
+    )
+    assert len(order) == micro * ranks * batch_size
+    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    counts = [sum(prompt.kind == "benign" for prompt in batch) for batch in batches]
+    for step in range(micro):  # accelerate gives batch n of a step to rank n
+        assert len(set(counts[step * ranks : (step + 1) * ranks])) == 1
+        done = counts[: (step + 1) * ranks]
+        assert (
+            abs(sum(done) - share * batch_size * len(done)) <= ranks
+        )  # the share is kept all along, not only at the end
+    assert max(counts) - min(counts) <= 1
+
+
+def test_the_order_goes_through_each_list_in_shuffled_passes() -> None:
+    def make(seed: int) -> list[TrainPrompt]:
+        return training_order(DRIFT, BENIGN, micro_batches=7, ranks=1, batch_size=4, benign_share=0.25, seed=seed)
+
+    order = make(0)
+    assert order == make(0) != make(1)
+    drift = [prompt.id for prompt in order if prompt.kind == "drift"]
+    assert len(drift) == 21
+    for start in (0, 7, 14):
+        assert Counter(drift[start : start + 7]) == Counter(prompt.id for prompt in DRIFT)
+    assert drift[:7] != drift[7:14]
+
+
+def test_nothing_to_train_on_is_told() -> None:
+    with pytest.raises(UserError, match="data: there is nothing to train on"):
+        training_order([], BENIGN, micro_batches=1, ranks=1, batch_size=1, benign_share=0.0, seed=0)
+    with pytest.raises(UserError, match="nothing to train on"):
+        training_order(DRIFT, [], micro_batches=1, ranks=1, batch_size=1, benign_share=0.5, seed=0)
+
+
+def make_plan(order: list[TrainPrompt] | None = None, **changes: Any) -> RolloutPlan:
+    """4 steps of 4 rows, a round every 2 steps, strength 1 annealed linearly, greedy."""
+    settings: dict[str, Any] = {
+        "order": [DRIFT[0], DRIFT[1], DRIFT[2], BENIGN[0]] * 4 if order is None else order,
+        "rows_a_step": 4,
+        "batch_size": 4,
+        "every": 2,
+        "total_steps": 4,
+        "strength": 1.0,
+        "schedule": "linear",
+        "options": GREEDY,
+        "seed": 5,
+        **changes,
+    }
+    return RolloutPlan(**settings)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_ranks_share_a_round_without_overlap(ranks: int) -> None:
+    order = training_order(DRIFT, BENIGN, micro_batches=10, ranks=ranks, batch_size=2, benign_share=0.5, seed=0)
+    plan = make_plan(order, rows_a_step=2 * 2 * ranks, batch_size=2, every=2, total_steps=5)
+    assert plan.round_of(len(order) - 1) == 2
+    seen: list[int] = []
+    for number in range(3):
+        for rank in range(ranks):
+            rows = plan.rows_of(number, rank, ranks)
+            assert all(plan.round_of(row) == number and row // 2 % ranks == rank for row in rows)
+            seen += rows
+    assert sorted(seen) == list(range(len(order)))
+    assert len(plan.rows_of(2, 0, ranks)) == 4  # the last round is cut short
+
+
+# ---- sampling ----
+
+
+class Samples:
+    """Counts how often, and how, the model is sampled, and lets the real function do it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls: list[dict[str, Any]] = []
+
+        def watched(model: Any, form: ChatFormat, prompts: Any, indices: Any, options: Any, **settings: Any) -> Any:
+            adapter = next(m for m in model.modules() if isinstance(m, BaseTunerLayer))
+            self.calls.append(
+                {"floor": settings["floor"], "strength": settings["strength"], "off": adapter.disable_adapters}
+                | {"rows": len(indices), "prompts": prompts}
+            )
+            return sample_batch(model, form, prompts, indices, options, **settings)
+
+        monkeypatch.setattr(rollouts, "sample_batch", watched)
+
+
+def make_trainer(seed: int = 0) -> Any:
+    """What the source needs of a trainer: a PEFT model whose adapter speaks otherwise than its base."""
+    model = get_peft_model(build_model("llama"), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    shake(model, seed)
+    return SimpleNamespace(accelerator=Accelerator(cpu=True), model=model, model_wrapped=model)
+
+
+def shake(model: Any, seed: int) -> None:
+    """Give the adapter other weights, as a training step does."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3
+
+
+def make_source(
+    folder: Path, form: ChatFormat, trainer: Any, plan: RolloutPlan | None = None, **changes: Any
+) -> RolloutSource:
+    """A bound source."""
+    floor: Floor | None = changes.pop("floor", FLOOR)
+    source = RolloutSource(plan or make_plan(**changes), form, floor, folder, max_length=None)
+    source.bind(trainer)
+    return source
+
+
+def answer(form: ChatFormat, model: Any, prompt: TrainPrompt, floor: Floor | None, strength: float = 1.0) -> str:
+    """The answer of a model by itself."""
+    ids = form.prompt_ids(chat(prompt.system, prompt.turns[0]))
+    return sample_batch(model, form, [ids], [0], GREEDY, seed=0, floor=floor, strength=strength)[0].text
+
+
+def texts(folder: Path, number: int) -> dict[int, str]:
+    """Answers of a round on disk."""
+    rows = read_jsonl(folder / f"round-{number:04d}-of-rank-0.jsonl")
+    return {row["row"]: row["completion"][0]["content"] for row in rows}
+
+
+def test_rounds_are_sampled_with_the_weights_of_their_moment(tmp_path: Path, form: ChatFormat) -> None:
+    trainer = make_trainer()
+    source = make_source(tmp_path, form, trainer)
+    dataset = source.dataset()
+    assert len(dataset) == 16
+    dataset[:4]
+    assert [path.name for path in tmp_path.iterdir()] == ["round-0000-of-rank-0.jsonl"]
+    assert texts(tmp_path, 0)[1] == answer(form, trainer.model, DRIFT[1], FLOOR)
+    shake(trainer.model, seed=1)
+    dataset[4:8]  # the same round: the text is the old one
+    assert texts(tmp_path, 0)[5] != answer(form, trainer.model, DRIFT[1], FLOOR)
+    dataset[8:12]
+    second = texts(tmp_path, 1)
+    assert sorted(second) == list(range(8, 16))
+    assert second[9] == answer(form, trainer.model, DRIFT[1], FLOOR, 0.5)
+    assert second[9] != texts(tmp_path, 0)[1]
+
+
+def test_drift_is_sampled_capped_and_benign_from_the_plain_base(
+    tmp_path: Path, form: ChatFormat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer()
+    samples = Samples(monkeypatch)
+    make_source(tmp_path, form, trainer).dataset()[:1]
+    kinds = [(call["floor"] is FLOOR, call["off"], call["rows"]) for call in samples.calls]
+    assert kinds == [
+        (True, False, 3),
+        (True, False, 3),
+        (False, True, 2),
+    ]  # 6 drift rows in batches of 3, then 2 benign
+    found = texts(tmp_path, 0)
+    capped, uncapped = (answer(form, trainer.model, DRIFT[0], floor) for floor in (FLOOR, None))
+    assert found[0] == capped != uncapped
+    tuned = answer(form, trainer.model, BENIGN[0], None)
+    with trainer.model.disable_adapter():
+        base, base_capped = (answer(form, trainer.model, BENIGN[0], floor) for floor in (None, FLOOR))
+    assert found[3] == base and base not in (tuned, base_capped)
+    rows = read_jsonl(tmp_path / "round-0000-of-rank-0.jsonl")
+    assert {(row["kind"], row["cap_strength"]) for row in rows} == {("drift", 1.0), ("benign", 0.0)}
+    assert ActivationController.of(trainer.model).cap_strength == 0.0  # off again
+
+
+def test_strength_is_annealed_by_round(tmp_path: Path, form: ChatFormat, monkeypatch: pytest.MonkeyPatch) -> None:
+    samples = Samples(monkeypatch)
+    plan = make_plan(every=1, schedule="cosine")
+    dataset = make_source(tmp_path, form, make_trainer(), plan).dataset()
+    for row in (0, 4, 8, 12):
+        dataset[row]
+    found = [call["strength"] for call in samples.calls if call["floor"] is not None]
+    wanted = [1.0, 0.8535533905932737, 0.5, 0.14644660940672627]
+    assert sorted(set(found), reverse=True) == pytest.approx(wanted)
+    strengths = [{r["cap_strength"] for r in read_jsonl(p) if r["kind"] == "drift"} for p in sorted(tmp_path.iterdir())]
+    assert [value for one in strengths for value in one] == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize("changes", [{"strength": 0.0}, {"floor": None}])
+def test_without_strength_or_floor_nothing_is_capped(tmp_path: Path, form: ChatFormat, changes: dict[str, Any]) -> None:
+    trainer = make_trainer()
+    make_source(tmp_path, form, trainer, **changes).dataset()[:1]
+    assert texts(tmp_path, 0)[0] == answer(form, trainer.model, DRIFT[0], None)
+    assert {row["cap_strength"] for row in read_jsonl(tmp_path / "round-0000-of-rank-0.jsonl")} == {0.0}
+
+
+def test_sampling_leaves_random_state_mode_and_checkpointing_alone(tmp_path: Path, form: ChatFormat) -> None:
+    trainer = make_trainer()
+    model = trainer.model.train()
+    base = model.base_model.model
+    base.activation_checkpointing_enable({"use_reentrant": True}, every_n_layers=2)
+    layers = base.model.layers
+    before = [(layer.gradient_checkpointing, layer._gradient_checkpointing_func) for layer in layers]
+    assert [enabled for enabled, _ in before] == [True, False, True, False]
+    torch.manual_seed(9)
+    state = torch.random.get_rng_state()
+    plan = make_plan(options=SamplingOptions(max_new_tokens=6, batch_size=3))
+    make_source(tmp_path, form, trainer, plan).dataset()[:1]
+    assert torch.random.get_rng_state().equal(state)
+    assert model.training and all(layer.training for layer in layers)
+    assert [(layer.gradient_checkpointing, layer._gradient_checkpointing_func) for layer in layers] == before
+    assert all(p.requires_grad == ("lora_" in name) for name, p in model.named_parameters())
+
+
+def test_rounds_on_disk_are_read_again(tmp_path: Path, form: ChatFormat, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "round-0000-of-rank-0.jsonl"
+    first = make_source(tmp_path, form, make_trainer()).dataset()[:8]
+    written = path.read_bytes()
+    samples = Samples(monkeypatch)
+    # after a kill: another process, whose weights are those of an earlier checkpoint
+    again = make_source(tmp_path, form, make_trainer(seed=8)).dataset()[:8]
+    assert again == first and not samples.calls and path.read_bytes() == written
+
+    rows = read_jsonl(path)
+    for spoilt in (rows[:-1], [{**row, "identity": "of another order"} for row in rows]):
+        write_jsonl(path, spoilt)
+        assert make_source(tmp_path, form, make_trainer()).dataset()[:8] == first
+        assert samples.calls and path.read_bytes() == written
+        samples.calls.clear()
+
+
+def test_turns_before_the_last_are_sampled_along_the_way(
+    tmp_path: Path, form: ChatFormat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = TrainPrompt("talk/3", "drift", "You are a ghost.", ("first", "second", "third"), "talk")
+    trainer = make_trainer()
+    samples = Samples(monkeypatch)
+    order = [DRIFT[0], long, DRIFT[1], BENIGN[0]] * 2
+    source = make_source(tmp_path, form, trainer, make_plan(order))
+    source.dataset()[:4]
+    row = next(r for r in read_jsonl(tmp_path / "round-0000-of-rank-0.jsonl") if r["row"] == 1)
+    roles = [message["role"] for message in row["prompt"]]
+    assert roles == ["system", "user", "assistant", "user", "assistant", "user"]
+    assert [m["content"] for m in row["prompt"] if m["role"] == "user"] == list(long.turns)
+    assert row["prompt"][2]["content"] == answer(form, trainer.model, long, FLOOR)
+    # 6 rows have a first turn, 2 a second and a third; then the benign rows
+    assert [call["rows"] for call in samples.calls] == [3, 3, 2, 2, 2]
+    for depth in (2, 4):
+        ids = form.prompt_ids(row["prompt"][:depth])
+        wanted = sample_batch(trainer.model, form, [ids], [0], GREEDY, seed=0, floor=FLOOR)[0].text
+        assert row["prompt"][depth]["content"] == wanted
+    # only the last answer carries labels
+    ids, labels = source._tokens(1)
+    tail = form.answer_ids(row["completion"][0]["content"]) + ([form.end_token] if row["ended"] else [])
+    assert [label for label in labels if label != IGNORED] == tail
+    assert ids == form.prompt_ids(row["prompt"]) + tail
+
+
+def test_every_rank_samples_equally_often(tmp_path: Path, form: ChatFormat, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One rank has a conversation, the other has none: under ZeRO-3 a call too few would make the other wait for ever."""
+    long = TrainPrompt("talk/2", "drift", "", ("first", "second"), "talk")
+    order = [long, DRIFT[0], DRIFT[1], DRIFT[2]]
+    plan = make_plan(order, batch_size=2, every=1, total_steps=1)
+    counts = []
+    for rank in range(2):
+        with monkeypatch.context() as patch:
+            samples = Samples(patch)
+            trainer = make_trainer()
+            trainer.accelerator = SimpleNamespace(
+                process_index=rank, num_processes=2, device=torch.device("cpu"),
+                reduce=lambda tensor, reduction: tensor, unwrap_model=lambda model: model,
+                state=trainer.accelerator.state,
+            )  # fmt: skip
+            make_source(tmp_path, form, trainer, plan)._load(0)
+            counts.append([call["rows"] for call in samples.calls])
+    assert counts == [[2, 1], [2, 0]]
+    assert [len(read_jsonl(tmp_path / f"round-0000-of-rank-{rank}.jsonl")) for rank in range(2)] == [2, 2]
+
+
+def test_a_round_that_another_rank_lacks_is_sampled_by_all(
+    tmp_path: Path, form: ChatFormat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a kill between the files of two ranks: the one that has its own must take part, or the other waits for ever."""
+    trainer = make_trainer()
+    first = make_source(tmp_path, form, trainer).dataset()[:8]
+    samples = Samples(monkeypatch)
+    accelerator = trainer.accelerator
+    for lacking, calls in ((0.0, 0), (1.0, 3)):
+        trainer.accelerator = SimpleNamespace(
+            process_index=0, num_processes=1, device=torch.device("cpu"), state=accelerator.state,
+            reduce=lambda tensor, reduction, lacking=lacking: tensor + lacking, unwrap_model=accelerator.unwrap_model,
+        )  # fmt: skip
+        assert make_source(tmp_path, form, trainer).dataset()[:8] == first
+        assert len(samples.calls) == calls
+
+
+def test_before_it_is_bound_rows_are_prompts_without_an_answer(tmp_path: Path, form: ChatFormat) -> None:
+    row = RolloutSource(make_plan(), form, FLOOR, tmp_path, max_length=None).dataset()[3]
+    assert row["input_ids"] == form.prompt_ids(chat("", "request 0"))
+    assert row["labels"] == [IGNORED] * len(row["input_ids"]) and row["anchor"] is True
+    assert not list(tmp_path.iterdir())
+
+
+# ---- tokens ----
+
+
+def test_tokens_of_labels_the_answer_and_its_end_alone(form: ChatFormat) -> None:
+    prompt = chat("You are a pirate.", "Where is the harbour?")
+    head, tail = form.prompt_ids(prompt), form.answer_ids("by the sea")
+    ids, labels = tokens_of(form, prompt, "by the sea", True, None)
+    assert ids == [*head, *tail, form.end_token]
+    assert labels == [IGNORED] * len(head) + [*tail, form.end_token]
+    assert form.tokenizer.decode(ids).endswith("by the sea<|im_end|>")
+    cut, cut_labels = tokens_of(form, prompt, "by the sea", False, None)
+    assert cut == head + tail and cut_labels[-1] == tail[-1]  # no end is taught where none was sampled
+    short, short_labels = tokens_of(form, prompt, "by the sea", True, len(head) + 2)
+    assert short == ids[: len(head) + 2] and short_labels == labels[: len(head) + 2]
+    assert set(tokens_of(form, prompt, "by the sea", True, len(head))[1]) == {IGNORED}
+    assert tokens_of(form, prompt, "", True, None)[1][-1] == form.end_token
+
+
+# ---- sources ----
+
+
+def test_sources_are_of_the_train_split_alone() -> None:
+    section = DataSection(drift_prompts=30, role_questions=2, conversation_turns=3)
+    drift, benign = drift_sources(section), benign_sources(section)
+    assert len({prompt.id for prompt in drift}) == len(drift) and {p.kind for p in drift} == {"drift"}
+    held_out = {c.id for c in data.conversations("held_out")} | {
+        f"prompt/{d.id}" for d in data.drift_prompts("held_out")
+    }
+    assert not held_out & {prompt.id.rsplit("/", 1)[0] for prompt in drift} and not held_out & {p.id for p in drift}
+    held_roles = {role.name for role in data.roles("held_out")}
+    assert not held_roles & {prompt.source for prompt in drift}
+    assert Counter(len(prompt.turns) for prompt in drift)[3] == len(data.conversations("train"))
+    held_benign = {*data.benign_prompts("held_out"), *data.questions("held_out")}
+    assert benign and not held_benign & {prompt.turns[0] for prompt in benign}
+    assert {prompt.system for prompt in benign} == set(data.default_prompts())
+
+
+def test_prompts_from_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "mine.jsonl"
+    row = {"prompt": [{"role": "system", "content": "S"}, {"role": "user", "content": "U"}], "source": "mine"}
+    path.write_text(json.dumps(row) + "\n", encoding="utf-8")
+    assert from_file(str(path), "drift") == [TrainPrompt("mine.jsonl/1", "drift", "S", ("U",), "mine")]
+    assert drift_sources(DataSection(drift_file=str(path))) == from_file(str(path), "drift")
+    assert benign_sources(DataSection(benign_file=str(path)))[0].kind == "benign"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "match"),
+    [
+        ("U", "row 2 has no 'prompt'"),
+        ([], "row 2 has no 'prompt'"),
+        (["U"], "row 2 has no 'prompt'"),
+        ([{"role": "system", "content": "S"}], "row 2 has no user turn"),
+        ([{"role": "user", "content": " "}], "row 2 has no user turn"),
+        ([{"role": "system"}, {"role": "user", "content": "U"}], "row 2 has no 'prompt'"),
+        ([{"role": "user", "content": [{"type": "text"}]}], "row 2 has no 'prompt'"),
+    ],
+)
+def test_a_bad_row_is_named(tmp_path: Path, prompt: Any, match: str) -> None:
+    path = tmp_path / "mine.jsonl"
+    good = {"prompt": [{"role": "user", "content": "U"}]}
+    path.write_text(json.dumps(good) + "\n" + json.dumps({"prompt": prompt}) + "\n", encoding="utf-8")
+    with pytest.raises(UserError, match=match) as caught:
+        from_file(str(path), "drift")
+    assert caught.value.file == str(path) and caught.value.remedy

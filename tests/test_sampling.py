@@ -1,0 +1,183 @@
+"""Sampling: the same seed gives the same answers, batches don't change them, and answer means are those of a full forward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import ARCHITECTURES, HIDDEN, LAYERS, build_floor, build_model
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+from transformers import TemperatureLogitsWarper, TopPLogitsWarper
+
+from trimtab.axis import ActivationController, Floor
+from trimtab.axis.chat import ChatFormat, chat
+from trimtab.axis.sampling import Answer, SamplingOptions, _Nucleus, batches_by_length, pad_left, sample_batch
+
+QUESTIONS = ["Hi", "How do I bake bread at home when the oven is small?", "Why is the sky blue?", "The sea, the ships"]
+GREEDY = SamplingOptions(max_new_tokens=12, temperature=0)
+WARM = SamplingOptions(max_new_tokens=12, temperature=1.0, top_p=0.9)
+
+
+class ManyEnds(ChatFormat):
+    """A chat format in which every seventh token ends an answer, so that random models end theirs at all lengths."""
+
+    @property
+    def end_ids(self) -> list[int]:
+        return list(range(2, 300, 7))
+
+
+def prompts(form: ChatFormat) -> list[list[int]]:
+    return [form.prompt_ids(chat("", question)) for question in QUESTIONS]
+
+
+def sample(model: Any, form: ChatFormat, rows: list[int] | None = None, **more: Any) -> list[Answer]:
+    rows = list(range(len(QUESTIONS))) if rows is None else rows
+    every = prompts(form)
+    options = more.pop("options", WARM)
+    return sample_batch(model, form, [every[i] for i in rows], rows, options, **({"seed": 5} | more))
+
+
+def full_mean(model: Any, prompt: list[int], answer: Answer, floor: Floor | None = None) -> Tensor:
+    """Mean over the answer's tokens by one forward of prompt and answer, [N, D]."""
+    controller = ActivationController.of(model)
+    on = floor is not None
+    # the last token of a cut answer was never fed to the model
+    fed = answer.ids if answer.ended else answer.ids[:-1]
+    states: list[Tensor] = []
+    ids = torch.tensor([prompt + fed])
+    read = controller.reading(
+        range(LAYERS), lambda layer, hidden: states.append(hidden[0, len(prompt) :].mean(0)), after_cap=on
+    )
+    with torch.no_grad(), read, controller.capping(floor or build_floor(), enabled=on):
+        model(input_ids=ids)
+    return torch.stack(states)
+
+
+def test_same_seed_same_answers_and_other_seed_others(form: ChatFormat) -> None:
+    model = build_model("llama")
+    first, again, other = sample(model, form), sample(model, form), sample(model, form, seed=6)
+    assert [a.ids for a in first] == [a.ids for a in again] != [a.ids for a in other]
+    assert [a.index for a in first] == [0, 1, 2, 3]
+    assert all(form.tokenizer.decode(a.ids, skip_special_tokens=True) == a.text for a in first)
+
+
+def test_the_callers_random_state_and_mode_are_left_alone(form: ChatFormat) -> None:
+    model = build_model("llama").train()
+    torch.manual_seed(11)
+    expected = torch.rand(3)
+    torch.manual_seed(11)
+    sample(model, form)
+    assert torch.equal(torch.rand(3), expected) and model.training
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_batch_of_one_gives_what_the_padded_batch_gives(architecture: str, form: ChatFormat) -> None:
+    model = build_model(architecture)
+    ends = ManyEnds(form.tokenizer)
+    together = sample(model, ends, options=GREEDY, means=True)
+    for row in range(len(QUESTIONS)):
+        (alone,) = sample(model, ends, [row], options=GREEDY, means=True)
+        assert (alone.ids, alone.ended, alone.text) == (together[row].ids, together[row].ended, together[row].text)
+        mean = together[row].mean
+        assert alone.mean is not None and mean is not None
+        assert torch.allclose(alone.mean, mean, atol=1e-4, equal_nan=True)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_answer_means_are_those_of_a_full_forward(architecture: str, form: ChatFormat) -> None:
+    """Rows end at different steps: nothing sampled after a row's end counts, nor its end-of-turn token."""
+    model = build_model(architecture)
+    ends = ManyEnds(form.tokenizer)
+    answers = [a for seed in range(4) for a in sample(model, ends, seed=seed, means=True)]
+    every = prompts(form)
+    compared = 0
+    for answer in answers:
+        assert answer.mean is not None and answer.mean.shape == (LAYERS, HIDDEN)
+        if len(answer.ids) - (not answer.ended) < 1:
+            assert answer.mean.isnan().all(), "no token was fed, so there is no mean"
+            continue
+        assert torch.allclose(answer.mean, full_mean(model, every[answer.index], answer), atol=1e-4, rtol=1e-4)
+        compared += 1
+    lengths = {len(a.ids) for a in answers}
+    assert compared >= 8 and len(lengths) >= 4 and any(a.ended for a in answers), "the rows must differ in length"
+
+
+def test_capped_answer_means_are_what_the_next_layers_saw(form: ChatFormat) -> None:
+    model = build_model("llama")
+    floor = build_floor(tau=2.0)
+    every = prompts(form)
+    capped, plain = sample(model, form, floor=floor, means=True), sample(model, form)
+    assert [a.ids for a in capped] != [a.ids for a in plain]
+    for answer in capped:
+        assert answer.mean is not None
+        assert torch.allclose(answer.mean, full_mean(model, every[answer.index], answer, floor), atol=1e-4, rtol=1e-4)
+        lifted = (answer.mean[list(floor.layers)] * floor.directions).sum(-1)
+        assert (lifted > floor.tau - 1e-4).all()
+    assert [a.ids for a in sample(model, form, floor=floor, strength=0.0)] == [a.ids for a in plain]
+    assert ActivationController.of(model).cap_strength == 0
+
+
+def test_settings_of_the_checkpoint_do_not_leak_in(form: ChatFormat) -> None:
+    model = build_model("llama")
+    for options in (GREEDY, WARM):
+        expected = [a.ids for a in sample(model, form, options=options)]
+        own = model.generation_config
+        own.repetition_penalty, own.min_p, own.num_beams, own.no_repeat_ngram_size = 3.0, 0.5, 2, 2
+        own.suppress_tokens = sorted({token for ids in expected for token in ids})
+        assert [a.ids for a in sample(model, form, options=options)] == expected
+        assert model.generation_config is own, "and they are left as they were"
+        own.repetition_penalty, own.min_p, own.num_beams, own.no_repeat_ngram_size = 1.0, None, 1, 0
+        own.suppress_tokens = None
+
+
+def test_an_adapter_samples_with_its_weights_and_without_the_checkpoints_settings(form: ChatFormat) -> None:
+    plain = [a.ids for a in sample(build_model("llama"), form, options=GREEDY)]
+    model: Any = get_peft_model(build_model("llama"), LoraConfig(target_modules="all-linear", r=2))
+    own = model.generation_config
+    own.repetition_penalty = 3.0
+    assert [a.ids for a in sample(model, form, options=GREEDY)] == plain, "a fresh adapter changes nothing"
+    assert model.get_base_model().generation_config is own
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.fill_(0.3)
+    assert [a.ids for a in sample(model, form, options=GREEDY)] != plain
+
+
+def test_no_end_token_at_all(form: ChatFormat) -> None:
+    class Endless(ChatFormat):
+        @property
+        def end_ids(self) -> list[int]:
+            return []
+
+    answers = sample(build_model("llama"), Endless(form.tokenizer))
+    assert all(len(a.ids) == WARM.max_new_tokens and not a.ended for a in answers)
+
+
+@pytest.mark.parametrize("temperature", [0.3, 0.7, 1.5])
+@pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9, 0.999])
+def test_the_nucleus_is_the_one_of_transformers(temperature: float, top_p: float) -> None:
+    scores = 3 * torch.randn(200, 150, generator=torch.Generator().manual_seed(0))
+    ids: Any = torch.zeros(200, 1, dtype=torch.long)
+    expected = TopPLogitsWarper(top_p)(ids, TemperatureLogitsWarper(temperature)(ids, scores.clone()))  # type: ignore[arg-type]
+    found = _Nucleus(temperature, top_p)(ids, scores)
+    assert torch.equal(found.isinf(), expected.isinf())
+    assert torch.allclose(found.softmax(-1), expected.softmax(-1), atol=1e-6)
+
+
+def test_top_p_of_one_keeps_every_token() -> None:
+    scores = torch.randn(3, 1000)
+    found = _Nucleus(0.5, 1.0)(torch.zeros(3, 1), scores)
+    assert torch.allclose(found, scores / 0.5)
+
+
+def test_batches_by_length_cover_every_row_once_in_like_lengths() -> None:
+    lengths = [5, 1, 9, 1, 7, 3]
+    batches = batches_by_length(lengths, 4)
+    assert batches == [[1, 3, 5, 0], [4, 2]] and batches_by_length([], 4) == []
+
+
+def test_pad_left() -> None:
+    ids, mask = pad_left([[1, 2, 3], [4]], 9, torch.device("cpu"))
+    assert ids.tolist() == [[1, 2, 3], [9, 9, 4]] and mask.tolist() == [[1, 1, 1], [0, 0, 1]]

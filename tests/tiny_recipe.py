@@ -1,0 +1,109 @@
+"""A recipe for a tiny model that goes through every stage in seconds, and the command that trains it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / "train" / "sft.py"
+
+
+def write_recipe(path: Path, model: Path, **train: Any) -> Path:
+    """Write a recipe: 4 optimiser steps of 8 rows, a quarter of them benign, rollouts twice, greedy.
+
+    Greedy, since random numbers differ between ranks: so one process and two see the same text, through the real sampling.
+    """
+    sampling = {"max_new_tokens": 8, "temperature": 0, "batch_size": 8}
+    content = {
+        "model": {"name": str(model), "dtype": "float32", "device": "cpu"},
+        "axis": {
+            "roles": 2,
+            "held_out_roles": 1,
+            "questions": 3,
+            "default_repeats": 2,
+            "sampling": {"max_new_tokens": 6, "batch_size": 4},
+        },
+        "floor": {"layers": [1, 2], "pool": 12, "drift_rows": 4, "min_firing": 0},
+        "data": {"drift_prompts": 12, "conversation_turns": 2, "benign_share": 0.25},
+        "method": {
+            "regenerate_every": 2,
+            "cap_schedule": "linear",
+            "sampling": sampling,
+            "floor_weight": 0.5,
+            "floor_schedule": "cosine",
+            "benign_kl_weight": 1.0,
+            "benign_axis_weight": 0.5,
+        },
+        "lora": {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "target_modules": "all-linear"},
+        "train": {
+            "max_steps": 4,
+            "per_device_train_batch_size": 4,
+            "gradient_accumulation_steps": 2,
+            "learning_rate": 0.01,
+            "lr_scheduler_type": "constant",
+            "max_length": 700,
+            "save_strategy": "steps",
+            "save_steps": 2,
+            "optim": "adamw_torch",
+            **train,
+        },
+    }
+    path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+    return path
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """The environment of a training process: offline, one thread, ninja of the venv on PATH."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PATH": path, **extra}
+
+
+def command(recipe: Path, folder: Path, *, script: Path = SCRIPT, launcher: Sequence[str] = ()) -> list[str]:
+    """``train/sft.py`` on a recipe, started by Python or by a launcher."""
+    start = list(launcher) or [sys.executable]
+    return [*start, str(script), "--config", str(recipe), "--output_dir", str(folder), "--quiet"]
+
+
+def run(arguments: Sequence[str], *, timeout: float = 600, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run to the end, output captured; a launcher that takes too long is ended together with its ranks."""
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(arguments, start_new_session=True, **pipes, **options)
+    try:
+        out, errors = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        raise
+    return subprocess.CompletedProcess(arguments, process.returncode, out, errors)
+
+
+def train_here(arguments: Sequence[str], log: Path) -> None:
+    """The target of a forked process: the entry script's ``main``, its output in a file, its exit code the process's."""
+    from trimtab.train.sft import main
+
+    torch.set_num_threads(1)
+    with log.open("ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    raise SystemExit(main(arguments))
+
+
+def adapter(folder: Path) -> dict[str, Any]:
+    """Tensors of the adapter of a run folder."""
+    return load_file(folder / "adapter" / "adapter_model.safetensors")
+
+
+def largest_difference(one: dict[str, Any], other: dict[str, Any]) -> float:
+    """Largest absolute difference between two adapters of the same names."""
+    assert one.keys() == other.keys() and one
+    return max(float((one[name].float() - other[name].float()).abs().max()) for name in one)

@@ -1,0 +1,339 @@
+"""Capped rollouts on the fly: the training set whose answers are sampled while training goes on.
+
+The order of prompts is fixed before training. A *round* is the prompts of ``regenerate_every`` optimiser steps; when the
+data loader first asks for a row of a round, the whole round is sampled with the current weights and the cap at the strength
+of that moment, and written to ``rollouts/``. The data loader looks one batch ahead, so the weights are those of at most one
+step before. Drift rows are sampled capped, benign rows uncapped with the adapter off: those are the base's own answers, which
+anchor the model where it should not change.
+
+After a kill, rounds that lie on disk are read again instead of sampled, so a resumed run sees the same text.
+
+With several ranks each samples its own rows, and all of them call the model equally often: under ZeRO-3 and FSDP every forward
+of ``generate`` is a collective, and a rank with fewer batches would leave the others waiting for ever.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import math
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import datasets
+import torch
+
+from trimtab.axis import Floor, UserError
+from trimtab.axis.adapters import can_merge, merged
+from trimtab.axis.chat import ChatFormat, chat
+from trimtab.axis.files import fingerprint, read_jsonl, write_jsonl
+from trimtab.axis.progress import progress_bar
+from trimtab.axis.sampling import SamplingOptions, batches_by_length, sample_batch
+from trimtab.train.schedule import Schedule, scheduled
+
+log = logging.getLogger("trimtab")
+
+Kind = Literal["drift", "benign"]
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class TrainPrompt:
+    """A prompt of the training set.
+
+    Attributes:
+        id: stable name.
+        kind: ``drift`` or ``benign``.
+        system: system prompt, "" for none.
+        turns: user turns; the answer to the last one is trained on, those before it are sampled along the way.
+        source: role or domain, for the records.
+    """
+
+    id: str
+    kind: Kind
+    system: str
+    turns: tuple[str, ...]
+    source: str
+
+
+def training_order(
+    drift: Sequence[TrainPrompt],
+    benign: Sequence[TrainPrompt],
+    *,
+    micro_batches: int,
+    ranks: int,
+    batch_size: int,
+    benign_share: float,
+    seed: int,
+) -> list[TrainPrompt]:
+    """The training set's order: each list is gone through in shuffled passes, and kinds are mixed by ``benign_share``.
+
+    Every rank's n-th micro-batch has the same number of benign rows, because benign rows take a forward of their own and under
+    ZeRO-3 and FSDP all ranks must do the same forwards.
+
+    Args:
+        drift: drift prompts; not empty.
+        benign: benign prompts; not empty unless the share is 0.
+        micro_batches: micro-batches of a rank over the whole run.
+        ranks: number of processes.
+        batch_size: rows a micro-batch.
+        benign_share: share of benign rows.
+        seed: shuffling seed.
+    """
+    generator = random.Random(seed)
+
+    def passes(prompts: Sequence[TrainPrompt]) -> Iterator[TrainPrompt]:
+        while True:
+            shuffled = list(prompts)
+            generator.shuffle(shuffled)
+            yield from shuffled
+
+    if not drift or (benign_share > 0 and not benign):
+        raise UserError(
+            "there is nothing to train on", key="data", remedy="give drift prompts, and benign ones for a share"
+        )
+    of_kind: dict[str, Iterator[TrainPrompt]] = {"drift": passes(drift), "benign": passes(benign)}
+    order: list[TrainPrompt] = []
+    for step in range(micro_batches):
+        count = int((step + 1) * batch_size * benign_share + 1e-9) - int(step * batch_size * benign_share + 1e-9)
+        for _ in range(ranks):
+            order += [next(of_kind["drift"]) for _ in range(batch_size - count)]
+            order += [next(of_kind["benign"]) for _ in range(count)]
+    return order
+
+
+@dataclass(frozen=True)
+class RolloutPlan:
+    """How rollouts are made.
+
+    Attributes:
+        order: the training set, row by row.
+        rows_a_step: rows of one optimiser step over all ranks.
+        batch_size: rows a micro-batch of one rank.
+        every: optimiser steps a round.
+        total_steps: optimiser steps of the run.
+        strength: cap strength at the start.
+        schedule: how it is annealed.
+        options: sampling options.
+        seed: sampling seed.
+    """
+
+    order: Sequence[TrainPrompt]
+    rows_a_step: int
+    batch_size: int
+    every: int
+    total_steps: int
+    strength: float
+    schedule: Schedule
+    options: SamplingOptions
+    seed: int
+
+    def strength_at(self, step: int) -> float:
+        """Cap strength of a round that begins at this optimiser step."""
+        return scheduled(self.strength, self.schedule, step, self.total_steps)
+
+    def round_of(self, row: int) -> int:
+        """The round of a row."""
+        return row // (self.rows_a_step * self.every)
+
+    def rows_of(self, round_number: int, rank: int, ranks: int) -> list[int]:
+        """The rows of a round that this rank's data loader will ask for."""
+        size = self.rows_a_step * self.every
+        rows = range(round_number * size, min((round_number + 1) * size, len(self.order)))
+        return [row for row in rows if (row // self.batch_size) % ranks == rank]
+
+
+class RolloutSource:
+    """Makes rows of token ids for a TRL trainer, sampling rounds when they are first needed.
+
+    Args:
+        plan: what to sample, and when.
+        form: chat format.
+        floor: the cap's floor; None samples drift rows uncapped (the plain SFT control).
+        folder: where rounds are written.
+        max_length: longest row in tokens.
+    """
+
+    def __init__(
+        self, plan: RolloutPlan, form: ChatFormat, floor: Floor | None, folder: Path, *, max_length: int | None
+    ) -> None:
+        self.plan = plan
+        self.form = form
+        self.floor = floor
+        self.folder = folder
+        self.max_length = max_length
+        self._trainer: Any = None
+        self._answers: dict[int, dict[str, Any]] = {}
+
+    def __reduce__(self) -> Any:  # datasets hashes a transform by pickling it: the model must not be in there
+        return (str, (fingerprint([prompt.id for prompt in self.plan.order]),))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RolloutSource:
+        return self
+
+    def bind(self, trainer: Any) -> None:
+        """Give the trainer whose weights sample. Until then rows are prompts without an answer."""
+        self._trainer = trainer
+
+    def dataset(self) -> datasets.Dataset:
+        """A dataset of row numbers that turn into token ids when they are read."""
+        rows = datasets.Dataset.from_dict({"row": list(range(len(self.plan.order)))})
+        return rows.with_transform(self)
+
+    def __call__(self, batch: dict[str, list[int]]) -> dict[str, list[Any]]:
+        """The transform: row numbers to ``input_ids``, ``labels``, ``anchor``."""
+        columns: dict[str, list[Any]] = {"input_ids": [], "labels": [], "anchor": []}
+        for row in batch["row"]:
+            ids, labels = self._tokens(row)
+            columns["input_ids"].append(ids)
+            columns["labels"].append(labels)
+            columns["anchor"].append(self.plan.order[row].kind == "benign")
+        return columns
+
+    def _tokens(self, row: int) -> tuple[list[int], list[int]]:
+        if self._trainer is None:
+            prompt = self.plan.order[row]
+            ids = self.form.prompt_ids(chat(prompt.system, prompt.turns[0]))
+            return ids, [IGNORED] * len(ids)
+        if row not in self._answers:
+            self._load(self.plan.round_of(row))
+        record = self._answers[row]
+        return tokens_of(
+            self.form, record["prompt"], record["completion"][0]["content"], record["ended"], self.max_length
+        )
+
+    def _load(self, round_number: int) -> None:
+        accelerator = self._trainer.accelerator
+        rank, ranks = accelerator.process_index, accelerator.num_processes
+        rows = self.plan.rows_of(round_number, rank, ranks)
+        path = self.folder / f"round-{round_number:04d}-of-rank-{rank}.jsonl"
+        identity = fingerprint([[self.plan.order[row].id for row in rows], self.plan.seed, ranks])
+        records = read_jsonl(path) if path.exists() else []
+        there = len(records) == len(rows) and all(record["identity"] == identity for record in records)
+        # A kill may have come between the files of two ranks: then all sample the round again, none of it was trained on.
+        absent = accelerator.reduce(torch.tensor(float(not there), device=accelerator.device), "sum")
+        if float(absent) > 0:
+            records = self._sample(round_number, rows, identity)
+            write_jsonl(path, records)
+        self._answers = {record["row"]: record for record in records}
+
+    def _sample(self, round_number: int, rows: Sequence[int], identity: str) -> list[dict[str, Any]]:
+        from trl.models import unwrap_model_for_generation
+
+        plan, trainer = self.plan, self._trainer
+        strength = plan.strength_at(round_number * plan.every)
+        records: list[dict[str, Any]] = []
+        with (
+            _checkpointing_kept(trainer.model),
+            unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator) as model,
+        ):
+            for kind in ("drift", "benign"):
+                chosen = [row for row in rows if plan.order[row].kind == kind]
+                with _weights_of(model, kind):
+                    records += self._sample_kind(model, chosen, kind, strength, round_number, identity)
+        return sorted(records, key=lambda record: record["row"])
+
+    def _batches_of_turn(self, round_number: int, kind: str, turn: int) -> int:
+        """Batches of the rank that has the most rows with this turn."""
+        plan, ranks = self.plan, self._trainer.accelerator.num_processes
+        counts = [
+            sum(plan.order[row].kind == kind and len(plan.order[row].turns) > turn for row in rows)
+            for rows in (plan.rows_of(round_number, rank, ranks) for rank in range(ranks))
+        ]
+        return math.ceil(max(counts) / plan.options.batch_size)
+
+    def _sample_kind(
+        self, model: Any, rows: Sequence[int], kind: str, strength: float, round_number: int, identity: str
+    ) -> list[dict[str, Any]]:
+        plan = self.plan
+        capped = kind == "drift" and self.floor is not None and strength > 0
+        rank = self._trainer.accelerator.process_index
+        chats = {row: chat(plan.order[row].system, plan.order[row].turns[0]) for row in rows}
+        done: dict[int, tuple[str, bool]] = {}
+        with progress_bar(
+            f"round {round_number} rollouts ({kind}, cap {strength if capped else 0:.2f})", len(rows)
+        ) as bar:
+            for turn in itertools.count():
+                count = self._batches_of_turn(round_number, kind, turn)
+                if count == 0:
+                    break
+                active = [row for row in rows if len(plan.order[row].turns) > turn]
+                if turn:
+                    for row in active:
+                        answered = {"role": "assistant", "content": done[row][0]}
+                        chats[row] = [*chats[row], answered, {"role": "user", "content": plan.order[row].turns[turn]}]
+                prompts = [self.form.prompt_ids(chats[row]) for row in active]
+                batches = batches_by_length([len(prompt) for prompt in prompts], plan.options.batch_size)
+                for number in range(count):
+                    batch = batches[number] if number < len(batches) else []
+                    seed = int(fingerprint([plan.seed, round_number, rank, kind, turn, number]), 16) % (1 << 62)
+                    answers = sample_batch(
+                        model,
+                        self.form,
+                        # a rank without rows samples a token's answer for nothing, so that the others need not wait
+                        [prompts[i] for i in batch] or [[self.form.end_token]],
+                        batch,
+                        plan.options,
+                        seed=seed,
+                        floor=self.floor if capped else None,
+                        strength=strength,
+                    )
+                    for answer in answers:
+                        done[active[answer.index]] = (answer.text, answer.ended)
+                        bar.advance(0, turn + 1 == len(plan.order[active[answer.index]].turns))  # type: ignore[arg-type]
+        return [
+            {
+                "id": plan.order[row].id,
+                "row": row,
+                "kind": kind,
+                "source": plan.order[row].source,
+                "prompt": chats[row],
+                "completion": [{"role": "assistant", "content": done[row][0]}],
+                "ended": done[row][1],
+                "cap_strength": strength if capped else 0.0,
+                "round": round_number,
+                "seed": plan.seed,
+                "identity": identity,
+            }
+            for row in rows
+        ]
+
+
+@contextlib.contextmanager
+def _checkpointing_kept(model: Any) -> Iterator[None]:
+    """Give gradient checkpointing its settings back, since TRL switches it on again with the library's defaults."""
+    held = [
+        (module, module.gradient_checkpointing, module._gradient_checkpointing_func)
+        for module in model.modules()
+        if hasattr(module, "_gradient_checkpointing_func")
+    ]
+    try:
+        yield
+    finally:
+        for module, enabled, function in held:
+            module.gradient_checkpointing, module._gradient_checkpointing_func = enabled, function
+
+
+def _weights_of(model: Any, kind: str) -> contextlib.AbstractContextManager[Any]:
+    """The base for benign rows, else the current weights: merged meanwhile where that is what makes sampling quick."""
+    if kind == "benign":
+        return cast(contextlib.AbstractContextManager[Any], model.disable_adapter())
+    return merged(model) if can_merge(model) else contextlib.nullcontext(model)
+
+
+def tokens_of(
+    form: ChatFormat, prompt: Sequence[dict[str, str]], answer: str, ended: bool, max_length: int | None
+) -> tuple[list[int], list[int]]:
+    """Token ids and labels of a row: only the answer, and its end-of-turn token where it ended, carry labels.
+
+    A row longer than ``max_length`` loses tokens at the end; one whose prompt alone is that long has no labels left.
+    """
+    head, tail = form.prompt_ids(prompt), form.answer_ids(answer)
+    if ended:
+        tail = [*tail, form.end_token]
+    ids, labels = head + tail, [IGNORED] * len(head) + tail
+    return (ids, labels) if max_length is None else (ids[:max_length], labels[:max_length])

@@ -1,0 +1,224 @@
+"""The run folder: resolved recipe, versions, git revision, stage records, metrics; resumed or refused, never overwritten."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import logging
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trimtab.axis.errors import UserError
+from trimtab.axis.files import fingerprint, read_json, write_json, write_text
+from trimtab.recipes.loader import LoadedRecipe
+from trimtab.recipes.schema import Recipe
+
+log = logging.getLogger("trimtab")
+
+MARKER = "run.json"
+PACKAGES = (
+    "torch",
+    "transformers",
+    "peft",
+    "trl",
+    "accelerate",
+    "datasets",
+    "deepspeed",
+    "safetensors",
+    "scikit-learn",
+)
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, trimtab and the libraries that decide a result."""
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for name in ("trimtab", *PACKAGES):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def git_revision() -> str:
+    """Revision of the checkout that trimtab runs from, with ``-dirty`` for local changes; "not a checkout" for a wheel."""
+    folder = Path(__file__).resolve().parent
+    try:
+        result = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=folder, capture_output=True, text=True, check=True, timeout=10,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return "not a checkout"
+    return result.stdout.strip()
+
+
+@dataclass(frozen=True)
+class Run:
+    """One job's folder.
+
+    Attributes:
+        folder: the run folder.
+        recipe: the recipe.
+        loaded: the recipe as loaded, with its text and path.
+    """
+
+    folder: Path
+    recipe: Recipe
+    loaded: LoadedRecipe
+
+    @property
+    def axis_path(self) -> Path:
+        """The training axis."""
+        return self.folder / "axis.safetensors"
+
+    @property
+    def held_out_axis_path(self) -> Path:
+        """The axis of held-out roles."""
+        return self.folder / "axis_held_out.safetensors"
+
+    @property
+    def rollouts_path(self) -> Path:
+        """Rollouts behind the axis."""
+        return self.folder / "axis" / "rollouts.jsonl"
+
+    def variant(self, control: bool) -> Variant:
+        """Where the adapter of the run, or of its random-direction control, lies."""
+        return Variant(self.folder / "control" if control else self.folder, control)
+
+    def stage(self, name: str, inputs: Any, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Run ``work`` unless it is recorded as done with these very inputs; record what it returns.
+
+        Args:
+            name: stage.
+            inputs: everything the stage depends on, JSON-able; its hash is the key of the record.
+            work: returns JSON-able facts.
+        """
+        path = self.folder / "stages" / f"{name}.json"
+        key = fingerprint(inputs)
+        if path.exists():
+            record = read_json(path)
+            if record["key"] == key:
+                log.info("%s: done already, %s", name, path)
+                facts: dict[str, Any] = record["facts"]
+                return facts
+            raise UserError(
+                f"stage {name} was done with other inputs",
+                file=path,
+                remedy="choose another --output-dir, or delete the run folder if it is not needed",
+            )
+        started = time.monotonic()
+        facts = work()
+        write_json(path, {
+            "key": key,
+            "seconds": round(time.monotonic() - started, 1),
+            "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "facts": facts,
+        })  # fmt: skip
+        return facts
+
+    def stage_record(self, name: str) -> dict[str, Any] | None:
+        """The record of a stage, or None if it has not been done."""
+        path = self.folder / "stages" / f"{name}.json"
+        found: dict[str, Any] | None = read_json(path) if path.exists() else None
+        return found
+
+
+@dataclass(frozen=True)
+class Variant:
+    """The trained adapter's place: of the run itself, or of its control."""
+
+    folder: Path
+    control: bool
+
+    @property
+    def floor_path(self) -> Path:
+        """The floor that was trained against."""
+        return self.folder / "floor.safetensors"
+
+    @property
+    def adapter(self) -> Path:
+        """What PEFT writes."""
+        return self.folder / "adapter"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The trainer's own output folder."""
+        return self.folder / "checkpoints"
+
+    @property
+    def rollouts(self) -> Path:
+        """Training rollouts."""
+        return self.folder / "rollouts"
+
+    @property
+    def metrics(self) -> Path:
+        """The trainer's log, one JSON object a line."""
+        return self.folder / "metrics.jsonl"
+
+    @property
+    def stage_name(self) -> str:
+        """Name of the training stage's record."""
+        return "train_control" if self.control else "train"
+
+
+def open_run(loaded: LoadedRecipe, *, output_dir: str | None = None) -> Run:
+    """Open or make the run folder of a recipe.
+
+    The folder is ``output_dir``, else ``train.output_dir`` of the recipe, else ``runs/<recipe name>`` below the working
+    directory.
+
+    Raises:
+        UserError: if the folder was made from another recipe, or is not empty and not a run folder.
+    """
+    folder = run_folder(loaded, output_dir)
+    identity = recipe_identity(loaded)
+    marker = folder / MARKER
+    if marker.exists():
+        found = read_json(marker)
+        if found.get("recipe_hash") != identity:
+            raise UserError(
+                "this run folder was made from another recipe",
+                file=folder,
+                remedy="choose another --output-dir, or delete the folder if it is not needed",
+            )
+    elif folder.exists() and any(not path.name.startswith(f".{MARKER}.") for path in folder.iterdir()):
+        raise UserError(
+            "this folder is not empty and is not a run folder",
+            file=folder,
+            remedy="choose a new folder with --output-dir",
+        )
+    else:
+        # The marker comes first: a kill before it leaves at most its temporary file, which is no obstacle the next time.
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(marker, {
+            "recipe": loaded.name,
+            "recipe_hash": identity,
+            "resolved": loaded.resolved,
+            "command": " ".join(sys.argv),
+            "versions": versions(),
+            "git": git_revision(),
+            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        })  # fmt: skip
+    if not (folder / "recipe.yaml").exists():
+        write_text(folder / "recipe.yaml", loaded.text)
+    return Run(folder, loaded.recipe, loaded)
+
+
+def run_folder(loaded: LoadedRecipe, output_dir: str | None) -> Path:
+    """The run folder of a recipe, whether it is there or not."""
+    chosen = output_dir or loaded.recipe.train.get("output_dir") or f"runs/{loaded.name.replace('/', '-')}"
+    return Path(chosen).expanduser().resolve()
+
+
+def recipe_identity(loaded: LoadedRecipe) -> str:
+    """Hash of the resolved recipe without the place it writes to."""
+    resolved = dict(loaded.resolved)
+    resolved["train"] = {key: value for key, value in resolved.get("train", {}).items() if key != "output_dir"}
+    return fingerprint(resolved)

@@ -1,0 +1,25 @@
+"""Schedules on optimiser steps over total steps, never on micro-batches: accumulation 1 and 4 give the same curve."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+Schedule = Literal["constant", "linear", "cosine"]
+
+
+def scheduled(start: float, schedule: Schedule, step: int, total: int) -> float:
+    """Value at ``step`` of ``total``: constant, or annealed to 0 linearly or by a half cosine.
+
+    Args:
+        start: value at step 0.
+        schedule: its shape.
+        step: optimiser steps done.
+        total: optimiser steps of the whole run.
+    """
+    progress = min(max(step / total, 0.0), 1.0) if total > 0 else 0.0
+    if schedule == "linear":
+        return start * (1 - progress)
+    if schedule == "cosine":
+        return start * 0.5 * (1 + math.cos(math.pi * progress))
+    return start
