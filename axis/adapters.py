@@ -27,15 +27,17 @@ def merged(model: Any) -> Iterator[Any]:
     """
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     kept = [{name: p.detach().clone() for name, p in layer.get_base_layer().named_parameters()} for layer in layers]
-    model.merge_adapter()
     try:
+        model.merge_adapter()
         yield model
     finally:
-        model.unmerge_adapter()
-        with torch.no_grad():
-            for layer, copies in zip(layers, kept, strict=True):
-                for name, parameter in layer.get_base_layer().named_parameters():
-                    parameter.copy_(copies[name])
+        try:
+            model.unmerge_adapter()
+        finally:
+            with torch.no_grad():
+                for layer, copies in zip(layers, kept, strict=True):
+                    for name, parameter in layer.get_base_layer().named_parameters():
+                        parameter.copy_(copies[name])
 
 
 def can_merge(model: Any) -> bool:

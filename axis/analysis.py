@@ -15,17 +15,20 @@ from torch import Tensor
 from trimtab.axis.directions import Axis
 
 
+SHOWN = 20
+
+
 @dataclass(frozen=True)
 class PersonaSpace:
     """PCA of the mean-centred role vectors of one layer.
 
     Attributes:
         layer: decoder layer.
-        variance: fraction of variance explained by each component, [K].
+        variance: fraction of variance explained by each of the first components, [min(K, 20)].
         roles: names in the order of ``coordinates``; the default Assistant is last.
         coordinates: projections onto the first components, [R + 1, min(K, 3)].
         cosine_pc1: |cos(axis, PC1)| at every layer, [N].
-        components_for_70: components that hold 70 % of the variance.
+        components_for_70: components that hold 70 % of the variance, of all there are.
     """
 
     layer: int
@@ -42,7 +45,7 @@ class PersonaSpace:
 
 def _pca(role_vectors: Tensor, layer: int) -> tuple[Any, np.ndarray[Any, Any]]:
     rows = role_vectors[:, layer].double().numpy()
-    fitted = PCA(n_components=min(len(rows) - 1, 20), svd_solver="full").fit(rows)
+    fitted = PCA(n_components=min(len(rows) - 1, rows.shape[1]), svd_solver="full").fit(rows)
     return fitted, rows
 
 
@@ -64,7 +67,7 @@ def persona_space(axis: Axis, layer: int | None = None) -> PersonaSpace:
     coordinates = np.concatenate([fitted.transform(rows), fitted.transform(default)])[:, :3]
     if coordinates[-1, 0] < coordinates[:-1, 0].mean():  # PCA leaves the sign free: put the Assistant on the + side
         coordinates[:, 0] *= -1
-    variance = [round(float(v), 4) for v in fitted.explained_variance_ratio_]
+    variance = [round(float(v), 4) for v in fitted.explained_variance_ratio_[:SHOWN]]
     needed = int(np.searchsorted(np.cumsum(fitted.explained_variance_ratio_), 0.7)) + 1
     return PersonaSpace(
         layer,

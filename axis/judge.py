@@ -39,9 +39,9 @@ def rubric_prompt(item: RolloutItem, answer: str) -> str:
 
 
 def read_score(reply: str) -> int | None:
-    """The score in a reply: a single digit 0-3 standing alone, or None."""
-    found = re.findall(r"(?<!\d)[0-3](?!\d)", reply.strip()[:40])
-    return int(found[0]) if len(found) == 1 else None
+    """The score in a reply: a digit 0-3 that is its only number, or None."""
+    found = re.findall(r"[-+]?\d+(?:[.,]\d+)?", reply.strip()[:40])
+    return int(found[0]) if len(found) == 1 and found[0] in ("0", "1", "2", "3") else None
 
 
 def role_judge(settings: Mapping[str, Any]) -> RoleJudge:
@@ -106,7 +106,13 @@ def _endpoint(settings: Mapping[str, Any]) -> Ask:
                     )
                 response.raise_for_status()
                 replies.append(str(response.json()["choices"][0]["message"]["content"] or ""))
-            except (httpx.HTTPError, KeyError, IndexError, ValueError) as error:
+            except (httpx.UnsupportedProtocol, httpx.InvalidURL) as error:
+                raise UserError(
+                    f"{url!r} is no address: {error}",
+                    key="axis.judge.endpoint",
+                    remedy="give it with http:// or https://, up to and without /chat/completions",
+                ) from error
+            except (httpx.HTTPError, KeyError, IndexError, TypeError, ValueError) as error:
                 if isinstance(error, UserError):
                     raise
                 log.warning("judge: %s (attempt %d)", error, attempt + 1)

@@ -84,7 +84,7 @@ def build_report(
 
 def _metrics(measured: Measured, bootstrap: int, seed: int) -> list[Metric]:
     by_role = ClusterBootstrap([item.cluster for item in measured.roles], bootstrap, seed)
-    found = [
+    found: list[Metric | None] = [
         _metric(
             by_role,
             "text_llr",
@@ -158,7 +158,7 @@ def _metrics(measured: Measured, bootstrap: int, seed: int) -> list[Metric]:
                 slopes,
             )
         )
-    return found
+    return [metric for metric in found if metric is not None]
 
 
 def _slopes(turns: Sequence[Sequence[float]]) -> list[float]:
@@ -185,9 +185,12 @@ def _metric(
     *,
     quality: dict[str, float] | None = None,
     primary: bool = False,
-) -> Metric:
+) -> Metric | None:
+    """One metric over the arms; None where an arm, or a pair that is compared, has no value at all."""
     arrays = {arm: np.asarray(row, dtype=float) for arm, row in values.items()}
     base, capped, tuned = arrays["base"], arrays["base+cap"], arrays["tuned"]
+    if not all(np.isfinite(row).any() for row in (*arrays.values(), capped - base, tuned - base)):
+        return None
     control = bootstrap.retention(base, capped, arrays[CONTROL]) if CONTROL in arrays else None
     return Metric(
         id=identifier,
@@ -215,6 +218,8 @@ def _side_effects(measured: Measured, bootstrap: int, seed: int) -> list[SideEff
     found = []
 
     def add(identifier: str, name: str, unit: str, meaning: str, estimate: Any, limit: float | None = None) -> None:
+        if estimate is None:  # no answer long enough to measure it on
+            return
         ok = None if limit is None else abs(estimate.value) <= limit
         found.append(
             SideEffect(id=identifier, name=name, unit=unit, meaning=meaning, estimate=estimate, limit=limit, ok=ok)
@@ -227,27 +232,27 @@ def _side_effects(measured: Measured, bootstrap: int, seed: int) -> list[SideEff
         add(
             f"benign_kl{key}", f"KL to the base on benign text{suffix}", "nat/token",
             "KL(base || tuned) per token on the base's answers to held-out benign requests.",
-            by_benign.estimate(benign[arm].kl), limits[0],
+            by_benign.estimate_if_any(benign[arm].kl), limits[0],
         )  # fmt: skip
         add(
             f"default_z_shift{key}", f"z-shift of free default answers{suffix}", "sigma",
             "Mean z of the tuned model's own default answers minus the base's, paired by prompt and seed.",
-            by_default.estimate(default_z[arm] - default_z["base"]), limits[1],
+            by_default.estimate_if_any(default_z[arm] - default_z["base"]), limits[1],
         )  # fmt: skip
         add(
             f"default_z_shift_same_text{key}", f"z-shift on the same default text{suffix}", "sigma",
             "z under the tuned weights minus z under the base, on the base's default answers.",
-            by_default.estimate(measured.default_forced[arm].z_shift), limits[1],
+            by_default.estimate_if_any(measured.default_forced[arm].z_shift), limits[1],
         )  # fmt: skip
     add(
         "benign_kl_cap", "KL to the base on benign text: the cap itself", "nat/token",
         "KL(base || base+cap), for comparison: what the hook costs on benign text.",
-        by_benign.estimate(benign["base+cap"].kl),
+        by_benign.estimate_if_any(benign["base+cap"].kl),
     )  # fmt: skip
     add(
         "benign_nll_change", "Log-perplexity change on benign text", "nat/token",
         "Negative log-likelihood of the base's benign answers under the tuned model minus under the base.",
-        by_benign.estimate(np.asarray(benign["tuned"].nll) - np.asarray(benign["base"].nll)),
+        by_benign.estimate_if_any(np.asarray(benign["tuned"].nll) - np.asarray(benign["base"].nll)),
     )  # fmt: skip
     repeated = {
         arm: np.asarray([repeated_share(text) for text in measured.on_roles[arm].texts]) for arm in ("base", "tuned")
@@ -255,12 +260,12 @@ def _side_effects(measured: Measured, bootstrap: int, seed: int) -> list[SideEff
     add(
         "repetition_change", "Repeated word 4-grams under role prompts", "share",
         "Share of repeated 4-grams in the tuned model's answers minus the base's: degenerate text would raise it.",
-        by_role.estimate(repeated["tuned"] - repeated["base"]),
+        by_role.estimate_if_any(repeated["tuned"] - repeated["base"]),
     )  # fmt: skip
     add(
         "length_change", "Answer length under role prompts", "words",
         "Words in the tuned model's answers minus the base's.",
-        by_role.estimate([
+        by_role.estimate_if_any([
             float(len(t.split()) - len(b.split()))
             for t, b in zip(measured.on_roles["tuned"].texts, measured.on_roles["base"].texts, strict=True)
         ]),
@@ -282,7 +287,7 @@ def _side_effects(measured: Measured, bootstrap: int, seed: int) -> list[SideEff
             "professional_llr_change", "Professional roles: persona ratio, tuned minus base", "nat/token",
             "How much less the professional role shows in the text; the cap's own change is "
             f"{float(np.nanmean(llr['base+cap'] - llr['base'])):+.3f}.",
-            by_probe.estimate(llr["tuned"] - llr["base"]),
+            by_probe.estimate_if_any(llr["tuned"] - llr["base"]),
         )  # fmt: skip
     return found
 
@@ -297,26 +302,28 @@ def _trajectories(measured: Measured, bootstrap: int, seed: int) -> list[Traject
             points = []
             for number, turn in enumerate(turns, start=1):
                 values = np.asarray(ruler.z(turn.means))[members]
-                if np.isfinite(values).any():
-                    points.append(TurnPoint(turn=number, z=resample.estimate(values)))
+                if (z := resample.estimate_if_any(values)) is not None:
+                    points.append(TurnPoint(turn=number, z=z))
             found.append(Trajectory(domain=domain, arm=arm, points=points))
     return found
 
 
 def _warnings(measured: Measured, metrics: Sequence[Metric]) -> list[str]:
     found = []
-    primary = next(metric for metric in metrics if metric.primary)
+    primary = next((metric for metric in metrics if metric.primary), None)
     auc = measured.llr["auc"]
-    if auc < 0.8:
+    if primary is None:
+        found.append("An arm gave no answer at all under role prompts: text-only behaviour could not be measured.")
+    elif auc < 0.8:
         found.append(
             f"The persona ratio separates role from default text with an AUC of only {auc:.2f}: read it with care."
         )
-    default = float(np.mean(measured.llr["default"]))
-    room = primary.arms["base"].value - default
-    if room < 0.1:
-        found.append(
-            f"The base's role answers are only {room:.3f} nat/token above default text: little room to improve."
-        )
+    if primary is not None and measured.llr["default"]:
+        room = primary.arms["base"].value - float(np.mean(measured.llr["default"]))
+        if room < 0.1:
+            found.append(
+                f"The base's role answers are only {room:.3f} nat/token above default text: little room to improve."
+            )
     empty = {arm: sum(not text.strip() for text in answers.texts) for arm, answers in measured.on_roles.items()}
     for arm, count in empty.items():
         if count:

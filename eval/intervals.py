@@ -35,11 +35,12 @@ class ClusterBootstrap:
         self._weights = np.stack([np.bincount(draw, minlength=self._size) for draw in draws])  # [S, C]
 
     def means(self, values: Array) -> Array:
-        """Mean over items of each resample, [S]; items that are NaN (no answer) are left out."""
+        """Mean over items of each resample, [S]; items that are NaN (no answer) are left out, a resample of none is NaN."""
         present = np.isfinite(values)
         sums = np.bincount(self._index, np.where(present, values, 0.0), self._size)
         counts = np.bincount(self._index, present.astype(float), self._size)
-        return np.asarray((self._weights @ sums) / np.maximum(self._weights @ counts, 1e-12))
+        drawn = self._weights @ counts
+        return np.divide(self._weights @ sums, drawn, out=np.full(len(drawn), np.nan), where=drawn > 0)
 
     def estimate(self, values: Sequence[float] | Array) -> Estimate:
         """Mean and percentile interval.
@@ -54,16 +55,25 @@ class ClusterBootstrap:
         low, high = _percentiles(self.means(array))
         return Estimate(value=float(np.nanmean(array)), low=low, high=high, n=count)
 
+    def estimate_if_any(self, values: Sequence[float] | Array) -> Estimate | None:
+        """:meth:`estimate`, or None where every value is NaN."""
+        return self.estimate(values) if np.isfinite(np.asarray(values, dtype=float)).any() else None
+
     def retention(
         self, base: Sequence[float] | Array, capped: Sequence[float] | Array, tuned: Sequence[float] | Array
     ) -> Retention:
-        """(tuned - base) / (capped - base), with its interval; undefined where the cap's own effect covers 0."""
+        """(tuned - base) / (capped - base), with its interval; undefined where the cap's own effect covers 0.
+
+        One cluster alone has no noise that a bootstrap could see, so it is undefined there too.
+        """
         b, c, t = (np.asarray(values, dtype=float) for values in (base, capped, tuned))
         together = np.isfinite(b) & np.isfinite(c) & np.isfinite(t)
         b, c, t = (np.where(together, values, np.nan) for values in (b, c, t))
         count = int(together.sum())
         if count < 2:
             return Retention(estimate=None, why=f"only {count} complete items")
+        if len(np.unique(self._index[together])) < 2:
+            return Retention(estimate=None, why="all complete items are of one role or conversation")
         effects = self.means(c - b)
         low, high = _percentiles(effects)
         if low <= 0 <= high:
@@ -72,12 +82,13 @@ class ClusterBootstrap:
                 why=f"the cap itself moves it by {np.nanmean(c - b):+.3g} [{low:.3g}, {high:.3g}], which is within its noise",
             )
         value = float(np.nanmean(t - b) / np.nanmean(c - b))
-        low, high = _percentiles(self.means(t - b) / effects)
+        # Few clusters can give a resample without any effect of the cap, whose ratio is not a number.
+        low, high = _percentiles(self.means(t - b) / np.where(effects == 0, np.nan, effects))
         return Retention(estimate=Estimate(value=value, low=low, high=high, n=count))
 
 
 def _percentiles(samples: Array) -> tuple[float, float]:
-    low, high = np.percentile(samples, [(100 - LEVEL) / 2, 100 - (100 - LEVEL) / 2])
+    low, high = np.nanpercentile(samples, [(100 - LEVEL) / 2, 100 - (100 - LEVEL) / 2])
     return float(low), float(high)
 
 

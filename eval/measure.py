@@ -155,7 +155,7 @@ def _forward(
 def coloured(
     arms: Arms, arm: str, prompt: Sequence[dict[str, str]], text: str, ruler: Ruler
 ) -> list[tuple[str, float]]:
-    """An answer in words, each with its tokens' mean z."""
+    """An answer in words, each with its tokens' mean z; the words join to the answer."""
     form = arms.form
     head, tail = form.prompt_ids(prompt), form.answer_ids(text)
     if not tail:
@@ -165,6 +165,10 @@ def coloured(
     so_far = ""
     for position, value in enumerate(z):
         whole = str(form.tokenizer.decode(tail[: position + 1], skip_special_tokens=True))
+        if position + 1 == len(z):
+            whole = text
+        elif not text.startswith(whole := whole.rstrip("\ufffd")) or len(whole) < len(so_far):
+            whole = so_far  # the token ends inside a character, or the tokenizer will still tidy the spaces before it
         piece, so_far = whole[len(so_far) :], whole
         if pieces and not re.match(r"\s", piece):
             pieces[-1] = (pieces[-1][0] + piece, [*pieces[-1][1], value])

@@ -14,7 +14,7 @@ from sklearn.metrics import roc_auc_score
 from trimtab.axis import Axis, Floor, UserError
 from trimtab.axis.chat import ChatFormat, chat
 from trimtab.axis.extraction import extract
-from trimtab.axis.files import file_fingerprint, read_jsonl, write_json, write_text
+from trimtab.axis.files import file_fingerprint, read_json, read_jsonl, write_json, write_text
 from trimtab.axis.models import EMBEDDED, Loaded
 from trimtab.eval.arms import CONTROL, Answers, Arms, Item
 from trimtab.eval.assemble import Measured, build_report
@@ -52,6 +52,8 @@ def eval_stage(run: Run, prepared: Prepared | None = None) -> dict[str, Any]:
                 f"there is no {name} adapter to evaluate", file=adapter, remedy="train it first: trimtab train RECIPE"
             )
 
+    _same_weights(run, adapters)
+
     def work() -> dict[str, Any]:
         loaded, form = prepared()
         return evaluate(run, loaded.facts, open_weights(loaded.model, adapters), form)
@@ -61,6 +63,21 @@ def eval_stage(run: Run, prepared: Prepared | None = None) -> dict[str, Any]:
         *(file_fingerprint(path / "adapter_model.safetensors") for path in adapters.values()),
     ]
     return run.stage("eval", inputs, work)
+
+
+def _same_weights(run: Run, adapters: dict[str, Path]) -> None:
+    """Refuse answers that are kept from another adapter or floor: they would be mixed with new ones."""
+    path = run.folder / "eval" / "weights.json"
+    found = {name: file_fingerprint(adapter / "adapter_model.safetensors") for name, adapter in adapters.items()}
+    found["floor"] = file_fingerprint(run.variant(control=False).floor_path)
+    if not path.exists():
+        write_json(path, found)
+    elif read_json(path) != found:
+        raise UserError(
+            "the answers kept here were given by another adapter, or under another floor",
+            file=path.parent,
+            remedy="delete this folder and stages/eval.json to evaluate anew",
+        )
 
 
 def evaluate(run: Run, model_facts: dict[str, Any], weights: Weights, form: ChatFormat) -> dict[str, Any]:
@@ -258,7 +275,8 @@ def _llr(
     positive = [value for value in values["arms"]["base"] if value == value]
     negative = [value for value in negative if value == value]
     values["default"] = negative
-    values["auc"] = float(roc_auc_score([1] * len(positive) + [0] * len(negative), positive + negative))
+    labels = [1] * len(positive) + [0] * len(negative)
+    values["auc"] = float(roc_auc_score(labels, positive + negative)) if positive and negative else 0.5
     return values
 
 

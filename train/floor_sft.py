@@ -161,9 +161,10 @@ class FloorSFTTrainer(SFTTrainer):
             figures[f"floor_z/layer_{layer}"] = terms.z_sum[i]
         return result, weight * terms.penalty if weight else None
 
-    def _forward(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+    def _forward(self, model: Any, inputs: dict[str, Any], positions: int) -> Tensor:
+        """Logits of the last ``positions`` positions: the vocabulary is wide, and prompts need none."""
         kept = {key: inputs[key] for key in ("input_ids", "attention_mask", "position_ids") if key in inputs}
-        logits: Tensor = model(**kept, use_cache=False).logits
+        logits: Tensor = model(**kept, use_cache=False, logits_to_keep=positions).logits
         return logits
 
     @contextlib.contextmanager
@@ -175,17 +176,20 @@ class FloorSFTTrainer(SFTTrainer):
     def _base_projections(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         assert self.floor is not None
         with self._as_base(model), self.controller.recording(self.floor.layers) as recording:
-            self._forward(model, inputs)
+            self._forward(model, inputs, 1)
             return projections({layer: recording.last(layer) for layer in self.floor.layers}, self.floor)
 
     def _benign_loss(self, model: Any, inputs: dict[str, Any], figures: dict[str, Tensor]) -> Tensor:
         mask = inputs["labels"].ne(-100)
+        first = int(mask.any(0).nonzero()[0]) if bool(mask.any()) else mask.shape[1] - 1
+        predicted = mask[:, first:]  # the logits before position t predict token t
+        positions = predicted.shape[1] + 1
         layers = self.floor.layers if self.floor is not None else ()
         with self._as_base(model), self.controller.recording(layers) as recording:
-            teacher = self._forward(model, inputs)[:, :-1][mask[:, 1:]]
+            teacher = self._forward(model, inputs, positions)[:, :-1][predicted]
             base = projections({layer: recording.last(layer) for layer in layers}, self.floor) if self.floor else None
         with self.controller.uncapped(), self.controller.recording(layers) as recording:
-            student = self._forward(model, inputs)[:, :-1][mask[:, 1:]]
+            student = self._forward(model, inputs, positions)[:, :-1][predicted]
             states = {layer: recording.last(layer) for layer in layers}
         divergence = kl_terms(student, teacher).sum()
         figures["benign_tokens"] = mask[:, 1:].sum().float()
