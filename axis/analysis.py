@@ -14,7 +14,6 @@ from torch import Tensor
 
 from trimtab.axis.directions import Axis
 
-
 SHOWN = 20
 
 

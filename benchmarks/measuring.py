@@ -25,6 +25,9 @@ from trimtab.axis.files import write_json
 from trimtab.axis.layers import shape_of, text_config_of
 
 FEWEST_ROUNDS = 4  # one stalled step of a busy machine is all there is to see in fewer
+WIDEST_SPREAD = (
+    0.1  # of the quartiles: beyond it a starved machine has been seen to put an arm that does more work below 1
+)
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
@@ -90,8 +93,8 @@ def compare(
 ) -> dict[str, Any]:
     """The median over rounds of arm / base, with the quartiles of those ratios and the verdict on the target.
 
-    The verdict is ``unclear`` where the quartiles lie on both sides of the target or there are fewer than 4 rounds: the noise
-    decides there, more rounds help.
+    The verdict is ``unclear`` where the noise decides: the quartiles lie on both sides of the target or more than 0.1 apart, or
+    there are fewer than 4 rounds.
 
     Args:
         figures: arm -> its figure in each round.
@@ -106,7 +109,7 @@ def compare(
     verdict = None
     if target is not None:
         verdict = "met" if high <= target else "missed" if low > target else "unclear"
-        if not exact and len(ratios) < FEWEST_ROUNDS:
+        if not exact and (len(ratios) < FEWEST_ROUNDS or high - low > WIDEST_SPREAD):
             verdict = "unclear"
     return {
         "arm": arm,

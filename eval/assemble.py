@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from trimtab.eval.arms import CONTROL, Answers, Item
+from trimtab.eval.intervals import ClusterBootstrap, wilson
 from trimtab.eval.measure import Forced, Ruler, keyword_hit, repeated_share
 from trimtab.eval.schema import Metric, Report, SideEffect, Trajectory, Transcript, TurnPoint
-from trimtab.eval.intervals import ClusterBootstrap, wilson
 from trimtab.eval.verdict import make_verdict
 from trimtab.recipes.data import Conversation
 

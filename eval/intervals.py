@@ -40,7 +40,8 @@ class ClusterBootstrap:
         sums = np.bincount(self._index, np.where(present, values, 0.0), self._size)
         counts = np.bincount(self._index, present.astype(float), self._size)
         drawn = self._weights @ counts
-        return np.divide(self._weights @ sums, drawn, out=np.full(len(drawn), np.nan), where=drawn > 0)
+        found: Array = np.divide(self._weights @ sums, drawn, out=np.full(len(drawn), np.nan), where=drawn > 0)
+        return found
 
     def estimate(self, values: Sequence[float] | Array) -> Estimate:
         """Mean and percentile interval.

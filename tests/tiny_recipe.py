@@ -74,7 +74,7 @@ def command(recipe: Path, folder: Path, *, script: Path = SCRIPT, launcher: Sequ
     return [*start, str(script), "--config", str(recipe), "--output_dir", str(folder), "--quiet"]
 
 
-def run(arguments: Sequence[str], *, timeout: float = 600, **options: Any) -> subprocess.CompletedProcess[str]:
+def run(arguments: Sequence[str], *, timeout: float = 900, **options: Any) -> subprocess.CompletedProcess[str]:
     """Run to the end, output captured; a launcher that takes too long is ended together with its ranks."""
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen(arguments, start_new_session=True, **pipes, **options)

@@ -31,6 +31,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # after the environment, which must be set before transformers is imported
 from trimtab.axis.errors import UserError
 from trimtab.axis.files import disk_full
+from trimtab.axis.logs import setup_logging
 from trimtab.recipes.loader import load_recipe
 
 log = logging.getLogger("trimtab")
@@ -46,12 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", help="section.key=value")
     arguments = parser.parse_intermixed_args(argv)
     rank = int(os.environ.get("RANK", "0"))
-    logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format="%(message)s", stream=sys.stderr)
+    setup_logging(quiet=arguments.quiet, main_process=rank == 0)
     try:
         loaded = load_recipe(arguments.config, arguments.overrides)
-        from trimtab.axis.progress import set_quiet
-
-        set_quiet(arguments.quiet or rank != 0)
         train(loaded, output_dir=arguments.output_dir, control=arguments.control, quiet=arguments.quiet)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

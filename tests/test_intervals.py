@@ -1,0 +1,161 @@
+"""Intervals: against scipy, against formulas written here, and against what an interval promises."""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from trimtab.eval.intervals import ClusterBootstrap, wilson
+
+NAN = float("nan")
+
+
+def names(count: int) -> list[str]:
+    return [f"c{i:03d}" for i in range(count)]
+
+
+def test_without_clusters_it_is_the_ordinary_bootstrap() -> None:
+    values = np.random.default_rng(3).gamma(2.0, size=60)
+    ours = ClusterBootstrap(names(60), 20_000, 0).estimate(values)
+    theirs = stats.bootstrap((values,), np.mean, n_resamples=20_000, method="percentile", rng=np.random.default_rng(1))
+    interval = theirs.confidence_interval
+    assert ours.value == pytest.approx(values.mean())
+    width = interval.high - interval.low
+    assert ours.low == pytest.approx(interval.low, abs=0.03 * width)
+    assert ours.high == pytest.approx(interval.high, abs=0.03 * width)
+    assert ours.n == 60
+
+
+def test_clusters_move_together() -> None:
+    """Copies of an item add nothing: 20 clusters of 10 equal items are as uncertain as 20 items."""
+    per_cluster = np.random.default_rng(0).normal(size=20)
+    repeated = np.repeat(per_cluster, 10)
+    few = ClusterBootstrap(names(20), 4000, 5).estimate(per_cluster)
+    many = ClusterBootstrap([name for name in names(20) for _ in range(10)], 4000, 5).estimate(repeated)
+    assert (many.low, many.high) == pytest.approx((few.low, few.high))
+    loose = ClusterBootstrap(names(200), 4000, 5).estimate(repeated)
+    assert loose.high - loose.low < 0.5 * (many.high - many.low)
+
+
+def test_clusters_of_unequal_size_weigh_by_their_items() -> None:
+    bootstrap = ClusterBootstrap(["a", "b", "b", "b"], 500, 0)
+    assert bootstrap.estimate([0.0, 4.0, 4.0, 4.0]).value == 3.0
+    assert set(np.round(bootstrap.means(np.array([0.0, 4.0, 4.0, 4.0])), 9)) == {0.0, 3.0, 4.0}
+
+
+def test_the_order_of_items_does_not_matter() -> None:
+    clusters, values = ["x", "y", "z", "x", "y"], np.array([1.0, 2.0, 3.0, 4.0, NAN])
+    order = [4, 2, 0, 1, 3]
+    one = ClusterBootstrap(clusters, 300, 9).estimate(values)
+    other = ClusterBootstrap([clusters[i] for i in order], 300, 9).estimate(values[order])
+    assert one.model_dump() == pytest.approx(other.model_dump())
+
+
+def test_retention_by_its_definition() -> None:
+    generator = np.random.default_rng(1)
+    base = generator.normal(size=40)
+    capped = base + 1 + 0.1 * generator.normal(size=40)
+    bootstrap = ClusterBootstrap(names(40), 1000, 0)
+
+    unmoved = bootstrap.retention(base, base, capped)
+    assert unmoved.estimate is None and "within its noise" in unmoved.why
+    as_capped = bootstrap.retention(base, capped, capped).estimate
+    assert as_capped is not None and (as_capped.value, as_capped.low, as_capped.high) == (1.0, 1.0, 1.0)
+    as_base = bootstrap.retention(base, capped, base).estimate
+    assert as_base is not None and (as_base.value, as_base.low, as_base.high) == (0.0, 0.0, 0.0)
+    half = bootstrap.retention(base, capped, base + 0.5 * (capped - base)).estimate
+    assert half is not None and (half.value, half.low, half.high) == pytest.approx((0.5, 0.5, 0.5))
+    # the sign of the cap's effect does not matter
+    down = bootstrap.retention(-base, -capped, -(base + 0.5 * (capped - base))).estimate
+    assert down is not None and down.value == pytest.approx(0.5)
+
+
+def test_a_cap_within_its_noise_has_no_retention() -> None:
+    generator = np.random.default_rng(2)
+    base = generator.normal(size=30)
+    noisy = ClusterBootstrap(names(30), 1000, 0).retention(base, base + generator.normal(size=30) * 0.5, base + 1)
+    assert noisy.estimate is None and noisy.why
+
+
+def test_one_cluster_is_no_evidence() -> None:
+    """All resamples of one cluster are equal: an interval of no width would look like certainty."""
+    base = np.arange(6.0)
+    found = ClusterBootstrap(["pirate"] * 6, 200, 0).retention(base, base + 1, base + 0.9)
+    assert found.estimate is None and "one role" in found.why
+
+
+def test_a_resample_without_any_effect_does_not_spoil_the_interval() -> None:
+    base = np.zeros(4)
+    capped = np.array([0.0, 1.0, 1.0, 1.0])  # 1 resample in 256 draws the first item alone: 0 / 0
+    bootstrap = ClusterBootstrap(names(4), 5000, 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = bootstrap.retention(base, capped, capped / 2)
+    assert (bootstrap.means(capped) == 0).any() and found.estimate is not None
+    assert (found.estimate.low, found.estimate.high) == (0.5, 0.5)
+
+
+def test_missing_answers_are_left_out_of_all_arms() -> None:
+    bootstrap = ClusterBootstrap(names(5), 400, 0)
+    base = np.array([0.0, 1.0, 2.0, 3.0, NAN])
+    capped = np.array([1.0, 2.0, NAN, 4.0, 9.0])
+    tuned = np.array([0.5, NAN, 7.0, 3.5, 9.0])
+    found = bootstrap.retention(base, capped, tuned).estimate
+    assert found is not None and found.n == 2 and found.value == pytest.approx(0.5)
+    assert bootstrap.retention(base, capped, np.full(5, NAN)).estimate is None
+    estimate = bootstrap.estimate(capped)
+    assert estimate.n == 4 and estimate.value == 4.0
+    with pytest.raises(ValueError, match="no value"):
+        bootstrap.estimate([NAN] * 5)
+    assert bootstrap.estimate_if_any([NAN] * 5) is None and bootstrap.estimate_if_any(capped) == estimate
+
+
+def test_a_resample_of_missing_answers_alone_is_not_a_zero() -> None:
+    """Values near 100 with missing ones: no mean of them can lie far below."""
+    values = np.array([100.0, 101.0, NAN, NAN, NAN])
+    estimate = ClusterBootstrap(names(5), 2000, 0).estimate(values)
+    assert estimate.low >= 100.0 and estimate.high <= 101.0
+
+
+def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
+    generator = np.random.default_rng(11)
+    clusters = [name for name in names(40) for _ in range(3)]
+    covered = 0
+    for trial in range(400):
+        values = 1.0 + np.repeat(generator.normal(size=40), 3) + 0.5 * generator.normal(size=120)
+        estimate = ClusterBootstrap(clusters, 400, trial).estimate(values)
+        covered += estimate.low <= 1.0 <= estimate.high
+    assert 0.91 <= covered / 400 <= 0.98
+
+
+def test_the_interval_of_retention_covers_the_truth() -> None:
+    generator = np.random.default_rng(12)
+    covered = 0
+    for trial in range(400):
+        base = generator.normal(size=40)
+        effect = 1 + 0.5 * generator.normal(size=40)
+        tuned = base + 0.6 * effect + 0.3 * generator.normal(size=40)
+        found = ClusterBootstrap(names(40), 400, trial).retention(base, base + effect, tuned).estimate
+        assert found is not None
+        covered += found.low <= 0.6 <= found.high
+    assert 0.91 <= covered / 400 <= 0.98
+
+
+@pytest.mark.parametrize(("successes", "n"), [(0, 7), (3, 7), (7, 7), (50, 180), (1, 1)])
+def test_wilson_by_its_formula(successes: int, n: int) -> None:
+    z = stats.norm.ppf(0.975)
+    p = successes / n
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    found = wilson(successes, n)
+    assert (found.value, found.n) == (p, n)
+    assert (found.low, found.high) == pytest.approx((max(centre - half, 0), min(centre + half, 1)), abs=1e-9)
+
+
+def test_a_rate_of_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least one trial"):
+        wilson(0, 0)

@@ -1,0 +1,150 @@
+"""The role judge: reading scores, and a real HTTP server as its endpoint."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+
+from trimtab.axis.errors import UserError
+from trimtab.axis.extraction import RolloutItem
+from trimtab.axis.judge import read_score, role_judge, rubric_prompt
+from trimtab.recipes.schema import JudgeSection
+
+KEY = "TRIMTAB_TEST_KEY"
+ITEM = RolloutItem(role="pirate", system="You are a {pirate}.", question="Why 100%?", half=0)
+
+
+@pytest.mark.parametrize(
+    ("reply", "score"),
+    [
+        ("3", 3), (" 0\n", 0), ("Score: 2", 2), ("**1**", 1), ("3 - fully in the role", 3), ("Rating: 2.", 2),
+        ("", None), ("4", None), ("-1", None), ("2.5", None), ("10", None), ("3/3", None), ("1 or 2", None),
+        ("5, not 3", None), ("three", None), ("7 of 2", None),
+    ],
+)  # fmt: skip
+def test_read_score(reply: str, score: int | None) -> None:
+    assert read_score(reply) == score
+
+
+def test_the_prompt_holds_what_is_judged_and_leaves_braces_alone() -> None:
+    prompt = rubric_prompt(ITEM, "Arr {ship}!")
+    assert "You are a {pirate}." in prompt and "Why 100%?" in prompt and "Arr {ship}!" in prompt
+
+
+class Endpoint:
+    """An OpenAI-compatible server on this machine: ``answer`` gets the judge's prompt and how often it was asked."""
+
+    def __init__(self) -> None:
+        self.answer: Callable[[str, int], tuple[int, Any]] = lambda prompt, count: (200, "3")
+        self.asked: list[str] = []
+        self.requests: list[dict[str, Any]] = []
+        self.keys: set[str | None] = set()
+        endpoint = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                endpoint.keys.add(self.headers.get("Authorization"))
+                endpoint.requests.append({"path": self.path, **body})
+                prompt = body["messages"][-1]["content"]
+                endpoint.asked.append(prompt)
+                status, reply = endpoint.answer(prompt, endpoint.asked.count(prompt))
+                if isinstance(reply, str):
+                    reply = json.dumps({"choices": [{"message": {"role": "assistant", "content": reply}}]}).encode()
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(reply)))
+                self.end_headers()
+                self.wfile.write(reply)
+
+            def log_message(self, *args: Any) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.thread = threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True)
+        self.thread.start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server.server_address[1]}/v1"
+
+    def close(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+        self.thread.join()
+
+
+@pytest.fixture
+def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[Endpoint]:
+    monkeypatch.setenv(KEY, "secret")
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    server = Endpoint()
+    yield server
+    server.close()
+
+
+def settings(url: str, **changes: Any) -> dict[str, Any]:
+    return JudgeSection(endpoint=url, model="judge-1", api_key_env=KEY, timeout=5.0, **changes).model_dump()
+
+
+def test_scores_come_back_in_order(endpoint: Endpoint) -> None:
+    endpoint.answer = lambda prompt, count: (200, next(d for d in "0123" if f"answer {d}" in prompt))
+    judge = role_judge(settings(endpoint.url + "/"))
+    assert judge([(ITEM, f"answer {d}") for d in (2, 0, 3, 1)]) == [2, 0, 3, 1]
+    assert endpoint.keys == {"Bearer secret"}
+    request = endpoint.requests[0]
+    assert request["path"] == "/v1/chat/completions" and request["model"] == "judge-1" and request["temperature"] == 0
+
+
+BAD: dict[str, tuple[int, Any]] = {
+    "words": (200, "It is a pirate."),
+    "no json": (200, b"<html>"),
+    "no choices": (200, b"{}"),
+    "empty choices": (200, b'{"choices": []}'),
+    "a list": (200, b"[]"),
+    "null choices": (200, b'{"choices": null}'),
+    "null content": (200, b'{"choices": [{"message": {"content": null}}]}'),
+    "server error": (500, b"oops"),
+    "busy": (429, b"later"),
+}
+
+
+@pytest.mark.parametrize("kind", list(BAD))
+def test_an_unreadable_reply_is_asked_again(endpoint: Endpoint, kind: str) -> None:
+    endpoint.answer = lambda prompt, count: BAD[kind] if "muddle" in prompt and count < 3 else (200, "3")
+    assert role_judge(settings(endpoint.url, retries=3))([(ITEM, "clear"), (ITEM, "muddle")]) == [3, 3]
+    assert sum("muddle" in prompt for prompt in endpoint.asked) == 3
+    assert sum("clear" in prompt for prompt in endpoint.asked) == 1  # only what is missing is asked again
+
+
+def test_what_stays_unreadable_is_missing_and_never_a_score(endpoint: Endpoint) -> None:
+    endpoint.answer = lambda prompt, count: (200, "4") if "muddle" in prompt else (200, "1")
+    assert role_judge(settings(endpoint.url, retries=1))([(ITEM, "muddle"), (ITEM, "clear")]) == [None, 1]
+    assert sum("muddle" in prompt for prompt in endpoint.asked) == 2
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_a_refused_key_or_wrong_address_is_the_users(endpoint: Endpoint, status: int) -> None:
+    endpoint.answer = lambda prompt, count: (status, b"{}")
+    with pytest.raises(UserError, match=str(status)) as caught:
+        role_judge(settings(endpoint.url))([(ITEM, "x")])
+    assert caught.value.key == "axis.judge.endpoint" and "secret" not in str(caught.value)
+    assert len(endpoint.asked) == 1
+
+
+def test_an_address_without_http_is_the_users(endpoint: Endpoint) -> None:
+    with pytest.raises(UserError, match="no address") as caught:
+        role_judge(settings("localhost:8000/v1"))([(ITEM, "x")])
+    assert "http" in caught.value.remedy
+
+
+def test_a_missing_key_is_told_before_anything_is_asked(endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(KEY)
+    with pytest.raises(UserError, match=f"{KEY} is not set"):
+        role_judge(settings(endpoint.url))
+    assert not endpoint.asked

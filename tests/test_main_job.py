@@ -1,0 +1,224 @@
+"""The whole job by the real command, on a tiny chat model with random weights.
+
+Such a model has no Assistant, so no number means anything here: what is asserted is that the job ends, that its files are
+whole and say the same after a kill, and that nothing is called good which is not.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import build_model, build_tokenizer
+from safetensors.torch import load_file
+from tiny_recipe import environment, run, write_recipe
+
+from trimtab.axis.errors import UserError
+from trimtab.cli.main import main
+from trimtab.eval.schema import ARMS, Report
+from trimtab.eval.stages import eval_stage
+from trimtab.recipes.loader import load_recipe
+from trimtab.train.run import open_run
+
+EVAL = {
+    "roles": 3,
+    "questions": 2,
+    "conversations": 2,
+    "turns": 2,
+    "benign": 4,
+    "professional": 4,
+    # too short for any 4-gram of words: that side effect can't be measured here, and must not stop the report
+    "sampling": {"max_new_tokens": 8, "batch_size": 8},
+    "reextract_roles": 2,
+    "reextract_questions": 1,
+    "control": True,
+    "bootstrap": 200,
+    "transcripts": 4,
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """A finished run: its recipe, its folder, what it printed, and the processor seconds that it took."""
+
+    recipe: Path
+    folder: Path
+    printed: str
+    seconds: float
+
+    @property
+    def report(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((self.folder / "report.json").read_text(encoding="utf-8"))
+        return found
+
+
+def trimtab(*arguments: str | Path) -> tuple[subprocess.CompletedProcess[str], float]:
+    """Run the command; the result and its processor seconds, which other work on the machine does not change."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    result = run([sys.executable, "-m", "trimtab.cli.main", *map(str, arguments)], env=environment())
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return result, after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    """The recipe with a control, run once from nothing."""
+    folder = tmp_path_factory.mktemp("job")
+    build_model("llama", max_position_embeddings=2048).save_pretrained(folder / "model")
+    build_tokenizer().save_pretrained(folder / "model")
+    path = write_recipe(folder / "tiny.yaml", folder / "model")
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    path.write_text(yaml.safe_dump({**content, "eval": EVAL}, sort_keys=False), encoding="utf-8")
+    result, seconds = trimtab("run", path, "--output-dir", folder / "run", "--quiet")
+    assert result.returncode == 0, result.stderr[-4000:]
+    return Job(path, folder / "run", result.stdout, seconds)
+
+
+def stamps(folder: Path) -> dict[str, int]:
+    """When each file was written; the page and the card are written again from the report at every call."""
+    again = {"report.html", "README.md"}
+    return {str(p): p.stat().st_mtime_ns for p in sorted(folder.rglob("*")) if p.is_file() and p.name not in again}
+
+
+def numbers(report: dict[str, Any]) -> dict[str, Any]:
+    """The report without the time of day and the seconds that stages took."""
+    rest = {key: value for key, value in report.items() if key != "created"}
+    return {**rest, "repeat": {key: value for key, value in report["repeat"].items() if key != "stage_seconds"}}
+
+
+def unevaluated(job: Job, folder: Path) -> Path:
+    """A copy of the run as it was after training."""
+    shutil.copytree(job.folder, folder)
+    shutil.rmtree(folder / "eval")
+    for name in ("report.json", "report.html", "stages/eval.json"):
+        (folder / name).unlink()
+    return folder
+
+
+def test_the_report_is_whole(job: Job) -> None:
+    report = Report.model_validate(job.report)
+    assert f"verdict ({report.verdict.status}): {report.verdict.headline}" in job.printed
+    page = (job.folder / "report.html").read_text(encoding="utf-8")
+    assert page.rstrip().endswith("</html>") and report.verdict.headline.split(" keeps ")[0] in page
+    metrics = {metric.id: metric for metric in report.metrics}
+    assert [metric.id for metric in report.metrics if metric.primary] == ["text_llr"]
+    assert {"z_training", "z_held_out", "z_reextracted", "kl_capped_self", "z_conversations"} <= metrics.keys()
+    for metric in metrics.values():
+        # the capped, tuned model is not compared with the capped self
+        assert set(metric.arms) == {*ARMS, "control"} - ({"tuned+cap"} if metric.id == "kl_capped_self" else set())
+        assert all(e.low <= e.value <= e.high for e in metric.arms.values())
+        assert metric.control_retention is not None and (metric.retention.estimate is not None or metric.retention.why)
+    assert metrics["text_llr"].arms["base"].n == 6 and metrics["z_conversations"].arms["base"].n == 4
+    capped_self = metrics["kl_capped_self"].arms["base+cap"]
+    assert (capped_self.value, capped_self.low, capped_self.high) == (0.0, 0.0, 0.0)
+    assert metrics["z_training"].cap_effect.value > 0  # the cap lifts what it caps, whatever the model
+    effects = {effect.id: effect for effect in report.side_effects}
+    assert {"benign_kl", "default_z_shift", "default_z_shift_same_text", "benign_kl_control"} <= effects.keys()
+    assert effects["benign_kl"].estimate.value > 0 and effects["benign_kl"].ok is not None
+    assert len(report.transcripts) == 4
+    assert {row["step"] for row in report.training["log"]} == {1, 2, 3, 4}
+    for transcript in report.transcripts:
+        for turn in transcript.turns:
+            for answer in turn.answers.values():
+                assert "".join(piece for piece, _ in answer.pieces) == answer.text
+
+
+def test_the_adapter_loads_with_peft_alone(job: Job) -> None:
+    code = """
+import sys, torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+base = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+ids = torch.tensor([[5, 80, 120, 33]])
+with torch.no_grad():
+    before = base(input_ids=ids).logits
+    model = PeftModel.from_pretrained(base, sys.argv[2]).eval()
+    adapted = model(input_ids=ids).logits
+    merged = model.merge_and_unload()(input_ids=ids).logits
+assert (before - adapted).abs().max() > 1e-3 and torch.allclose(adapted, merged, atol=1e-3)
+assert not [name for name in sys.modules if name.startswith("trimtab")]
+"""
+    model = job.recipe.parent / "model"
+    result = run([sys.executable, "-c", code, str(model), str(job.folder / "adapter")], env=environment())
+    assert result.returncode == 0, result.stderr[-4000:]
+    assert (job.folder / "control" / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_a_second_call_does_nothing(job: Job) -> None:
+    before = stamps(job.folder)
+    result, seconds = trimtab("run", job.recipe, "--output-dir", job.folder, "--quiet")
+    assert result.returncode == 0, result.stderr[-4000:]
+    assert stamps(job.folder) == before
+    assert seconds < job.seconds
+    assert result.stdout.splitlines()[-2:] == job.printed.splitlines()[-2:]
+
+
+def test_a_changed_recipe_is_refused(job: Job) -> None:
+    before = stamps(job.folder)
+    result, _ = trimtab("run", job.recipe, "--output-dir", job.folder, "--quiet", "train.learning_rate=0.02")
+    assert result.returncode == 2
+    assert "another recipe" in result.stderr and "remedy" in result.stderr and "Traceback" not in result.stderr
+    assert stamps(job.folder) == before
+
+
+def test_a_killed_evaluation_goes_on_to_the_same_numbers(job: Job, tmp_path: Path) -> None:
+    folder = unevaluated(job, tmp_path / "killed")
+    arguments = ["eval", str(job.recipe), "--output-dir", str(folder), "--quiet"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "trimtab.cli.main", *arguments],
+        env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    until = time.monotonic() + 300
+    mark = folder / "eval" / "default-base.safetensors"
+    while process.poll() is None and not mark.exists() and time.monotonic() < until:
+        time.sleep(0.002)
+    process.kill()
+    _, errors = process.communicate()
+    assert process.returncode == -signal.SIGKILL, errors[-4000:]
+    assert not (folder / "report.json").exists() and not (folder / "stages" / "eval.json").exists()
+    kept = mark.stat().st_mtime_ns
+    assert main(arguments) == 0
+    assert mark.stat().st_mtime_ns == kept
+    found = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    assert numbers(found) == numbers(job.report)
+
+
+def test_answers_of_another_adapter_are_refused(job: Job, tmp_path: Path) -> None:
+    """They would be mixed with those of the new one."""
+    folder = tmp_path / "other"
+    shutil.copytree(job.folder, folder)
+    (folder / "stages" / "eval.json").unlink()
+    shutil.copy(folder / "control/adapter/adapter_model.safetensors", folder / "adapter/adapter_model.safetensors")
+    with pytest.raises(UserError, match="another adapter"):
+        eval_stage(open_run(load_recipe(str(job.recipe)), output_dir=str(folder)))
+
+
+def test_training_that_changes_nothing_is_never_good(job: Job, tmp_path: Path) -> None:
+    """Learning rate 0: base against base."""
+    changes = ["train.learning_rate=0", "train.max_steps=1", "eval.control=false"]
+    assert main(["run", str(job.recipe), "--output-dir", str(tmp_path / "run"), "--quiet", *changes]) == 0
+    adapter = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert all(float(value.abs().max()) == 0.0 for name, value in adapter.items() if "lora_B" in name)
+    report = Report.model_validate_json((tmp_path / "run" / "report.json").read_text(encoding="utf-8"))
+    assert report.verdict.status in ("bad", "unclear")
+    for metric in report.metrics:
+        if metric.id == "z_reextracted":
+            continue
+        assert metric.tuned_effect.value == pytest.approx(0.0, abs=1e-6), metric.id
+        assert metric.arms["tuned"] == metric.arms["base"], metric.id
+        kept = metric.retention.estimate
+        assert kept is None or kept.value == kept.low == kept.high == 0.0, metric.id
+    effects = {effect.id: effect.estimate.value for effect in report.side_effects}
+    changes_at_all = ("benign_kl", "default_z_shift", "default_z_shift_same_text", "benign_nll_change", "length_change")
+    assert [effects[name] for name in changes_at_all] == [0.0] * 5
+    assert effects["professional_tuned"] == effects["professional_base"]
