@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -81,9 +80,7 @@ def test_no_sentence_is_in_both_splits() -> None:
         for sentence in sentences(text):
             where[split].setdefault(sentence, set()).add(place)
     both = {s: (where["train"][s], where["held_out"][s]) for s in where["train"].keys() & where["held_out"].keys()}
-    assert not both, (
-        f"{len(both)} sentences in both splits: {json.dumps({k: str(v) for k, v in both.items()}, indent=1)}"
-    )
+    assert not both, f"{len(both)} sentences in both splits: {both}"
     assert all(len(where[split]) > 300 for split in SPLITS)
 
 
@@ -91,7 +88,6 @@ def test_any_prefix_of_the_roles_is_a_mix_of_kinds() -> None:
     kinds = {row["role"]: row["kind"] for row in rows("roles")}
     for split in SPLITS:
         assert len({kinds[role.name] for role in data.roles(split, 4)}) == 4
-    for split in SPLITS:
         assert len({talk.domain for talk in data.conversations(split, 4)}) == 4
 
 
@@ -100,9 +96,8 @@ def test_professional_probes_ask_for_words_that_can_be_found() -> None:
     assert len(probes) == 36
     for probe in probes:
         assert probe["system"] and probe["user"] and len(set(probe["keywords"])) >= 3
-        assert all(word == word.lower() for word in probe["keywords"]), probe[
-            "id"
-        ]  # answers are compared in lower case
+        # answers are compared in lower case
+        assert all(word == word.lower() for word in probe["keywords"]), probe["id"]
 
 
 def test_more_than_there_is_is_refused_with_the_number() -> None:
