@@ -60,7 +60,7 @@ def test_the_assistant_is_on_the_positive_side(seed: int) -> None:
 @pytest.mark.parametrize("flat", [False, True])
 def test_the_number_of_components_for_70_percent(flat: bool) -> None:
     """Also where it takes more components than the report shows."""
-    axis = build_axis(90, hidden=100, scales=torch.ones(100) if flat else None)
+    axis = build_axis(90, hidden=100, scales=torch.ones(100) if flat else torch.linspace(3, 0.2, 100) ** 3)
     space = persona_space(axis, layer=2)
     total = np.cumsum(svd(axis, 2)[0])
     assert total[space.components_for_70 - 1] >= 0.7 and total[space.components_for_70 - 2] < 0.7
