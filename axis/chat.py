@@ -91,7 +91,8 @@ class ChatFormat:
     @property
     def end_ids(self) -> list[int]:
         """Tokens that end an answer."""
-        ids = {self.tokenizer.eos_token_id}
+        tokenizer: Any = self.tokenizer
+        ids = {tokenizer.eos_token_id}
         for token in ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>"):
             found = self.tokenizer.convert_tokens_to_ids(token)
             if isinstance(found, int) and found != self.tokenizer.unk_token_id:

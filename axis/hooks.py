@@ -29,8 +29,12 @@ from trimtab.axis.layers import base_model_of, find_decoder_layers, shape_of
 
 
 def project(hidden: Tensor, direction: Tensor) -> Tensor:
-    """Projection ``p = <h, v>`` in float32. ``hidden`` [..., D], ``direction`` [D] -> [...], units of the stream."""
-    return hidden.float() @ direction.to(device=hidden.device, dtype=torch.float32)
+    """Projection ``p = <h, v>`` in float32. ``hidden`` [..., D], ``direction`` [D] -> [...], units of the stream.
+
+    In float32 inside an autocast block too, which would multiply in bfloat16: an error of 0.4 % of p.
+    """
+    with torch.autocast(hidden.device.type, enabled=False):
+        return hidden.float() @ direction.to(device=hidden.device, dtype=torch.float32)
 
 
 def cap(hidden: Tensor, direction: Tensor, tau: float | Tensor, strength: float = 1.0) -> Tensor:

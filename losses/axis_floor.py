@@ -83,7 +83,7 @@ def axis_floor_terms(
             )
         left_out = ~mask.to(device=state.device, dtype=torch.bool)
         sigma = float(floor.sigma[i])
-        projection = _project(state, floor.directions[i])
+        projection = project(state, floor.directions[i])
         target = floor.tau[i].to(state.device) if base_projections is None else base_projections[i].to(state.device)
         # filled, not multiplied by 0: padding may hold NaN or infinity, and 0 * NaN is NaN in value and gradient
         shortfall = ((target - projection) / sigma + margin).masked_fill(left_out, 0.0)
@@ -134,17 +134,11 @@ def axis_anchor_terms(hidden: Mapping[int, Tensor], base_projections: Tensor, fl
     """
     total = base_projections.new_zeros(())
     for i, layer in enumerate(floor.layers):
-        moved = (_project(hidden[layer], floor.directions[i]) - base_projections[i]) / float(floor.sigma[i])
+        moved = (project(hidden[layer], floor.directions[i]) - base_projections[i]) / float(floor.sigma[i])
         total = total + moved.masked_fill(~mask.bool(), 0.0).square().sum()
     return total / len(floor.layers)
 
 
 def projections(hidden: Mapping[int, Tensor], floor: Floor) -> Tensor:
     """Detached projections of recorded states, [L, B, T] float32."""
-    return torch.stack([_project(hidden[layer].detach(), floor.directions[i]) for i, layer in enumerate(floor.layers)])
-
-
-def _project(hidden: Tensor, direction: Tensor) -> Tensor:
-    """``project`` in float32 even inside an autocast block, which would multiply in bfloat16: an error of 0.4 % of p."""
-    with torch.autocast(hidden.device.type, enabled=False):
-        return project(hidden, direction)
+    return torch.stack([project(hidden[layer].detach(), floor.directions[i]) for i, layer in enumerate(floor.layers)])

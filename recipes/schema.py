@@ -26,8 +26,8 @@ class Sampling(Section):
     """How answers are sampled."""
 
     max_new_tokens: Positive = 64
-    temperature: float = Field(0.7, ge=0)
-    top_p: float = Field(0.9, gt=0, le=1)
+    temperature: float = Field(default=0.7, ge=0)
+    top_p: float = Field(default=0.9, gt=0, le=1)
     batch_size: Positive = 64
 
 
@@ -48,7 +48,7 @@ class JudgeSection(Section):
     endpoint: str | None = None
     model: str
     api_key_env: str = "OPENAI_API_KEY"
-    timeout: float = Field(60.0, gt=0)
+    timeout: float = Field(default=60.0, gt=0)
     retries: NotNegative = 3
 
 
@@ -72,10 +72,10 @@ class FloorSection(Section):
     path: str | None = None
     experiment: str | None = None
     layers: list[NotNegative] | Literal["auto"] = "auto"
-    percentile: float = Field(75.0, gt=0, lt=100)
+    percentile: float = Field(default=75.0, gt=0, lt=100)
     pool: Positive = 256
     drift_rows: Positive = 64
-    min_firing: float = Field(0.15, ge=0, le=1)
+    min_firing: float = Field(default=0.15, ge=0, le=1)
     allow_inert: bool = False
     batch_size: Positive = 16
     control_seed: int = 17
@@ -115,16 +115,16 @@ class MethodSection(Section):
     name: Literal["sft"] = "sft"
     rollouts: Literal["on_the_fly", "stored"] = "on_the_fly"
     regenerate_every: Positive = 20
-    cap_strength: float = Field(1.0, ge=0)
+    cap_strength: float = Field(default=1.0, ge=0)
     cap_schedule: Literal["constant", "linear", "cosine"] = "constant"
     sampling: Sampling = Sampling()
-    floor_weight: float = Field(0.5, ge=0)
+    floor_weight: float = Field(default=0.5, ge=0)
     floor_schedule: Literal["constant", "linear", "cosine"] = "constant"
     floor_target: Literal["absolute", "base"] = "absolute"
     floor_margin: float = 0.0
     floor_shape: Literal["squared", "huber"] = "squared"
-    benign_kl_weight: float = Field(1.0, ge=0)
-    benign_axis_weight: float = Field(0.0, ge=0)
+    benign_kl_weight: float = Field(default=1.0, ge=0)
+    benign_axis_weight: float = Field(default=0.0, ge=0)
 
 
 class EvalSection(Section):

@@ -8,6 +8,10 @@ Every sum is divided by the same n as TRL's own loss and multiplied by the numbe
 accumulation, packing and the number of ranks don't change it.
 """
 
+# The trainer's attributes are typed as unions of all that transformers supports; here they are a model and a tokenizer.
+# pyright: reportOptionalMemberAccess=false, reportAttributeAccessIssue=false, reportOptionalOperand=false
+# pyright: reportArgumentType=false, reportCallIssue=false
+
 from __future__ import annotations
 
 import contextlib
@@ -17,8 +21,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor
-from trl import SFTTrainer
-from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, SFTTrainer
 
 from trimtab.axis import ActivationController, Floor, UserError
 from trimtab.axis.layers import find_decoder_layers

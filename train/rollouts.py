@@ -222,7 +222,7 @@ class RolloutSource:
         self._answers = {record["row"]: record for record in records}
 
     def _sample(self, round_number: int, rows: Sequence[int], identity: str) -> list[dict[str, Any]]:
-        from trl.models import unwrap_model_for_generation
+        from trl.models.utils import unwrap_model_for_generation
 
         plan, trainer = self.plan, self._trainer
         strength = plan.strength_at(round_number * plan.every)

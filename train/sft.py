@@ -145,7 +145,7 @@ def _prepare_once(loaded_recipe: Any, output_dir: str | None) -> Any:
 
 def training_arguments(recipe: Any, run: Any, control: bool, quiet: bool) -> Any:
     """TRL's SFTConfig: the recipe's ``train`` section, and what trimtab sets itself."""
-    from trl import SFTConfig
+    from trl.trainer.sft_config import SFTConfig
 
     given = {key: value for key, value in recipe.train.items() if key != "output_dir"}
     if recipe.model.device == "cpu" and "use_cpu" not in given:
@@ -187,7 +187,7 @@ def build_trainer(run: Any, arguments: Any, control: bool) -> Any:
     if recipe.model.attn_implementation:
         model_arguments["attn_implementation"] = recipe.model.attn_implementation
     model = AutoModelForCausalLM.from_pretrained(resolve_name(recipe.model.name)[0], **model_arguments)
-    tokenizer = load_tokenizer(recipe.model.name, recipe.model.revision)
+    tokenizer: Any = load_tokenizer(recipe.model.name, recipe.model.revision)
     form = ChatFormat(tokenizer, recipe.model.chat_template_kwargs)
     floor = Floor.load(variant.floor_path)
     source = RolloutSource(
