@@ -20,7 +20,7 @@ from trimtab.eval.arms import CONTROL, Answers, Arms, Item
 from trimtab.eval.assemble import Measured, build_report
 from trimtab.eval.card import model_card
 from trimtab.eval.measure import Ruler, coloured, firing_fraction, teacher_forced
-from trimtab.eval.report import load_report, write_report
+from trimtab.eval.report import load_report, render_html, write_report
 from trimtab.eval.schema import ArmAnswer, Transcript, Turn
 from trimtab.eval.scoring import persona_llr
 from trimtab.eval.weights import Weights, open_weights
@@ -81,7 +81,7 @@ def _same_weights(run: Run, adapters: dict[str, Path]) -> None:
 
 
 def evaluate(run: Run, model_facts: dict[str, Any], weights: Weights, form: ChatFormat) -> dict[str, Any]:
-    """Measure everything and write ``report.json``."""
+    """Measure everything and write ``report.json`` and its page."""
     section = run.recipe.eval
     floor = Floor.load(run.variant(control=False).floor_path)
     folder = run.folder / "eval"
@@ -150,7 +150,7 @@ def evaluate(run: Run, model_facts: dict[str, Any], weights: Weights, form: Chat
         training=_training(run),
         repeat=_repeat(run),
     )
-    write_json(run.folder / "report.json", report.model_dump())
+    write_report(report, run.folder)
     return {"verdict": report.verdict.headline, "status": report.verdict.status}
 
 
@@ -161,7 +161,8 @@ def report_stage(run: Run) -> Path:
         UserError: if there is no ``report.json`` yet.
     """
     report = load_report(run.folder / "report.json")
-    page = write_report(report, run.folder)
+    page = run.folder / "report.html"
+    write_text(page, render_html(report))
     adapter = run.variant(control=False).adapter
     facts = {
         "base_model": run.recipe.model.name,

@@ -215,10 +215,14 @@ def test_training_that_changes_nothing_is_never_good(job: Job, tmp_path: Path) -
         if metric.id == "z_reextracted":
             continue
         assert metric.tuned_effect.value == pytest.approx(0.0, abs=1e-6), metric.id
-        assert metric.arms["tuned"] == metric.arms["base"], metric.id
+        # the same texts are scored in batches of other widths, so the last digits may differ
+        tuned, base = metric.arms["tuned"], metric.arms["base"]
+        assert [tuned.value, tuned.low, tuned.high] == pytest.approx([base.value, base.low, base.high], abs=1e-5), (
+            metric.id
+        )
         kept = metric.retention.estimate
-        assert kept is None or kept.value == kept.low == kept.high == 0.0, metric.id
+        assert kept is None or [kept.value, kept.low, kept.high] == pytest.approx([0.0] * 3, abs=1e-3), metric.id
     effects = {effect.id: effect.estimate.value for effect in report.side_effects}
     changes_at_all = ("benign_kl", "default_z_shift", "default_z_shift_same_text", "benign_nll_change", "length_change")
-    assert [effects[name] for name in changes_at_all] == [0.0] * 5
+    assert [effects[name] for name in changes_at_all] == pytest.approx([0.0] * 5, abs=1e-5)
     assert effects["professional_tuned"] == effects["professional_base"]
