@@ -241,21 +241,25 @@ def _rulers(run: Run, floor: Floor, reextracted: Axis | None, roles: Answers, de
 
 
 def _llr_of(arms: Arms, items: list[Item], answers: dict[str, Answers]) -> dict[str, list[float]]:
-    """Persona log-likelihood ratio of each arm's answers; the default prompt is none at all."""
+    """Persona log-likelihood ratio of each arm's answers; the default prompt is none at all.
+
+    Arms that answer alike share one score. Scored twice, in batches of other widths, it would differ in the last digits, and
+    where every answer is alike a ratio of such differences would pass for retention.
+    """
     if not items:
         return {}
-    texts = [text for arm in answers for text in answers[arm].texts]
+    distinct = list(dict.fromkeys((i, text) for found in answers.values() for i, text in enumerate(found.texts)))
     with arms.weights("base") as model:
         values = persona_llr(
             model,
             arms.form,
-            [item.prompt for _ in answers for item in items],
-            [[item.prompt[-1]] for _ in answers for item in items],
-            texts,
+            [items[i].prompt for i, _ in distinct],
+            [[items[i].prompt[-1]] for i, _ in distinct],
+            [text for _, text in distinct],
             batch_size=SCORE_BATCH,
         )
-    size = len(items)
-    return {arm: values[k * size : (k + 1) * size] for k, arm in enumerate(answers)}
+    score = dict(zip(distinct, values, strict=True))
+    return {arm: [score[i, text] for i, text in enumerate(found.texts)] for arm, found in answers.items()}
 
 
 def _llr(
