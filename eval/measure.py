@@ -16,6 +16,7 @@ from torch import Tensor
 
 from trimtab.axis import ActivationController, project
 from trimtab.axis.calibration import response_projections
+from trimtab.axis.chat import ChatFormat
 from trimtab.axis.models import Loaded
 from trimtab.axis.progress import progress_bar
 from trimtab.axis.sampling import batches_by_length, pad_left
@@ -131,40 +132,88 @@ def _forward(
     arms: Arms, arm: str, heads: Sequence[Sequence[int]], tails: Sequence[Sequence[int]], ruler: Ruler
 ) -> list[tuple[Tensor, Tensor]]:
     """Per row: logits that predict the answer's tokens [T, V], and z of those tokens [T] (as the next layer sees them)."""
+    counts = [len(tail) for tail in tails]
+    rows = [[*head, *tail] for head, tail in zip(heads, tails, strict=True)]
+    logits, zs = _read(arms, arm, rows, counts, ruler, logits_to_keep=max(counts) + 1)
+    return [(logits[k, -count - 1 : -1], z) for k, (count, z) in enumerate(zip(counts, zs, strict=True))]
+
+
+def _read(
+    arms: Arms,
+    arm: str,
+    rows: Sequence[Sequence[int]],
+    counts: Sequence[int],
+    ruler: Ruler,
+    *,
+    logits_to_keep: int,
+) -> tuple[Tensor, list[Tensor]]:
+    """One forward over token rows: the last logits [B, logits_to_keep, V], and z of each row's last ``counts`` tokens."""
     tokenizer: Any = arms.form.tokenizer
-    rows_of_ids = [[*head, *tail] for head, tail in zip(heads, tails, strict=True)]
-    longest = max(len(tail) for tail in tails)
     states: dict[int, Tensor] = {}
     with arms.weights(arm) as model:
         controller = ActivationController.of(model)
-        ids, mask = pad_left(rows_of_ids, tokenizer.pad_token_id, next(model.parameters()).device)
+        ids, mask = pad_left(rows, tokenizer.pad_token_id, next(model.parameters()).device)
         with (
             controller.reading(arms.floor.layers, states.__setitem__, after_cap=True),
             controller.capping(arms.floor, enabled=arms.floor_of(arm) is not None),
         ):
-            logits = model(input_ids=ids, attention_mask=mask, logits_to_keep=longest + 1).logits
-    rows = []
-    for k, tail in enumerate(tails):
-        count = len(tail)
-        z = ruler.token_z([states[layer][k, -count:] for layer in arms.floor.layers])
-        rows.append((logits[k, -count - 1 : -1], z))
-    return rows
+            logits: Tensor = model(input_ids=ids, attention_mask=mask, logits_to_keep=logits_to_keep).logits
+    return logits, [
+        ruler.token_z([states[layer][k, -count:] for layer in arms.floor.layers]) for k, count in enumerate(counts)
+    ]
 
 
 @torch.no_grad()
 def coloured(
-    arms: Arms, arm: str, prompt: Sequence[dict[str, str]], text: str, ruler: Ruler
-) -> list[tuple[str, float]]:
-    """An answer in words, each with its tokens' mean z; the words join to the answer."""
+    arms: Arms,
+    arm: str,
+    prompts: Sequence[Sequence[dict[str, str]]],
+    texts: Sequence[str],
+    ruler: Ruler,
+    *,
+    batch_size: int,
+) -> list[list[tuple[str, float]]]:
+    """Answers in words, each with its tokens' mean z; an answer's words join to it.
+
+    The turns of a conversation stand in the tokens of its last turn wherever the chat template only appends, so one forward
+    reads them all.
+
+    Args:
+        arms: the arms.
+        arm: which arm reads.
+        prompts: messages before each answer.
+        texts: the answers.
+        ruler: what z is measured with.
+        batch_size: rows a forward.
+    """
     form = arms.form
-    head, tail = form.prompt_ids(prompt), form.answer_ids(text)
-    if not tail:
-        return []
-    z = _forward(arms, arm, [head], [tail], ruler)[0][1].tolist()
+    heads = [form.prompt_ids(prompt) for prompt in prompts]
+    tails = [form.answer_ids(text) for text in texts]
+    rows = [(*head, *tail) for head, tail in zip(heads, tails, strict=True)]
+    inside: dict[int, list[int]] = {}  # a row to read -> the answers that stand in it
+    for i in sorted((i for i, tail in enumerate(tails) if tail), key=lambda i: -len(rows[i])):
+        holder = next((j for j in inside if rows[j][: len(rows[i])] == rows[i]), i)
+        inside.setdefault(holder, []).append(i)
+    holders = list(inside)
+    found: list[list[tuple[str, float]]] = [[] for _ in texts]
+    for batch in batches_by_length([len(rows[j]) for j in holders], batch_size):
+        chosen = [holders[k] for k in batch]
+        # from the first answer on: what comes before it is not coloured
+        counts = [len(rows[j]) - min(len(heads[i]) for i in inside[j]) for j in chosen]
+        zs = _read(arms, arm, [rows[j] for j in chosen], counts, ruler, logits_to_keep=1)[1]
+        for j, count, z in zip(chosen, counts, zs, strict=True):
+            for i in inside[j]:
+                start = len(heads[i]) - (len(rows[j]) - count)
+                found[i] = _words(form, tails[i], texts[i], z[start : start + len(tails[i])].tolist())
+    return found
+
+
+def _words(form: ChatFormat, ids: Sequence[int], text: str, z: Sequence[float]) -> list[tuple[str, float]]:
+    """The text's words, each with the mean of its tokens' values."""
     pieces: list[tuple[str, list[float]]] = []
     so_far = ""
     for position, value in enumerate(z):
-        whole = str(form.tokenizer.decode(tail[: position + 1], skip_special_tokens=True))
+        whole = str(form.tokenizer.decode(ids[: position + 1], skip_special_tokens=True))
         if position + 1 == len(z):
             whole = text
         elif not text.startswith(whole := whole.rstrip("\ufffd")) or len(whole) < len(so_far):

@@ -17,6 +17,7 @@ from trimtab.axis.directions import Floor
 from trimtab.axis.hooks import ActivationController, cap, project
 from trimtab.axis.models import Loaded
 from trimtab.axis.sampling import SamplingOptions
+from trimtab.eval import measure
 from trimtab.eval.arms import Answers, Arms, Item
 from trimtab.eval.measure import Ruler, coloured, firing_fraction, keyword_hit, repeated_share, teacher_forced
 
@@ -136,7 +137,7 @@ def test_teacher_forced_figures_by_hand(arms: Arms, given: Answers, ruler: Ruler
 
 def test_coloured_pieces_are_words_with_the_mean_of_their_tokens(arms: Arms, ruler: Ruler) -> None:
     text = "Arr, the oven be small."
-    pieces = coloured(arms, "base", PROMPTS[0], text, ruler)
+    pieces = coloured(arms, "base", [PROMPTS[0]], [text], ruler, batch_size=2)[0]
     assert [piece for piece, _ in pieces] == ["Arr,", " the", " oven", " be", " small."]
     _, states, tail = forward(arms, "base", 0)
     z = ruler.token_z(states)
@@ -151,7 +152,7 @@ def test_coloured_pieces_are_words_with_the_mean_of_their_tokens(arms: Arms, rul
 )
 def test_coloured_pieces_join_to_the_text(arms: Arms, ruler: Ruler, text: str) -> None:
     """Also where a character is spread over tokens, as every letter outside ASCII is here."""
-    pieces = coloured(arms, "tuned", PROMPTS[0], text, ruler)
+    pieces = coloured(arms, "tuned", [PROMPTS[0]], [text], ruler, batch_size=2)[0]
     assert "".join(piece for piece, _ in pieces) == text
     assert all(math.isfinite(z) for _, z in pieces)
 
@@ -159,9 +160,28 @@ def test_coloured_pieces_join_to_the_text(arms: Arms, ruler: Ruler, text: str) -
 def test_coloured_pieces_join_where_the_tokenizer_tidies_spaces(arms: Arms, ruler: Ruler) -> None:
     arms.form.tokenizer.clean_up_tokenization_spaces = True
     text = "Yes , it is n't small . Or is it ?"
-    pieces = coloured(arms, "base", PROMPTS[0], text, ruler)
+    pieces = coloured(arms, "base", [PROMPTS[0]], [text], ruler, batch_size=2)[0]
     assert "".join(piece for piece, _ in pieces) == text
-    assert coloured(arms, "base", PROMPTS[0], "", ruler) == []
+    assert coloured(arms, "base", [PROMPTS[0]], [""], ruler, batch_size=2)[0] == []
+
+
+def test_a_conversation_is_read_in_one_forward(arms: Arms, ruler: Ruler, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every turn's colours are those of its own forward."""
+    chat = [{"role": "user", "content": "Hello"}]
+    prompts, texts = [], ["I hear you.", "Go on then, sailor.", "", "The sea calls."]
+    for text in texts:
+        prompts.append(list(chat))
+        chat += [{"role": "assistant", "content": text}, {"role": "user", "content": "And?"}]
+    single = [coloured(arms, "tuned", [p], [t], ruler, batch_size=1)[0] for p, t in zip(prompts, texts, strict=True)]
+    widths = []
+    read = measure._read
+    monkeypatch.setattr(measure, "_read", lambda *a, **k: widths.append(len(a[2])) or read(*a, **k))
+    others = [PROMPTS[0], *prompts, PROMPTS[1]], ["Arr!", *texts, "No."]
+    found = coloured(arms, "tuned", *others, ruler, batch_size=8)
+    assert widths == [3]
+    for one, all_at_once in zip(single, found[1:-1], strict=True):
+        assert [piece for piece, _ in all_at_once] == [piece for piece, _ in one]
+        assert [z for _, z in all_at_once] == pytest.approx([z for _, z in one], abs=2e-3)
 
 
 def test_repeated_share() -> None:
