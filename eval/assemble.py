@@ -101,10 +101,15 @@ def _metrics(measured: Measured, bootstrap: int, seed: int) -> list[Metric]:
     names = {
         "training": ("z_training", "Projection, training axis", "the axis that the floor was built on"),
         "held_out": ("z_held_out", "Projection, held-out-role axis", "an axis from roles that training never saw"),
-        "reextracted": (
-            "z_reextracted",
-            "Projection, re-extracted axis",
+        "reextracted_tuned": (
+            "z_reextracted_tuned",
+            "Projection, axis of the tuned model",
             "the axis extracted anew from the tuned model",
+        ),
+        "reextracted_base": (
+            "z_reextracted_base",
+            "Projection, axis of the base anew",
+            "the base's axis extracted anew from as few answers as the tuned model's: it shows what so small an extraction loses",
         ),
     }
     for key, (metric, name, what) in names.items():

@@ -144,7 +144,8 @@ def layers_figure(space: Mapping[str, Any], axis: Mapping[str, Any], window: Seq
         ("split-half", axis.get("split_half"), "$base-cap", "solid"),
         ("|cos(axis, PC1)|", space.get("cosine_pc1"), "$tuned", "solid"),
         ("held-out roles", axis.get("cosine_held_out"), "$tuned-cap", "dash"),
-        ("re-extracted from tuned", axis.get("cosine_reextracted"), "$base", "dashdot"),
+        ("anew from tuned", axis.get("cosine_reextracted_tuned"), "$base", "dashdot"),
+        ("anew from base", axis.get("cosine_reextracted_base"), "$base", "dot"),
     )
     data = [
         {"type": "scatter", "mode": "lines", "name": name, "x": list(range(len(values))), "y": list(values),

@@ -9,6 +9,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import torch
 from sklearn.metrics import roc_auc_score
 
 from trimtab.axis import Axis, Floor, UserError
@@ -16,6 +17,7 @@ from trimtab.axis.chat import ChatFormat, chat
 from trimtab.axis.extraction import extract
 from trimtab.axis.files import file_fingerprint, read_json, read_jsonl, write_json, write_text
 from trimtab.axis.models import EMBEDDED, Loaded
+from trimtab.axis.progress import progress_bar
 from trimtab.eval.arms import CONTROL, Answers, Arms, Item
 from trimtab.eval.assemble import Measured, build_report
 from trimtab.eval.card import model_card
@@ -135,10 +137,9 @@ def evaluate(run: Run, model_facts: dict[str, Any], weights: Weights, form: Chat
         transcripts=_transcripts(run, arms, main, roles, on_roles, conversations, on_talks),
     )  # fmt: skip
     axis_facts = dict((run.stage_record("axis") or {"facts": {}})["facts"])
-    if reextracted is not None:
-        axis = Axis.load(run.axis_path)
-        cosine = (axis.directions * reextracted.directions).sum(-1)
-        axis_facts["cosine_reextracted"] = [round(float(c), 4) for c in cosine]
+    for arm, again in reextracted.items():
+        cosine = (Axis.load(run.axis_path).directions * again.directions).sum(-1)
+        axis_facts[f"cosine_reextracted_{arm}"] = [round(float(c), 4) for c in cosine]
     report = build_report(
         measured,
         title=f"{run.recipe.model.name}: {run.loaded.name}",
@@ -201,42 +202,41 @@ def benign_items(count: int) -> list[Item]:
     return [Item(f"benign/{i}", f"benign/{i}", chat("", prompt)) for i, prompt in enumerate(prompts)]
 
 
-def _reextract(run: Run, arms: Arms, model_facts: dict[str, Any], folder: Path) -> Axis | None:
-    """The axis of the tuned model, from the same roles and questions as the training axis began with."""
+def _reextract(run: Run, arms: Arms, model_facts: dict[str, Any], folder: Path) -> dict[str, Axis]:
+    """Axes extracted anew, from as few rollouts each, of the tuned model and of the base: the second shows the first's noise.
+
+    Roles and questions are those that the training axis began with; the seed is another, so that the base's is a second sample.
+    """
     section, source = run.recipe.eval, run.recipe.axis
-    if section.reextract_roles == 0:
-        return None
-    path = folder / "axis_reextracted.safetensors"
-    if path.exists():
-        return Axis.load(path)
-    with arms.weights("tuned") as model:
-        found = extract(
-            Loaded(model, arms.form.tokenizer, model_facts),
-            arms.form,
-            data.roles("train", section.reextract_roles),
-            [],
-            data.questions("train", section.reextract_questions),
-            data.default_prompts(),
-            folder / "reextraction",
-            options=sampling_options(source.sampling),
-            default_repeats=source.default_repeats,
-            seed=source.seed,
-            title="axis of the tuned model",
-        )
-    found.axis.save(path)
-    return found.axis
+    found: dict[str, Axis] = {}
+    for arm in ("tuned", "base") if section.reextract_roles else ():
+        path = folder / f"axis_reextracted_{arm}.safetensors"
+        if not path.exists():
+            with arms.weights(arm) as model:
+                extract(
+                    Loaded(model, arms.form.tokenizer, model_facts),
+                    arms.form,
+                    data.roles("train", section.reextract_roles),
+                    [],
+                    data.questions("train", section.reextract_questions),
+                    data.default_prompts(),
+                    folder / f"reextraction_{arm}",
+                    options=sampling_options(source.sampling),
+                    default_repeats=source.default_repeats,
+                    seed=source.seed + 1,
+                    title=f"axis extracted anew: {arm}",
+                ).axis.save(path)
+        found[arm] = Axis.load(path)
+    return found
 
 
-def _rulers(run: Run, floor: Floor, reextracted: Axis | None, roles: Answers, default: Answers) -> dict[str, Ruler]:
-    import torch
-
+def _rulers(run: Run, floor: Floor, reextracted: dict[str, Axis], roles: Answers, default: Answers) -> dict[str, Ruler]:
     layers = list(floor.layers)
     pooled = torch.cat([roles.means, default.means])
     found = {"training": floor.directions}
     if run.held_out_axis_path.exists():
         found["held_out"] = Axis.load(run.held_out_axis_path).directions[layers]
-    if reextracted is not None:
-        found["reextracted"] = reextracted.directions[layers]
+    found |= {f"reextracted_{arm}": axis.directions[layers] for arm, axis in reextracted.items()}
     return {name: Ruler.of(directions, default.means, pooled) for name, directions in found.items()}
 
 
@@ -297,25 +297,41 @@ def _transcripts(
     shown = run.recipe.eval.transcripts
     talks = min(len(conversations), shown // 3)
     singles = min(len(roles), shown - talks)
-    found = []
-
-    def answer(arm: str, answers: Answers, i: int) -> ArmAnswer:
-        pieces = coloured(arms, arm, answers.prompts[i], answers.texts[i], ruler)
-        z = ruler.z(answers.means[i : i + 1])[0]
-        return ArmAnswer(text=answers.texts[i], z=round(z, 3) if z == z else 0.0, pieces=pieces)
-
-    for k in range(singles):
-        i = k * len(roles) // singles
-        item = roles[i]
-        turn = Turn(user=item.prompt[-1]["content"], answers={arm: answer(arm, on_roles[arm], i) for arm in arms.names})
-        found.append(Transcript(id=item.id, kind="role", system=item.prompt[0]["content"], turns=[turn]))
-    for i in range(talks):
-        talk = conversations[i]
-        turns = [
-            Turn(user=talk.turns[t], answers={arm: answer(arm, on_talks[arm][t], i) for arm in arms.names})
-            for t in range(len(on_talks[arms.names[0]]))
-        ]
-        found.append(Transcript(id=talk.id, kind=talk.domain, system="", turns=turns))
+    chosen = [k * len(roles) // singles for k in range(singles)]
+    turns = len(on_talks[arms.names[0]]) if talks else 0
+    found = [
+        *(
+            Transcript(
+                id=roles[i].id,
+                kind="role",
+                system=roles[i].prompt[0]["content"],
+                turns=[Turn(user=roles[i].prompt[-1]["content"], answers={})],
+            )
+            for i in chosen
+        ),
+        *(
+            Transcript(
+                id=talk.id,
+                kind=talk.domain,
+                system="",
+                turns=[Turn(user=user, answers={}) for user in talk.turns[:turns]],
+            )
+            for talk in conversations[:talks]
+        ),
+    ]
+    places = [turn for transcript in found for turn in transcript.turns]
+    with progress_bar("colouring transcripts", len(arms.names)) as bar:
+        for arm in arms.names:
+            said = [(on_roles[arm], i) for i in chosen]
+            said += [(on_talks[arm][t], i) for i in range(talks) for t in range(turns)]
+            texts = [answers.texts[i] for answers, i in said]
+            pieces = coloured(
+                arms, arm, [answers.prompts[i] for answers, i in said], texts, ruler, batch_size=SCORE_BATCH
+            )
+            zs = ruler.z(torch.stack([answers.means[i] for answers, i in said])) if said else []
+            for place, text, z, words in zip(places, texts, zs, pieces, strict=True):
+                place.answers[arm] = ArmAnswer(text=text, z=round(z, 3) if z == z else 0.0, pieces=words)
+            bar.advance(0, 1)  # type: ignore[arg-type]
     return found
 
 

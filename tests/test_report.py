@@ -136,7 +136,8 @@ def build_report(*, transcripts: int = 9) -> Report:
         },
         axis={
             "split_half": [round(float(0.85 + 0.1 * x), 3) for x in layers],
-            "cosine_reextracted": [round(float(0.95 - 0.15 * x * x), 3) for x in layers],
+            "cosine_reextracted_tuned": [round(float(0.95 - 0.15 * x * x), 3) for x in layers],
+            "cosine_reextracted_base": [round(float(0.97 - 0.05 * x * x), 3) for x in layers],
             "cosine_held_out": [round(float(0.7 + 0.2 * x), 3) for x in layers],
             "model": "HuggingFaceTB/SmolLM2-135M-Instruct",
             "questions": "8c1f2e0b9d7a6c55",
@@ -365,7 +366,7 @@ def test_persona_plot_marks_the_default_and_layers_plot_has_every_series(report:
     assert 0 < sum(bool(name) for name in roles["text"]) < len(ROLES)
     lines = layers_figure(report.persona_space, report.axis, [21, 26])
     assert lines is not None
-    assert len(lines["data"]) == 4
+    assert len(lines["data"]) == 5
     assert lines["layout"]["shapes"][0]["x0"] == 20.5
     gap = layers_figure({}, {"split_half": [0.9, None, -0.2]}, [])
     assert gap is not None and gap["layout"]["yaxis"]["range"][0] < -0.2
