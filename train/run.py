@@ -101,10 +101,9 @@ class Run:
             work: returns JSON-able facts.
         """
         path = self.folder / "stages" / f"{name}.json"
-        key = fingerprint(inputs)
         if path.exists():
             record = read_json(path)
-            if record["key"] == key:
+            if record["key"] == fingerprint(inputs):
                 log.info("%s: done already, %s", name, path)
                 facts: dict[str, Any] = record["facts"]
                 return facts
@@ -114,10 +113,13 @@ class Run:
                 remedy="choose another --output-dir, or delete the run folder if it is not needed",
             )
         started = time.monotonic()
-        facts = work()
-        write_json(path, {
-            "key": key,
-            "seconds": round(time.monotonic() - started, 1),
+        return self.record(name, inputs, work(), seconds=time.monotonic() - started)
+
+    def record(self, name: str, inputs: Any, facts: dict[str, Any], *, seconds: float) -> dict[str, Any]:
+        """Record a stage as done with these inputs; returns ``facts``."""
+        write_json(self.folder / "stages" / f"{name}.json", {
+            "key": fingerprint(inputs),
+            "seconds": round(seconds, 1),
             "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "facts": facts,
         })  # fmt: skip

@@ -36,6 +36,8 @@ from trimtab.recipes.loader import load_recipe
 
 log = logging.getLogger("trimtab")
 
+FOLDER_PATIENCE = 60  # seconds; rank 0 makes the run folder within a few
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train; returns the exit code: 0 done, 2 the user's input."""
@@ -99,7 +101,7 @@ def train(loaded_recipe: Any, *, output_dir: str | None, control: bool, quiet: b
     with naming_a_full_disk(variant.checkpoints, unfinished):
         trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model(str(unfinished))
-    minutes = (time.monotonic() - started) / 60
+    seconds = time.monotonic() - started
     state.wait_for_everyone()
     if state.is_main_process:
         check_saved(unfinished)
@@ -108,14 +110,14 @@ def train(loaded_recipe: Any, *, output_dir: str | None, control: bool, quiet: b
         # of the whole run: the trainer's own figure leaves out the steps before a resume
         losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
         facts = {
-            "minutes": round(minutes, 2),
+            "minutes": round(seconds / 60, 2),
             "steps": int(trainer.state.global_step),
             "train_loss": round(sum(losses) / len(losses), 4) if losses else None,
             "processes": state.num_processes,
             "distributed_type": str(trainer.accelerator.distributed_type).split(".")[-1],
             "resumed_from": None if checkpoint is None else Path(checkpoint).name,
         }
-        run.stage(variant.stage_name, [run.loaded.resolved["method"], control], lambda: facts)
+        run.record(variant.stage_name, [run.loaded.resolved["method"], control], facts, seconds=seconds)
         log.info("adapter: %s", variant.adapter)
     trainer.accelerator.end_training()
     return variant.adapter
@@ -131,12 +133,22 @@ def _prepare_once(loaded_recipe: Any, output_dir: str | None) -> Any:
         rollouts_stage(run)
         return run
     launcher = os.getppid()
+    folder = run_folder(loaded_recipe, output_dir)
+    said, started = False, time.monotonic()
     while True:
         time.sleep(0.5)
+        if not said and time.monotonic() - started > FOLDER_PATIENCE and not (folder / MARKER).exists():
+            said = True
+            log.warning(
+                "rank %s still waits for rank 0 to make %s; if it lies on another node, give an --output-dir that all "
+                "nodes share",
+                os.environ.get("RANK"),
+                folder,
+            )
         if os.getppid() != launcher:
             raise SystemExit("the launcher ended while axis and floor were being made")
         # Only rank 0 may make the folder. Where it belongs to another recipe, rank 0 says so and the launcher ends us.
-        if (run_folder(loaded_recipe, output_dir) / MARKER).exists():
+        if (folder / MARKER).exists():
             with contextlib.suppress(UserError):
                 run = open_run(loaded_recipe, output_dir=output_dir)
                 if run.stage_record("floor") is not None:
