@@ -17,7 +17,6 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 
 demo: .venv/.ready-demo
 	$(BIN)/trimtab run smollm2-135m/demo --output-dir runs/demo
-	@echo "report: $(CURDIR)/runs/demo/report.html"
 
 test: .venv/.ready-dev
 	$(BIN)/python -m pytest
@@ -29,7 +28,7 @@ check: .venv/.ready-dev links
 	$(BIN)/pyright
 
 bench: .venv/.ready-dev
-	for file in benchmarks/*.py; do $(BIN)/python $$file || exit 1; done
+	for file in benchmarks/*_overhead.py; do $(BIN)/python $$file || exit 1; done
 
 links:
 	@mkdir -p .types/trimtab
