@@ -21,7 +21,7 @@ from trimtab.axis.models import Loaded
 from trimtab.axis.progress import progress_bar
 from trimtab.axis.sampling import batches_by_length, pad_left
 from trimtab.eval.arms import Answers, Arms
-from trimtab.losses import kl_terms
+from trimtab.losses import divergence_terms
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def teacher_forced(
                 )
                 for k, i in enumerate(rows):
                     targets = torch.tensor(tails[i], device=at_arm[k][0].device)
-                    found[arm].kl[i] = float(kl_terms(at_arm[k][0], at_reference[k][0]).mean())
+                    found[arm].kl[i] = float(divergence_terms(at_arm[k][0], at_reference[k][0]).mean())
                     found[arm].nll[i] = -float(
                         torch.log_softmax(at_arm[k][0].float(), -1).gather(-1, targets[:, None]).mean()
                     )
@@ -213,7 +213,7 @@ def _words(form: ChatFormat, ids: Sequence[int], text: str, z: Sequence[float]) 
     pieces: list[tuple[str, list[float]]] = []
     so_far = ""
     for position, value in enumerate(z):
-        whole = str(form.tokenizer.decode(ids[: position + 1], skip_special_tokens=True))
+        whole = str(form.tokenizer.decode(list(ids[: position + 1]), skip_special_tokens=True))
         if position + 1 == len(z):
             whole = text
         elif not text.startswith(whole := whole.rstrip("\ufffd")) or len(whole) < len(so_far):

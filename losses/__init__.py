@@ -8,6 +8,18 @@ from trimtab.losses.axis_floor import (
     hinge,
     projections,
 )
-from trimtab.losses.kl import kl_terms
+from trimtab.losses.divergence import chunked_divergence, divergence_terms
+from trimtab.losses.injection import FloorInjection, floor_gradients
 
-__all__ = ["FloorTerms", "axis_anchor_terms", "axis_floor_loss", "axis_floor_terms", "hinge", "kl_terms", "projections"]
+__all__ = [
+    "FloorInjection",
+    "FloorTerms",
+    "axis_anchor_terms",
+    "axis_floor_loss",
+    "axis_floor_terms",
+    "chunked_divergence",
+    "divergence_terms",
+    "floor_gradients",
+    "hinge",
+    "projections",
+]

@@ -28,12 +28,14 @@ class FloorTerms:
 
     Attributes:
         penalty: sum over tokens of the penalty, averaged over layers; scalar float32 with gradient.
+        unweighted: the same without ``weights``, detached, for the log.
         tokens: number of masked-in tokens, scalar.
         violations: number of masked-in tokens below the target, per layer, [L].
         z_sum: sum of z = p / sigma over masked-in tokens, per layer, [L].
     """
 
     penalty: Tensor
+    unweighted: Tensor
     tokens: Tensor
     violations: Tensor
     z_sum: Tensor
@@ -55,6 +57,7 @@ def axis_floor_terms(
     base_projections: Tensor | None = None,
     margin: float = 0.0,
     shape: Shape = "squared",
+    weights: Tensor | None = None,
 ) -> FloorTerms:
     """The floor penalty of raw hidden states, as sums, so that any trainer can normalise as it normalises its own loss.
 
@@ -65,6 +68,7 @@ def axis_floor_terms(
         base_projections: p0 [L, B, T]; replaces tau as the target (base-relative variant).
         margin: keep this many sigma above the target.
         shape: ``squared`` or ``huber``.
+        weights: factor of each token's penalty, [B, T], for trainers that weigh rows; None is 1.
 
     Raises:
         ValueError: if the mask's shape is not that of the hidden states.
@@ -73,6 +77,7 @@ def axis_floor_terms(
     if len(states) != len(floor.layers):
         raise ValueError(f"{len(states)} hidden states for {len(floor.layers)} floor layers")
     penalty = states[0].new_zeros((), dtype=torch.float32)
+    unweighted = penalty
     violations: list[Tensor] = []
     z_sums: list[Tensor] = []
     for i, state in enumerate(states):
@@ -87,10 +92,15 @@ def axis_floor_terms(
         target = floor.tau[i].to(state.device) if base_projections is None else base_projections[i].to(state.device)
         # filled, not multiplied by 0: padding may hold NaN or infinity, and 0 * NaN is NaN in value and gradient
         shortfall = ((target - projection) / sigma + margin).masked_fill(left_out, 0.0)
-        penalty = penalty + hinge(shortfall, shape).sum().to(penalty.device)
+        cost = hinge(shortfall, shape)
+        unweighted = unweighted + cost.detach().sum().to(penalty.device)
+        if weights is not None:
+            cost = cost * weights.to(cost.device)
+        penalty = penalty + cost.sum().to(penalty.device)
         violations.append((shortfall.detach() > 0).sum(dtype=torch.float32))
         z_sums.append((projection.detach() / sigma).masked_fill(left_out, 0.0).sum())
-    return FloorTerms(penalty / len(states), mask.sum(), torch.stack(violations), torch.stack(z_sums))
+    count = len(states)
+    return FloorTerms(penalty / count, unweighted / count, mask.sum(), torch.stack(violations), torch.stack(z_sums))
 
 
 def axis_floor_loss(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +14,15 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 from trimtab.axis import ActivationController, Floor
-from trimtab.losses import axis_anchor_terms, axis_floor_loss, axis_floor_terms, hinge, kl_terms, projections
+from trimtab.losses import (
+    axis_anchor_terms,
+    axis_floor_loss,
+    axis_floor_terms,
+    chunked_divergence,
+    divergence_terms,
+    hinge,
+    projections,
+)
 from trimtab.losses.axis_floor import Shape
 
 
@@ -111,26 +120,108 @@ def test_wrong_shapes_are_told() -> None:
         axis_floor_terms([HIDDEN_A], two_layer_floor(), MASK)
 
 
-def test_kl_equals_torch() -> None:
-    torch.manual_seed(0)
-    student, teacher = torch.randn(7, 50, dtype=torch.float64), torch.randn(7, 50, dtype=torch.float64) * 3
-    student, teacher = student.float().requires_grad_(), teacher.float()
-    for direction, target, of in (("forward", teacher, student), ("reverse", student, teacher)):
-        wanted = torch.nn.functional.kl_div(
-            of.log_softmax(-1), target.log_softmax(-1), reduction="none", log_target=True
-        ).sum(-1)
-        found = kl_terms(student, teacher, direction)  # type: ignore[arg-type]
-        assert found.shape == (7,) and (found >= 0).all()
-        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(
-            torch.autograd.grad(found.sum(), student)[0],
-            torch.autograd.grad(wanted.sum(), student)[0],
-            atol=1e-5,
-            rtol=1e-4,
-        )
-    assert kl_terms(teacher, teacher).abs().max() < 1e-6
-    assert kl_terms(student.bfloat16(), teacher.bfloat16()).dtype == torch.float32
-    assert kl_terms(student[:0], teacher[:0]).sum().item() == 0.0
+def logits_pair(seed: int = 0, tokens: int = 7, words: int = 50) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    student = torch.randn(tokens, words, generator=generator).requires_grad_()
+    return student, torch.randn(tokens, words, generator=generator) * 3
+
+
+def by_torch(student: Tensor, teacher: Tensor, kind: str, beta: float) -> Tensor:
+    """The divergence by torch's kl_div and torch's distributions, in float64."""
+    s, t = student.double().log_softmax(-1), teacher.double().log_softmax(-1)
+
+    def kl(p: Tensor, q: Tensor) -> Tensor:
+        return torch.nn.functional.kl_div(q, p, reduction="none", log_target=True).sum(-1)
+
+    if kind == "jsd":
+        mixture = (beta * t.exp() + (1 - beta) * s.exp()).log()
+        return beta * kl(t, mixture) + (1 - beta) * kl(s, mixture)
+    return kl(t, s) if kind == "forward_kl" else kl(s, t)
+
+
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
+def test_divergence_equals_torch_in_value_and_gradient(kind: Any) -> None:
+    student, teacher = logits_pair()
+    found = divergence_terms(student, teacher, kind, jsd_beta=0.3)
+    wanted = by_torch(student, teacher, kind, 0.3)
+    assert found.shape == (7,) and (found > 0).all()
+    torch.testing.assert_close(found, wanted.float(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        torch.autograd.grad(found.sum(), student)[0],
+        torch.autograd.grad(wanted.sum(), student)[0].float(),
+        atol=1e-5,
+        rtol=1e-4,
+    )
+    assert divergence_terms(teacher, teacher, kind).abs().max() < 1e-6
+    assert divergence_terms(student.bfloat16(), teacher.bfloat16(), kind).dtype == torch.float32
+    assert divergence_terms(student[:0], teacher[:0], kind).sum().item() == 0.0
+
+
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
+def test_top_k_is_the_divergence_of_merged_outcomes(kind: Any) -> None:
+    student, teacher = logits_pair(1)
+    full = divergence_terms(student, teacher, kind)
+    smaller = [divergence_terms(student, teacher, kind, top_k=k) for k in (1, 5, 20, 49, 50)]
+    for one, other in itertools.pairwise([*smaller, full]):  # a finer partition never has less
+        assert (one <= other + 1e-5).all()
+    torch.testing.assert_close(smaller[-1], full)
+    kept = teacher.topk(5).indices
+    s, t = student.softmax(-1).gather(-1, kept), teacher.softmax(-1).gather(-1, kept)
+    s, t = torch.cat([s, 1 - s.sum(-1, keepdim=True)], -1), torch.cat([t, 1 - t.sum(-1, keepdim=True)], -1)
+    torch.testing.assert_close(smaller[1], by_torch(s.log(), t.log(), kind, 0.5).float(), atol=1e-4, rtol=1e-4)
+    assert divergence_terms(teacher, teacher, kind, top_k=3).abs().max() < 1e-6
+    peaked = torch.zeros(1, 50).index_fill(1, torch.tensor([3]), 80.0)  # the K hold all the mass there is
+    assert torch.isfinite(divergence_terms(student[:1], peaked, kind, top_k=2)).all()
+
+
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
+@pytest.mark.parametrize("chunk", [1, 3, 100])
+@pytest.mark.parametrize("top_k", [None, 6])
+def test_chunked_divergence_is_the_unchunked_one(kind: Any, chunk: int, top_k: int | None) -> None:
+    generator = torch.Generator().manual_seed(2)
+    weight = torch.randn(40, 12, generator=generator)
+    student = torch.randn(8, 12, generator=generator).requires_grad_()
+    teacher = torch.randn(8, 12, generator=generator)
+
+    def head(hidden: Tensor) -> Tensor:
+        return torch.tanh(hidden @ weight.T / 4) * 4
+
+    wanted = divergence_terms(head(student), head(teacher), kind, top_k=top_k).sum()
+    found = chunked_divergence(student, teacher, head, kind, top_k=top_k, chunk=chunk)
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(
+        torch.autograd.grad(3 * found, student)[0], torch.autograd.grad(3 * wanted, student)[0], atol=1e-6, rtol=1e-5
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(chunked_divergence(student, teacher, head, kind, top_k=top_k, chunk=chunk), found)
+    assert chunked_divergence(student[:0], teacher[:0], head, kind).item() == 0.0
+
+
+def test_chunked_divergence_holds_one_chunk_of_logits() -> None:
+    """The widest tensor that the head ever makes."""
+    widths = []
+
+    def head(hidden: Tensor) -> Tensor:
+        widths.append(hidden.shape[0])
+        return hidden @ torch.ones(12, 40)
+
+    chunked_divergence(torch.randn(100, 12).requires_grad_(), torch.randn(100, 12), head, chunk=16).backward()
+    assert max(widths) == 16 and sum(widths) == 200
+
+
+def test_weights_scale_each_tokens_penalty() -> None:
+    floor = two_layer_floor()
+    hidden = {3: HIDDEN_A, 5: HIDDEN_B}
+    weights = torch.rand(MASK.shape, generator=torch.Generator().manual_seed(5))
+    found = axis_floor_terms(hidden, floor, MASK, weights=weights)
+    rows = torch.zeros(())
+    for row in range(MASK.shape[0]):
+        for token in range(MASK.shape[1]):
+            alone = torch.zeros_like(MASK)
+            alone[row, token] = MASK[row, token]
+            rows = rows + weights[row, token] * axis_floor_terms(hidden, floor, alone).penalty
+    torch.testing.assert_close(found.penalty, rows)
+    assert found.unweighted == axis_floor_terms(hidden, floor, MASK).penalty
 
 
 # ---- gradients on real models ----

@@ -1,0 +1,162 @@
+"""The floor penalty without touching a trainer: hooks that add the penalty's gradient in the backward pass.
+
+For frameworks that hide their loss. The forward is left as it is, bit by bit; where the gradient of a floor layer's output comes
+by, the penalty's own is added to it:
+
+    dL/dh += weight / (accumulation * L * n) * mask * g'( (tau - <h, v>)/sigma + margin ) * (-1/sigma) * v
+
+over the n tokens of this forward and the L floor layers. Limits, none of which :class:`~trimtab.losses.axis_floor_loss` has where
+it is added to the loss:
+
+* the reported loss does not hold the penalty; see :meth:`FloorInjection.figures` for it;
+* n is that of one forward on one rank: with accumulation over micro-batches of unlike length, or several ranks, the penalty is a
+  mean of means. Give ``accumulation`` where the framework divides its loss by the number of micro-batches;
+* a scaled loss (float16 with a GradScaler) is not known of: use bfloat16 or float32;
+* every forward with gradient is penalised, the one of another loss term too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.axis import Floor, find_decoder_layers, project
+from trimtab.axis.layers import base_model_of
+from trimtab.losses.axis_floor import Shape, hinge
+
+
+class FloorInjection:
+    """The hooks, and what they saw.
+
+    Tokens that count are the labelled ones where the framework gives the model ``labels``, else those of the attention mask, else
+    all.
+
+    Args:
+        model: any Hugging Face causal model, PEFT-wrapped or not.
+        floor: window, directions, tau and sigma.
+        weight: weight of the penalty.
+        accumulation: micro-batches an optimiser step.
+        margin: sigma above the floor.
+        shape: ``squared`` or ``huber``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        floor: Floor,
+        *,
+        weight: float,
+        accumulation: int = 1,
+        margin: float = 0.0,
+        shape: Shape = "squared",
+    ) -> None:
+        self.floor = floor
+        self.weight = weight
+        self.accumulation = accumulation
+        self.margin = margin
+        self.shape: Shape = shape
+        self._mask: Tensor | None = None
+        self._sums = {"penalty": 0.0, "violations": 0.0, "slots": 0.0}
+        base, layers = base_model_of(model), find_decoder_layers(model)
+        self._handles = [
+            base.register_forward_pre_hook(self._before, with_kwargs=True),
+            *(layers[layer].register_forward_hook(_LayerHook(self, i)) for i, layer in enumerate(floor.layers)),
+        ]
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+
+    def figures(self) -> dict[str, float]:
+        """Mean penalty a token and share of (token, layer) slots below the floor, since the last call."""
+        slots = max(self._sums["slots"], 1.0)
+        found = {
+            "floor_penalty": self._sums["penalty"] / slots,
+            "floor_violation_rate": self._sums["violations"] / slots,
+        }
+        self._sums = dict.fromkeys(self._sums, 0.0)
+        return found
+
+    def _before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        labels, attention = kwargs.get("labels"), kwargs.get("attention_mask")
+        if labels is not None:
+            self._mask = labels.ne(-100)
+        else:
+            self._mask = attention.bool() if attention is not None and attention.dim() == 2 else None
+
+    def on_layer(self, position: int, output: Any) -> Any:
+        """What a layer's output becomes: the same, with a node in the backward pass."""
+        hidden = output[0] if isinstance(output, tuple) else output
+        if not hidden.requires_grad:
+            return None
+        mask = self._mask
+        if mask is None or mask.shape != hidden.shape[:-1]:
+            mask = torch.ones(hidden.shape[:-1], dtype=torch.bool, device=hidden.device)
+        passed = _AddGradient.apply(hidden, mask.to(hidden.device), self, position)  # type: ignore[no-untyped-call]
+        return (passed, *output[1:]) if isinstance(output, tuple) else passed
+
+
+class _LayerHook:
+    def __init__(self, injection: FloorInjection, position: int) -> None:
+        self.injection = injection
+        self.position = position
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        return self.injection.on_layer(self.position, output)
+
+
+class _AddGradient(torch.autograd.Function):
+    """The identity, whose backward adds the penalty's gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, mask: Tensor, injection: FloorInjection, position: int) -> Tensor:
+        floor = injection.floor
+        sigma = float(floor.sigma[position])
+        shortfall = (
+            float(floor.tau[position]) - project(hidden, floor.directions[position])
+        ) / sigma + injection.margin
+        shortfall = shortfall.masked_fill(~mask, 0.0)
+        ctx.save_for_backward(shortfall)
+        count = mask.sum().clamp(min=1)
+        ctx.scale = injection.weight / (injection.accumulation * len(floor.layers) * sigma) / count
+        ctx.injection, ctx.position = injection, position
+        sums = injection._sums
+        sums["penalty"] += float(hinge(shortfall, injection.shape).sum())
+        sums["violations"] += float((shortfall > 0).sum())
+        sums["slots"] += float(mask.sum())
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Any) -> Any:
+        (gradient,) = outputs
+        (shortfall,) = ctx.saved_tensors
+        with torch.enable_grad():
+            x = shortfall.detach().requires_grad_()
+            slope = torch.autograd.grad(hinge(x, ctx.injection.shape).sum(), x)[0]
+        direction = ctx.injection.floor.directions[ctx.position].to(gradient.device)
+        added = (-ctx.scale * slope).unsqueeze(-1) * direction
+        return gradient + added.to(gradient.dtype), None, None, None
+
+
+@contextlib.contextmanager
+def floor_gradients(model: nn.Module, floor: Floor, *, weight: float, **options: Any) -> Iterator[FloorInjection]:
+    """Penalise every forward with gradient inside the block.
+
+    ``with floor_gradients(model, floor, weight=0.1): trainer.train()`` is all there is to it.
+
+    Args:
+        model: the model in training.
+        floor: the floor.
+        weight: weight of the penalty.
+        **options: of :class:`FloorInjection`.
+    """
+    injection = FloorInjection(model, floor, weight=weight, **options)
+    try:
+        yield injection
+    finally:
+        injection.remove()

@@ -1,0 +1,153 @@
+"""The penalty's gradient added in the backward pass, and the examples of docs/, which are run."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ARCHITECTURES, VOCAB, build_floor, build_model, build_tokenizer
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+
+from trimtab.losses import FloorInjection, axis_floor_loss, floor_gradients
+
+FLOOR = build_floor((1, 2), tau=2.0)
+IDS = torch.randint(3, VOCAB, (2, 10), generator=torch.Generator().manual_seed(0))
+LABELS = IDS.masked_fill(torch.arange(10) < 4, -100)
+LABELS[1, 8:] = -100
+EXAMPLES = Path(__file__).resolve().parent.parent / "docs" / "examples"
+
+
+def gradients(model: Any) -> dict[str, Tensor]:
+    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+def by_autograd(
+    model: Any, weight: float, mask: Tensor, shape: Any = "squared", margin: float = 0.0
+) -> dict[str, Tensor]:
+    """Gradients of loss plus penalty, through ``output_hidden_states``."""
+    output = model(input_ids=IDS, labels=LABELS, output_hidden_states=True)
+    states = {layer: output.hidden_states[layer + 1] for layer in FLOOR.layers}
+    (output.loss + weight * axis_floor_loss(states, FLOOR, mask, shape=shape, margin=margin)).backward()
+    return gradients(model)
+
+
+def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys() and one
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("checkpointing", [None, False, True])
+def test_gradient_is_that_of_the_loss(architecture: str, checkpointing: bool | None) -> None:
+    model = build_model(architecture)
+    wanted = by_autograd(model, 0.3, LABELS != -100)
+    if checkpointing is not None:
+        model.train()
+        model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
+        model.enable_input_require_grads()
+    with floor_gradients(model, FLOOR, weight=0.3) as penalty:
+        model(input_ids=IDS, labels=LABELS).loss.backward()
+    assert_same(gradients(model), wanted)
+    figures = penalty.figures()
+    assert figures["floor_penalty"] > 0 and 0 < figures["floor_violation_rate"] < 1
+    model(input_ids=IDS, labels=LABELS).loss.backward()  # outside the block there is none
+    assert penalty.figures() == {"floor_penalty": 0.0, "floor_violation_rate": 0.0}
+
+
+@pytest.mark.parametrize(("shape", "margin"), [("huber", 0.0), ("squared", 0.5)])
+def test_shapes_and_margin(shape: Any, margin: float) -> None:
+    model = build_model("llama")
+    wanted = by_autograd(model, 0.3, LABELS != -100, shape, margin)
+    with floor_gradients(model, FLOOR, weight=0.3, shape=shape, margin=margin):
+        model(input_ids=IDS, labels=LABELS).loss.backward()
+    assert_same(gradients(model), wanted)
+
+
+def test_the_forward_is_left_alone_bit_by_bit() -> None:
+    model = build_model("llama")
+    plain = model(input_ids=IDS).logits
+    with floor_gradients(model, FLOOR, weight=5.0):
+        assert model(input_ids=IDS).logits.equal(plain)
+        with torch.no_grad():
+            assert model(input_ids=IDS).logits.equal(plain)
+
+
+def test_accumulated_micro_batches_and_masks() -> None:
+    """Two equal micro-batches of half weight are one; without labels the attention mask counts, without either all tokens."""
+    model = build_model("llama")
+    with floor_gradients(model, FLOOR, weight=0.3):
+        model(input_ids=IDS, labels=LABELS).loss.backward()
+    whole = gradients(model)
+    with floor_gradients(model, FLOOR, weight=0.3, accumulation=2):
+        for _ in range(2):
+            (model(input_ids=IDS, labels=LABELS).loss / 2).backward()
+    assert_same(gradients(model), whole)
+    attention = torch.ones_like(IDS)
+    attention[0, :3] = 0
+    for given, mask in (({"attention_mask": attention}, attention.bool()), ({}, torch.ones_like(IDS).bool())):
+        output = model(input_ids=IDS, output_hidden_states=True, **given)
+        states = {layer: output.hidden_states[layer + 1] for layer in FLOOR.layers}
+        (output.logits.sum() * 0 + axis_floor_loss(states, FLOOR, mask)).backward()
+        wanted = gradients(model)
+        with floor_gradients(model, FLOOR, weight=1.0):
+            (model(input_ids=IDS, **given).logits.sum() * 0).backward()
+        assert_same(gradients(model), wanted)
+
+
+def test_with_an_adapter() -> None:
+    model = get_peft_model(build_model("llama"), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    wanted = by_autograd(model, 0.3, LABELS != -100)
+    injection = FloorInjection(model, FLOOR, weight=0.3)
+    model(input_ids=IDS, labels=LABELS).loss.backward()
+    injection.remove()
+    assert_same(gradients(model), wanted)
+
+
+def example(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def tuned(model: Any) -> Any:
+    return get_peft_model(model, LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"))
+
+
+def test_example_plain_pytorch() -> None:
+    model = tuned(build_model("llama", max_position_embeddings=512))
+    losses = example("plain_pytorch").train(model, build_tokenizer(), FLOOR, steps=6)
+    assert len(losses) == 12 and sum(losses[-2:]) < sum(losses[:2])
+
+
+def test_example_transformers_trainer(tmp_path: Path) -> None:
+    model = tuned(build_model("llama", max_position_embeddings=512))
+    losses = example("transformers_trainer").train(model, build_tokenizer(), FLOOR, str(tmp_path), steps=6)
+    assert len(losses) == 6 and losses[-1] < losses[0]
+
+
+def test_example_unmodified_trl(tmp_path: Path) -> None:
+    """The penalty falls under a trainer that knows nothing of it."""
+    module = example("unmodified_trl")
+    first, later = (
+        module.train(
+            build_model("llama", max_position_embeddings=512), build_tokenizer(), FLOOR, str(tmp_path), steps=n
+        )
+        for n in (1, 12)
+    )
+    assert later["floor_penalty"] < first["floor_penalty"]
+
+
+def test_every_example_is_run_here() -> None:
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == {"plain_pytorch", "transformers_trainer", "unmodified_trl"}
