@@ -88,6 +88,21 @@ class ChatFormat:
         """Token ids of an answer's text alone, without the end-of-turn token."""
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])  # type: ignore[arg-type]
 
+    def ids_between(self, messages: Sequence[Message], user: Message, *, ended: bool) -> list[int]:
+        """Token ids from an answer's end to where the next answer begins: end of turn, the user's turn, the model's header.
+
+        Args:
+            messages: the chat up to the answer.
+            user: the user turn after it.
+            ended: whether the answer's tokens hold the end-of-turn token already.
+        """
+        marker = "answer probe"
+        answered = [*messages, {"role": "assistant", "content": marker}]
+        before = len(self._template(self.fold(answered), generation=False).rpartition(marker)[0])
+        after = self.prompt_text([*answered, user])[before + len(marker) :]
+        ids = self.answer_ids(after)
+        return ids[1:] if ended and ids[:1] == [self.end_token] else ids
+
     @property
     def end_ids(self) -> list[int]:
         """Tokens that end an answer."""

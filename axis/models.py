@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import logging
 import os
 import shutil
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
 
 from trimtab.axis.errors import UserError
 
@@ -152,6 +153,30 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
     return tokenizer
 
 
+def quantization_arguments(kind: str | None, dtype: torch.dtype) -> dict[str, Any]:
+    """Arguments of ``from_pretrained`` that load the weights quantised (QLoRA); none for ``kind`` None.
+
+    Args:
+        kind: ``nf4`` (4 bits, doubly quantised), ``int8``, or None.
+        dtype: in which a 4-bit layer computes.
+
+    Raises:
+        UserError: if bitsandbytes is missing.
+    """
+    if kind is None:
+        return {}
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(
+            "quantised weights need bitsandbytes", key="model.quantization", remedy="pip install 'trimtab[qlora]'"
+        )
+    if kind == "int8":
+        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
+    config = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+    return {"quantization_config": config}
+
+
 def load_model(
     name: str,
     *,
@@ -159,6 +184,7 @@ def load_model(
     dtype: str = "auto",
     device: str = "auto",
     attn_implementation: str | None = None,
+    quantization: str | None = None,
 ) -> Loaded:
     """Load a chat model for inference or as the base of an adapter.
 
@@ -168,6 +194,7 @@ def load_model(
         dtype: ``auto`` or a torch dtype's name.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         attn_implementation: passed to transformers.
+        quantization: ``nf4``, ``int8`` or None.
 
     Raises:
         UserError: if the model can't be found, or the GPU asked for is absent.
@@ -176,6 +203,9 @@ def load_model(
     chosen_dtype, reason = choose_dtype(dtype, chosen_device)
     source, where = resolve_name(name)
     arguments: dict[str, Any] = {"revision": revision, "dtype": chosen_dtype}
+    arguments |= quantization_arguments(quantization, chosen_dtype)
+    if quantization is not None:
+        arguments["device_map"] = {"": chosen_device}
     if attn_implementation is not None:
         arguments["attn_implementation"] = attn_implementation
     try:
@@ -187,7 +217,7 @@ def load_model(
             key="model.name",
             remedy="give a folder that exists or a hub id that this machine can reach (HF_TOKEN for gated models)",
         ) from error
-    if chosen_device.type != "cpu":
+    if chosen_device.type != "cpu" and quantization is None:
         model.to(chosen_device)
     model.eval()
     log.info("model %s (%s), dtype %s (%s), device %s", name, where, chosen_dtype, reason, chosen_device)
@@ -197,6 +227,7 @@ def load_model(
         "source": where,
         "dtype": str(chosen_dtype).removeprefix("torch."),
         "device": str(chosen_device),
+        "quantization": quantization,
     }
     return Loaded(model, tokenizer, facts)
 

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
-from trimtab.axis.chat import ChatFormat
+from trimtab.axis.chat import ChatFormat, Message
 from trimtab.axis.directions import Floor
 from trimtab.axis.hooks import ActivationController
 from trimtab.axis.layers import base_model_of
+from trimtab.axis.progress import progress_bar
 
 # top-p needs a sort of the vocabulary, which on a CPU costs as much as the model. The nucleus of 0.9 lies inside the 256
 # likeliest tokens but for near-uniform distributions, so the sort runs over those alone.
@@ -231,3 +232,40 @@ def sample_batch(
         text = tokenizer.decode(kept, skip_special_tokens=True)
         answers.append(Answer(index, text, kept, end is not None, None if all_means is None else all_means[row]))
     return answers
+
+
+def sample_answers(
+    model: Any,
+    form: ChatFormat,
+    chats: Sequence[Sequence[Message]],
+    options: SamplingOptions,
+    *,
+    seed: int,
+    means: bool = False,
+    floor: Floor | None = None,
+    strength: float = 1.0,
+    title: str = "sampling",
+) -> list[Answer]:
+    """Sample an answer to each chat, in batches of like length; in the order of ``chats``.
+
+    Args:
+        model: the model.
+        form: chat format.
+        chats: messages up to the answer.
+        options: sampling options.
+        seed: seed of the whole; equal seeds and chats give every arm the same random numbers.
+        means: as for :func:`sample_batch`, and so the next two.
+        floor: cap to this floor while sampling.
+        strength: strength of that cap.
+        title: label of the progress bar.
+    """
+    prompts = [form.prompt_ids(messages) for messages in chats]
+    found: list[Answer] = []
+    with progress_bar(title, len(prompts)) as bar:
+        for number, batch in enumerate(batches_by_length([len(prompt) for prompt in prompts], options.batch_size)):
+            found += sample_batch(
+                model, form, [prompts[i] for i in batch], batch, options,
+                seed=seed * 100_003 + number, means=means, floor=floor, strength=strength,
+            )  # fmt: skip
+            bar.advance(0, len(batch))  # type: ignore[arg-type]
+    return sorted(found, key=lambda answer: answer.index)

@@ -34,6 +34,7 @@ from trl import SFTConfig, SFTTrainer
 from trimtab.axis import ActivationController
 from trimtab.axis.models import load_model
 from trimtab.train.floor_sft import FloorCollator, FloorSFTTrainer
+from trimtab.train.penalty import PenaltyOptions
 
 ARMS = ("plain", "floor")
 TIME_TARGET, MEMORY_TARGET = 1.03, 1.01
@@ -51,6 +52,8 @@ class TwoArmTrainer(FloorSFTTrainer):
         self.controller.remove()
         if arm == "floor":
             self.controller = ActivationController(self.model)
+            assert self.penalty is not None
+            self.penalty.controller = self.controller
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -111,7 +114,7 @@ def build(arguments: argparse.Namespace, folder: str) -> TwoArmTrainer:
         processing_class=loaded.tokenizer,
         peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
         floor=bench_floor(loaded.model),
-        floor_weight=0.5,
+        penalty=PenaltyOptions(weight=0.5),
     )
 
 

@@ -23,9 +23,10 @@ from trimtab.axis.errors import UserError
 from trimtab.axis.layers import find_decoder_layers, shape_of, text_config_of
 from trimtab.axis.models import choose_device, choose_dtype, meta_model
 from trimtab.cli.launch import default_accelerate, read_accelerate_config, resolve_accelerate_config
+from trimtab.losses.divergence import CHUNK
 from trimtab.recipes.loader import LoadedRecipe
 from trimtab.recipes.rules import floor_layers
-from trimtab.recipes.schema import Recipe
+from trimtab.recipes.schema import GrpoMethod, Recipe, RowMethod
 
 GIB = 1024**3
 TRAINING, ROLLOUTS, ALONE = "training", "rollouts", "axis, floor, eval"
@@ -213,24 +214,25 @@ def plan_memory(recipe: Recipe, structure: Structure, config: Any, strategy: Str
     """
     train, n = recipe.train, strategy.processes
     size = choose_dtype(recipe.model.dtype, choose_device("cpu"))[0].itemsize if strategy.cpu else _size(recipe)
-    weights = structure.parameters * size
+    weights = structure.parameters * {"nf4": 0.55, "int8": 1.05}.get(recipe.model.quantization or "", size)
     shard = n if strategy.shards_weights else 1
     states = n if strategy.kind in ("zero2", "zero3", "fsdp2") else 1
     live = 2 * structure.layer_parameters + structure.embedding_parameters
     resident = weights / shard + (min(live, structure.parameters) * size if strategy.shards_weights else 0)
     adapter = structure.trainable * (4 / shard + 4 / states + _moment_bytes(train) / states)
-    tokens = int(train.get("per_device_train_batch_size", 8)) * int(train.get("max_length") or 1024)
+    answers = 2 if recipe.method.name == "dpo" else 1  # chosen and rejected
+    tokens = answers * int(train.get("per_device_train_batch_size", 8)) * _row_length(recipe)
     state = tokens * structure.hidden * size
     inside = tokens * bytes_inside_layer(config, size, autocast=train.get("bf16") is True)
     checkpointing = train.get("gradient_checkpointing", train.get("activation_checkpointing", True))
     activations = structure.layers * state + inside if checkpointing else structure.layers * inside
-    logits = _answer_tokens(recipe) * config.vocab_size * 4 * 4
+    logits = _compared_tokens(recipe) * config.vocab_size * 4 * 4
     phases = {
         TRAINING: {"weights": resident, "adapter and optimiser": adapter, "activations": activations, "logits": logits},
         ROLLOUTS: {
             "weights": weights + weights / n if strategy.kind == "zero3" else resident,
             "adapter and optimiser": adapter,
-            "KV cache": _kv_cache(recipe, config, recipe.method.sampling.batch_size, size),
+            "KV cache": _kv_cache(recipe, config, _rollout_batch(recipe)[0], size),
         },
         ALONE: {"weights": weights, "KV cache": _kv_cache(recipe, config, recipe.axis.sampling.batch_size, size)},
     }
@@ -273,19 +275,31 @@ def bytes_inside_layer(config: Any, size: int, *, autocast: bool) -> int:
     return kept
 
 
-def _answer_tokens(recipe: Recipe) -> int:
-    """Benign tokens whose whole distribution is compared with the base's at once; 0 without that comparison."""
-    if recipe.method.benign_kl_weight == 0 or recipe.data.benign_share == 0:
-        return 0
-    rows = math.ceil(int(recipe.train.get("per_device_train_batch_size", 8)) * recipe.data.benign_share)
-    return rows * recipe.method.sampling.max_new_tokens
+def _row_length(recipe: Recipe) -> int:
+    """Longest row in training, tokens."""
+    if recipe.method.name == "grpo":  # the prompt is not cut: one of 512 tokens is taken for the longest
+        return 512 + int(recipe.train.get("max_completion_length") or 256)
+    return int(recipe.train.get("max_length") or 1024)
+
+
+def _rollout_batch(recipe: Recipe) -> tuple[int, str]:
+    """Rollouts sampled at a time, and the key that says so."""
+    if isinstance(recipe.method, GrpoMethod):
+        return recipe.method.sampling_batch, "method.sampling_batch"
+    return recipe.method.sampling.batch_size, "method.sampling.batch_size"
+
+
+def _compared_tokens(recipe: Recipe) -> int:
+    """Tokens whose whole distribution is compared with another at once: a chunk; 0 for methods that compare none."""
+    method = recipe.method
+    benign = isinstance(method, RowMethod) and method.benign_kl_weight > 0 and recipe.data.benign_share > 0
+    return CHUNK if benign or method.name == "distill" else 0
 
 
 def _kv_cache(recipe: Recipe, config: Any, batch: int, size: int) -> float:
     head = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
     keys = int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
-    length = int(recipe.train.get("max_length") or 1024)
-    return float(2 * keys * head * int(config.num_hidden_layers) * batch * length * size)
+    return float(2 * keys * head * int(config.num_hidden_layers) * batch * _row_length(recipe) * size)
 
 
 def advice(recipe: Recipe, plan: MemoryPlan, strategy: Strategy, gpu_memory: float) -> list[str]:
@@ -306,14 +320,14 @@ def advice(recipe: Recipe, plan: MemoryPlan, strategy: Strategy, gpu_memory: flo
             found.append("--accelerate fsdp2 or zero3, which shard the weights over GPUs")
         elif plan.phases[TRAINING]["weights"] > gpu_memory / 2:
             found.append(f"more GPUs: --num-processes {strategy.processes * 2}")
-    sampling = recipe.method.sampling.batch_size
+    sampling, key = _rollout_batch(recipe)
     if plan.total(ROLLOUTS) > gpu_memory:
         if plan.phases[ROLLOUTS]["weights"] > gpu_memory and strategy.kind == "zero3":
             found.append(
                 "--accelerate fsdp2: under zero3 the whole model is gathered on every GPU while rollouts are sampled"
             )
         elif plan.phases[ROLLOUTS]["KV cache"] > gpu_memory / 4 and sampling > 1:
-            found.append(f"method.sampling.batch_size={max(sampling // 4, 1)}, which samples more slowly")
+            found.append(f"{key}={max(sampling // 4, 1)}, which samples more slowly")
     if plan.total(ALONE) > gpu_memory:
         if plan.phases[ALONE]["weights"] > gpu_memory:
             needed = math.ceil(plan.phases[ALONE]["weights"] * 1.1 + CONTEXT)

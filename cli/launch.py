@@ -124,7 +124,7 @@ def training_command(
     """
     import trimtab.train
 
-    script = Path(str(trimtab.train.__file__)).parent / "sft.py"
+    script = Path(str(trimtab.train.__file__)).parent / f"{loaded.recipe.method.name}.py"
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), "--quiet"]
     if num_processes is not None:
         launcher += ["--num_processes", str(num_processes)]

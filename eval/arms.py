@@ -14,8 +14,7 @@ from torch import Tensor
 from trimtab.axis import Floor
 from trimtab.axis.chat import ChatFormat
 from trimtab.axis.files import fingerprint, load_tensors, read_jsonl, save_tensors, write_jsonl
-from trimtab.axis.progress import progress_bar
-from trimtab.axis.sampling import Answer, SamplingOptions, batches_by_length, sample_batch
+from trimtab.axis.sampling import Answer, SamplingOptions, sample_answers
 from trimtab.eval.schema import ARMS
 from trimtab.eval.weights import Weights
 
@@ -119,22 +118,11 @@ class Arms:
         return played
 
     def _one_turn(self, items: Sequence[Item], arm: str, title: str) -> list[Answer]:
-        prompts = [self.form.prompt_ids(item.prompt) for item in items]
-        found: list[Answer] = []
-        with self.weights(arm) as model, progress_bar(title, len(items)) as bar:
-            for number, batch in enumerate(batches_by_length([len(p) for p in prompts], self.options.batch_size)):
-                found += sample_batch(
-                    model,
-                    self.form,
-                    [prompts[i] for i in batch],
-                    batch,
-                    self.options,
-                    seed=self.seed * 100_003 + number,
-                    means=True,
-                    floor=self.floor_of(arm),
-                )
-                bar.advance(0, len(batch))  # type: ignore[arg-type]
-        return sorted(found, key=lambda answer: answer.index)
+        with self.weights(arm) as model:
+            return sample_answers(
+                model, self.form, [item.prompt for item in items], self.options,
+                seed=self.seed, means=True, floor=self.floor_of(arm), title=title,
+            )  # fmt: skip
 
     def _kept(self, name: str, items: Sequence[Item], arm: str, sample: Any) -> Answers:
         stem = self.folder / f"{name}-{arm.replace('+', '-')}"

@@ -18,13 +18,13 @@ from trimtab.axis.extraction import extract
 from trimtab.axis.files import file_fingerprint, read_json, read_jsonl, write_json, write_text
 from trimtab.axis.models import EMBEDDED, Loaded
 from trimtab.axis.progress import progress_bar
+from trimtab.axis.scoring import persona_llr
 from trimtab.eval.arms import CONTROL, Answers, Arms, Item
 from trimtab.eval.assemble import Measured, build_report
 from trimtab.eval.card import model_card
 from trimtab.eval.measure import Ruler, coloured, firing_fraction, teacher_forced
 from trimtab.eval.report import load_report, render_html, write_report
 from trimtab.eval.schema import ArmAnswer, Transcript, Turn
-from trimtab.eval.scoring import persona_llr
 from trimtab.eval.weights import Weights, open_weights
 from trimtab.recipes import data
 from trimtab.train.prepare import Prepared, sampling_options
@@ -120,7 +120,7 @@ def evaluate(run: Run, model_facts: dict[str, Any], weights: Weights, form: Chat
         on_talks=on_talks,
         rulers=rulers,
         llr=_llr(arms, roles, on_roles, defaults, on_default),
-        llr_professional=_llr_of(arms, pro_items, on_pro),
+        llr_professional=llr_of(arms, pro_items, on_pro),
         drift_forced=teacher_forced(
             arms, on_roles["base+cap"], [a for a in arms.names if a != "tuned+cap"], "base+cap", main,
             batch_size=SCORE_BATCH, title="KL to the capped self",
@@ -240,7 +240,7 @@ def _rulers(run: Run, floor: Floor, reextracted: dict[str, Axis], roles: Answers
     return {name: Ruler.of(directions, default.means, pooled) for name, directions in found.items()}
 
 
-def _llr_of(arms: Arms, items: list[Item], answers: dict[str, Answers]) -> dict[str, list[float]]:
+def llr_of(arms: Arms, items: list[Item], answers: dict[str, Answers]) -> dict[str, list[float]]:
     """Persona log-likelihood ratio of each arm's answers; the default prompt is none at all.
 
     Arms that answer alike share one score. Scored twice, in batches of other widths, it would differ in the last digits, and
@@ -269,7 +269,7 @@ def _llr(
 
     The default answers are scored under role prompts in turn, so that both classes are scored the same way.
     """
-    values: dict[str, Any] = {"arms": _llr_of(arms, roles, on_roles)}
+    values: dict[str, Any] = {"arms": llr_of(arms, roles, on_roles)}
     systems = [item.prompt[0] for item in roles]
     as_roles = [[systems[(i * 7) % len(systems)], item.prompt[-1]] for i, item in enumerate(defaults)]
     with arms.weights("base") as model:

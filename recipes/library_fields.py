@@ -1,4 +1,4 @@
-"""The keys that TRL's SFTConfig and PEFT's LoraConfig take, read from their source without importing them.
+"""The keys that TRL's configs and PEFT's LoraConfig take, read from their source without importing them.
 
 Importing trl or peft imports torch and takes seconds; a slip in a recipe should be told at once. The dataclasses' annotated
 fields are read with ``ast`` from the files of the installed packages.
@@ -15,11 +15,16 @@ from typing import Any
 from trimtab.axis.errors import UserError
 
 # (package, file, class), from the class itself down to its bases: the first annotation of a field wins.
-TRAIN_CLASSES = (
-    ("trl", "trainer/sft_config.py", "SFTConfig"),
+_TRAIN_BASES = (
     ("trl", "trainer/base_config.py", "_BaseConfig"),
     ("transformers", "training_args.py", "TrainingArguments"),
 )
+TRAIN_CLASSES = {
+    "sft": ("trl", "trainer/sft_config.py", "SFTConfig"),
+    "distill": ("trl", "trainer/sft_config.py", "SFTConfig"),
+    "grpo": ("trl", "trainer/grpo_config.py", "GRPOConfig"),
+    "dpo": ("trl", "trainer/dpo_config.py", "DPOConfig"),
+}
 LORA_CLASSES = (
     ("peft", "tuners/lora/config.py", "LoraConfig"),
     ("peft", "config.py", "PeftConfig"),
@@ -29,9 +34,15 @@ LORA_CLASSES = (
 Fields = dict[str, ast.expr]
 
 
-def train_fields() -> Fields:
-    """Field name -> annotation of ``trl.SFTConfig``."""
-    return _fields_of(TRAIN_CLASSES)
+def train_config(method: str) -> str:
+    """Name of the config class of a method, such as ``trl.SFTConfig``."""
+    package, _, name = TRAIN_CLASSES[method]
+    return f"{package}.{name}"
+
+
+def train_fields(method: str) -> Fields:
+    """Field name -> annotation of a method's config class."""
+    return _fields_of((TRAIN_CLASSES[method], *_TRAIN_BASES))
 
 
 def lora_fields() -> Fields:

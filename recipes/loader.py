@@ -15,9 +15,9 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 
 from trimtab.recipes.faults import Fault, RecipeError, did_you_mean
-from trimtab.recipes.library_fields import Fields, accepts, describe, lora_fields, train_fields
+from trimtab.recipes.library_fields import Fields, accepts, describe, lora_fields, train_config, train_fields
 from trimtab.recipes.rules import impossible
-from trimtab.recipes.schema import Recipe
+from trimtab.recipes.schema import METHODS, Recipe
 from trimtab.recipes.yaml_lines import parse_yaml
 
 FOLDER = Path(__file__).parent
@@ -182,8 +182,9 @@ def _resolve_paths(draft: _Draft, folder: Path) -> None:
 
 def _validate(draft: _Draft) -> Recipe | None:
     """Check the sections, then the combinations on what remains when faulty keys are left at their defaults."""
-    for section in ("lora", "train"):
-        _check_library_section(draft, section, lora_fields() if section == "lora" else train_fields())
+    method = _method_of(draft.data)
+    _check_library_section(draft, "lora", lora_fields(), "peft.LoraConfig")
+    _check_library_section(draft, "train", train_fields(method), train_config(method))
     data = {key: {} if value is None else value for key, value in draft.data.items()}
     told = {fault.key for fault in draft.faults}
     while True:
@@ -191,7 +192,7 @@ def _validate(draft: _Draft) -> Recipe | None:
             recipe = Recipe.model_validate(data, strict=True)
             break
         except ValidationError as error:
-            faults = list(_schema_faults(error))
+            faults = list(_schema_faults(error, METHODS[method]))
         for fault, path in faults:
             if fault.key not in told:
                 told.add(fault.key)
@@ -203,11 +204,17 @@ def _validate(draft: _Draft) -> Recipe | None:
     return recipe
 
 
-def _check_library_section(draft: _Draft, section: str, known: Fields) -> None:
+def _method_of(data: Mapping[str, Any]) -> str:
+    """The method that a recipe names; where it names none, or one that there isn't, the default."""
+    section = data.get("method")
+    name = section.get("name") if isinstance(section, dict) else None
+    return name if isinstance(name, str) and name in METHODS else "sft"
+
+
+def _check_library_section(draft: _Draft, section: str, known: Fields, owner: str) -> None:
     values = draft.data.get(section)
     if not isinstance(values, dict):
         return
-    owner = {"train": "trl.SFTConfig", "lora": "peft.LoraConfig"}[section]
     for name, value in values.items():
         key = f"{section}.{name}"
         if name not in known:
@@ -216,10 +223,15 @@ def _check_library_section(draft: _Draft, section: str, known: Fields) -> None:
             draft.add(Fault(f"expected {describe(known[name])}, got {_show(value)}", _type_remedy(value), key))
 
 
-def _schema_faults(error: ValidationError) -> Iterator[tuple[Fault, tuple[str, ...]]]:
+def _schema_faults(error: ValidationError, method: type[BaseModel]) -> Iterator[tuple[Fault, tuple[str, ...]]]:
     """Each fault with the path of the key at fault."""
     for entry in error.errors():
-        path, section = _path_of(entry["loc"])
+        if entry["type"] == "union_tag_invalid":
+            name = entry.get("ctx", {}).get("tag")
+            remedy = did_you_mean(str(name), METHODS, f"choose one of {', '.join(METHODS)}")
+            yield Fault(f"no such method: {name!r}", remedy, "method.name"), ("method", "name")
+            continue
+        path, section = _path_of(entry["loc"], method)
         key = ".".join(path)
         kind, value, context = entry["type"], entry.get("input"), entry.get("ctx", {})
         known = list(section.model_fields)
@@ -259,14 +271,19 @@ def _unknown(path: tuple[str, ...], known: Sequence[str]) -> Fault:
     return Fault(f"unknown {what}", did_you_mean(word, known, f"known here: {', '.join(known)}"), key)
 
 
-def _path_of(location: Sequence[int | str]) -> tuple[tuple[str, ...], type[BaseModel]]:
+def _path_of(location: Sequence[int | str], method: type[BaseModel]) -> tuple[tuple[str, ...], type[BaseModel]]:
     """The path of pydantic's location, without the branches of a union, and the section that holds the key."""
     model: type[BaseModel] = Recipe
     parts: list[str] = []
+    location = list(location)
+    if len(location) > 1 and location[0] == "method":
+        del location[1]  # the branch, which is the method's name
     for part in map(str, location):
         parts.append(part)
         info = model.model_fields.get(part)
-        inner = None if info is None else _section_type(info.annotation)
+        if info is None:
+            break
+        inner = method if parts == ["method"] else _section_type(info.annotation)
         if inner is None:
             break
         if len(parts) < len(location):

@@ -8,18 +8,25 @@ from collections.abc import Iterator, Set
 from pathlib import Path
 
 from trimtab.recipes.faults import Fault
-from trimtab.recipes.schema import Recipe
+from trimtab.recipes.schema import DpoMethod, GrpoMethod, Recipe, RowMethod
 
 DATA = Path(__file__).parent / "data"
 
 # Keys of `train` that trimtab sets itself, or whose work it does another way.
-NOT_YOURS = {
-    "remove_unused_columns": "remove it: trimtab sets it, as its rows carry a column of their own",
+NOT_YOURS_IN_ROWS = {
     "dataset_kwargs": "remove it: trimtab sets it, as its rows come as tokens",
     "dataset_text_field": "remove it: rows come as tokens, made of the `data` section",
     "shuffle_dataset": "remove it: the order of prompts is fixed by data.seed",
     "assistant_only_loss": "remove it: only the answer is ever trained on",
     "completion_only_loss": "remove it: only the answer is ever trained on",
+}
+NOT_YOURS_IN_GRPO = {
+    "reward_weights": "remove it: each entry of method.rewards has a weight",
+    "use_vllm": "remove it: vLLM samples without the cap, as hooks don't reach it",
+    "generation_kwargs": "remove it: what shapes the samples beyond temperature would make the importance ratio wrong",
+}
+NOT_YOURS = {
+    "remove_unused_columns": "remove it: trimtab sets it, as its rows carry a column of their own",
     "chat_template_path": "remove it: the tokenizer's own template is used, with model.chat_template_kwargs",
     "model_init_kwargs": "remove it: the `model` section says how the model is loaded",
     "num_train_epochs": "set train.max_steps instead: rollouts are made as training goes on, so there is no epoch",
@@ -61,7 +68,9 @@ def impossible(recipe: Recipe, given: Set[str]) -> Iterator[Fault]:
 
 
 def _train(recipe: Recipe) -> Iterator[Fault]:
-    for key, remedy in NOT_YOURS.items():
+    rows = isinstance(recipe.method, RowMethod)
+    own = NOT_YOURS_IN_ROWS if rows else NOT_YOURS_IN_GRPO if isinstance(recipe.method, GrpoMethod) else {}
+    for key, remedy in {**NOT_YOURS, **own}.items():
         if key in recipe.train and not (key == "eval_strategy" and recipe.train[key] == "no"):
             yield Fault("this key can't be set in a recipe", remedy, f"train.{key}")
     for key in POSITIVE:
@@ -70,11 +79,17 @@ def _train(recipe: Recipe) -> Iterator[Fault]:
             yield Fault(f"must be at least 1, got {value}", f"give a positive number: train.{key}=1", f"train.{key}")
     if "max_steps" not in recipe.train and "num_train_epochs" not in recipe.train:
         yield Fault("is missing", "say how many optimiser steps to train: train.max_steps=100", "train.max_steps")
-    mixed = recipe.method.rollouts == "on_the_fly" or recipe.data.benign_share > 0 or recipe.method.floor_weight > 0
     for key in ("packing", "padding_free"):
-        if recipe.train.get(key) is True and mixed:
+        if recipe.train.get(key) is True:
             fault = "rows can't be packed: on-the-fly rollouts, benign rows and the floor loss need each row by itself"
             yield Fault(fault, f"set train.{key}=false", f"train.{key}")
+    dropout = recipe.lora.get("lora_dropout", 0)
+    if isinstance(recipe.method, GrpoMethod) and isinstance(dropout, int | float) and dropout > 0:
+        yield Fault(
+            "GRPO compares log-probabilities of several forwards, and dropout makes each another",
+            "set lora.lora_dropout=0.0",
+            "lora.lora_dropout",
+        )
 
 
 def floor_layers(recipe: Recipe) -> list[int] | None:
@@ -145,6 +160,28 @@ def _lora(recipe: Recipe) -> Iterator[Fault]:
 
 def _method_and_data(recipe: Recipe, given: Set[str]) -> Iterator[Fault]:
     method, data = recipe.method, recipe.data
+    if isinstance(method, RowMethod):
+        yield from _rows_and_benign(recipe, method, given)
+    elif "data.benign_share" in given and data.benign_share > 0:
+        yield Fault(
+            f"has no effect: {method.name} has no benign rows", "remove it, or set it to 0", "data.benign_share"
+        )
+    if isinstance(method, GrpoMethod | DpoMethod) and method.floor_target == "base":
+        yield Fault(
+            f"{method.name} has no base-relative floor", "set method.floor_target=absolute", "method.floor_target"
+        )
+    if isinstance(method, GrpoMethod):
+        yield from _rewards(method)
+    if data.drift_file is None and data.drift_prompts + data.role_questions + data.conversation_turns == 0:
+        yield Fault(
+            "there is nothing to train on: every source of drift prompts is 0",
+            "set data.drift_prompts=220, or name a data.drift_file",
+            "data.drift_prompts",
+        )
+
+
+def _rows_and_benign(recipe: Recipe, method: RowMethod, given: Set[str]) -> Iterator[Fault]:
+    data = recipe.data
     if method.rollouts == "stored" and "method.regenerate_every" in given:
         yield Fault(
             "has no effect: stored rollouts are made once",
@@ -164,12 +201,18 @@ def _method_and_data(recipe: Recipe, given: Set[str]) -> Iterator[Fault]:
                 "set data.benign_share above 0, or remove this weight",
                 f"method.{key}",
             )
-    if data.drift_file is None and data.drift_prompts + data.role_questions + data.conversation_turns == 0:
-        yield Fault(
-            "there is nothing to train on: every source of drift prompts is 0",
-            "set data.drift_prompts=220, or name a data.drift_file",
-            "data.drift_prompts",
-        )
+
+
+def _rewards(method: GrpoMethod) -> Iterator[Fault]:
+    if not method.rewards:
+        yield Fault("no reward is named", "name one: method.rewards: [{name: persona_llr}]", "method.rewards")
+    for entry in method.rewards:
+        if (entry.name == "judge") != (entry.judge is not None):
+            yield Fault(
+                "the reward `judge` and a `judge:` section belong together, and one is without the other",
+                "write {name: judge, judge: {endpoint: ..., model: ...}}",
+                "method.rewards",
+            )
 
 
 def _shipped_data(recipe: Recipe) -> Iterator[Fault]:

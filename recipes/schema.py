@@ -20,6 +20,7 @@ class Section(BaseModel):
 Share = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
+Annealing = Literal["constant", "linear", "cosine"]
 
 
 class Sampling(Section):
@@ -39,17 +40,24 @@ class ModelSection(Section):
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     device: str = "auto"
     attn_implementation: str | None = None
+    quantization: Literal["nf4", "int8"] | None = None
     chat_template_kwargs: dict[str, Any] = {}
 
 
 class JudgeSection(Section):
-    """A role-adherence judge: an OpenAI-compatible endpoint (key in the environment variable), or a local model."""
+    """A judge: an OpenAI-compatible endpoint (key in the environment variable), or a local model.
+
+    Prices are in any currency a million tokens; with them the cost is shown.
+    """
 
     endpoint: str | None = None
     model: str
     api_key_env: str = "OPENAI_API_KEY"
     timeout: float = Field(default=60.0, gt=0)
     retries: NotNegative = 3
+    requests_per_minute: float | None = Field(default=None, gt=0)
+    price_in: float | None = Field(default=None, ge=0)
+    price_out: float | None = Field(default=None, ge=0)
 
 
 class AxisSection(Section):
@@ -110,21 +118,80 @@ class DataSection(Section):
 
 
 class MethodSection(Section):
-    """How the cap gets into the weights."""
+    """What every method has: the floor penalty."""
 
-    name: Literal["sft"] = "sft"
-    rollouts: Literal["on_the_fly", "stored"] = "on_the_fly"
-    regenerate_every: Positive = 20
-    cap_strength: float = Field(default=1.0, ge=0)
-    cap_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    sampling: Sampling = Sampling()
     floor_weight: float = Field(default=0.5, ge=0)
-    floor_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    floor_schedule: Annealing = "constant"
     floor_target: Literal["absolute", "base"] = "absolute"
     floor_margin: float = 0.0
     floor_shape: Literal["squared", "huber"] = "squared"
+
+
+class RowMethod(MethodSection):
+    """What methods on rollouts made on the fly have: when they are made, and the benign barrier."""
+
+    rollouts: Literal["on_the_fly", "stored"] = "on_the_fly"
+    regenerate_every: Positive = 20
+    sampling: Sampling = Sampling()
     benign_kl_weight: float = Field(default=1.0, ge=0)
     benign_axis_weight: float = Field(default=0.0, ge=0)
+
+
+class SftMethod(RowMethod):
+    """SFT on capped rollouts."""
+
+    name: Literal["sft"] = "sft"
+    cap_strength: float = Field(default=1.0, ge=0)
+    cap_schedule: Annealing = "constant"
+    ce_weight: float = Field(default=1.0, ge=0)
+
+
+class DistillMethod(RowMethod):
+    """On-policy distillation from the capped self."""
+
+    name: Literal["distill"]
+    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "reverse_kl"
+    jsd_beta: float = Field(default=0.5, gt=0, lt=1)
+    top_k: Positive | None = None
+    distill_weight: float = Field(default=1.0, ge=0)
+    student_share: float = Field(default=1.0, ge=0, le=1)
+
+
+class RewardSection(Section):
+    """One reward: a shipped one, or ``package.module:function``; ``judge`` needs the section of that name."""
+
+    name: str
+    weight: float = 1.0
+    judge: JudgeSection | None = None
+
+
+class GrpoMethod(MethodSection):
+    """GRPO on capped rollouts."""
+
+    name: Literal["grpo"]
+    cap_strength: float = Field(default=1.0, ge=0)
+    cap_schedule: Annealing = "linear"
+    correct_ratio: bool = True
+    ratio_limit: float = Field(default=2.0, gt=0)
+    rewards: list[RewardSection] = [RewardSection(name="persona_llr")]
+    sampling_batch: Positive = 64
+
+
+class DpoMethod(MethodSection):
+    """DPO on pairs of the capped against the uncapped self."""
+
+    name: Literal["dpo"]
+    cap_strength: float = Field(default=1.0, gt=0)
+    sampling: Sampling = Sampling()
+
+
+AnyMethod = SftMethod | DistillMethod | GrpoMethod | DpoMethod
+METHODS: dict[str, type[AnyMethod]] = {
+    "sft": SftMethod,
+    "distill": DistillMethod,
+    "grpo": GrpoMethod,
+    "dpo": DpoMethod,
+}
 
 
 class EvalSection(Section):
@@ -152,7 +219,13 @@ class Recipe(Section):
     axis: AxisSection = AxisSection()
     floor: FloorSection = FloorSection()
     data: DataSection = DataSection()
-    method: MethodSection = MethodSection()
+    method: Annotated[AnyMethod, Field(discriminator="name")] = SftMethod()
     lora: dict[str, Any] = {}
     train: dict[str, Any] = {}
     eval: EvalSection = EvalSection()
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _default_method(cls, value: Any) -> Any:
+        """A method section without a name is SFT's."""
+        return {"name": "sft", **value} if isinstance(value, dict) else value

@@ -73,3 +73,19 @@ def test_end_ids_of_a_tokenizer_with_several() -> None:
     bare = build_tokenizer()
     bare.add_special_tokens({"unk_token": "<|endoftext|>"})
     assert 0 not in ChatFormat(bare).end_ids, "unknown tokens are no end of an answer"
+
+
+@pytest.mark.parametrize("ended", [True, False])
+@pytest.mark.parametrize("folds", [True, False])
+def test_what_stands_between_two_answers(tokenizer_without_system_folder: Path, ended: bool, folds: bool) -> None:
+    """Prompt, answer, its end where it ended, and what stands between are the tokens of the chat up to the next answer."""
+    tokenizer: Any = AutoTokenizer.from_pretrained(tokenizer_without_system_folder) if folds else build_tokenizer()
+    form = ChatFormat(tokenizer)
+    assert form.folds_system == folds
+    messages, user = (
+        chat("You are a pirate.", "What is an answer probe?"),
+        {"role": "user", "content": "And the grass?"},
+    )
+    answer = form.answer_ids("Arr.") + ([form.end_token] if ended else [])
+    found = form.prompt_ids(messages) + answer + form.ids_between(messages, user, ended=ended)
+    assert found == form.prompt_ids([*messages, {"role": "assistant", "content": "Arr."}, user])

@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from trimtab.axis import ActivationController, Floor, UserError
-from trimtab.train.floor_sft import FloorCollator, FloorSFTTrainer, check_reach
+from trimtab.train.floor_sft import FloorCollator, FloorSFTTrainer
+from trimtab.train.penalty import PenaltyOptions, check_reach
 from trimtab.train.schedule import scheduled
 
 FLOOR = build_floor((1, 2), tau=2.0)
@@ -54,7 +55,7 @@ def make_trainer(
     extra: dict[str, Any] | None = None,
     **arguments: Any,
 ) -> Any:
-    """A trainer on a tiny Llama with a LoRA; ``extra`` are FloorSFTTrainer's own arguments."""
+    """A trainer on a tiny Llama with a LoRA; ``extra`` are FloorSFTTrainer's own arguments, ``floor_*`` the penalty's."""
     settings: dict[str, Any] = {
         "max_steps": 2,
         "per_device_train_batch_size": 4,
@@ -73,7 +74,11 @@ def make_trainer(
         "train_sampling_strategy": "sequential",
         "seed": 0,
     }
-    own: dict[str, Any] = {"floor": floor, **(extra or {})} if issubclass(kind, FloorSFTTrainer) else {}
+    chosen = dict(extra or {})
+    penalty = {key.removeprefix("floor_"): chosen.pop(key) for key in list(chosen) if key.startswith("floor_")}
+    own: dict[str, Any] = {}
+    if issubclass(kind, FloorSFTTrainer):
+        own = {"floor": floor, "penalty": PenaltyOptions(**penalty), **chosen}
     torch.manual_seed(11)
     return kind(
         model=build_model("llama") if model is None else model,
@@ -334,18 +339,23 @@ def test_the_schedule_runs_on_optimiser_steps(tmp_path: Path, accumulation: int)
         gradient_accumulation_steps=accumulation, extra={"floor_weight": 1.0, "floor_schedule": "linear"},
     )  # fmt: skip
     seen: list[tuple[int, float]] = []
-    inner = trainer._drift_loss
+    objective, whole = trainer._objective, trainer._drift_loss
+
+    def plain(*arguments: Any) -> Any:
+        trainer.plain = objective(*arguments)
+        return trainer.plain
 
     def watch(*arguments: Any) -> Any:
-        result, penalty = inner(*arguments)
-        seen.append((trainer.state.global_step, float(penalty) / float(arguments[-1]["floor_penalty"])))
-        return result, penalty
+        loss, (count, ranks, figures) = whole(*arguments), arguments[-3:]
+        penalty = float(loss - trainer.plain) * float(count) / ranks
+        seen.append((trainer.state.global_step, penalty / float(figures["floor_penalty"])))
+        return loss
 
-    trainer._drift_loss = watch
+    trainer._objective, trainer._drift_loss = plain, watch
     trainer.train()
     assert [step for step, _ in seen] == [step for step in range(4) for _ in range(accumulation)]
     for step, weight in seen:
-        assert weight == pytest.approx(1 - step / 4)
+        assert weight == pytest.approx(1 - step / 4, abs=1e-4)
 
 
 def test_schedules() -> None:

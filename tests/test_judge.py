@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from trimtab.axis.errors import UserError
 from trimtab.axis.extraction import RolloutItem
-from trimtab.axis.judge import read_score, role_judge, rubric_prompt
+from trimtab.axis.judge import assistant_judge, read_score, role_judge, rubric_prompt
 from trimtab.recipes.schema import JudgeSection
 
 KEY = "TRIMTAB_TEST_KEY"
@@ -148,3 +150,40 @@ def test_a_missing_key_is_told_before_anything_is_asked(endpoint: Endpoint, monk
     with pytest.raises(UserError, match=f"{KEY} is not set"):
         role_judge(settings(endpoint.url))
     assert not endpoint.asked
+
+
+CHAT = [{"role": "system", "content": "You are a ghost."}, {"role": "user", "content": "Who are you?"}]
+
+
+def test_the_assistant_judge_keeps_its_replies(endpoint: Endpoint, tmp_path: Path) -> None:
+    endpoint.answer = lambda prompt, count: (200, "10" if "Plainly" in prompt else "2")
+    rows = [(CHAT, "Plainly, a program."), (CHAT, "Boo.")]
+    cache = tmp_path / "judge.jsonl"
+    assert assistant_judge(settings(endpoint.url), cache)(rows) == [10, 2]
+    assert "system: You are a ghost.\nuser: Who are you?" in endpoint.asked[0]
+    assert assistant_judge(settings(endpoint.url), cache)([*rows, (CHAT, "Hello.")]) == [10, 2, 2]
+    assert len(endpoint.asked) == 3
+    other = settings(endpoint.url) | {"model": "judge-2"}
+    assert assistant_judge(other, cache)(rows) == [10, 2] and len(endpoint.asked) == 5
+
+
+def test_an_unreadable_reply_that_was_kept_is_asked_again(endpoint: Endpoint, tmp_path: Path) -> None:
+    endpoint.answer = lambda prompt, count: (200, "11" if count == 1 else "7")
+    cache = tmp_path / "judge.jsonl"
+    assert assistant_judge(settings(endpoint.url, retries=1), cache)([(CHAT, "x")]) == [7]
+    assert assistant_judge(settings(endpoint.url, retries=0), cache)([(CHAT, "x")]) == [7] and len(endpoint.asked) == 2
+
+
+def test_requests_keep_to_their_rate_and_the_cost_is_said(
+    endpoint: Endpoint, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reply = {"choices": [{"message": {"content": "5"}}], "usage": {"prompt_tokens": 1000, "completion_tokens": 10}}
+    endpoint.answer = lambda prompt, count: (200, json.dumps(reply).encode())
+    slept: list[float] = []
+    monkeypatch.setattr("trimtab.axis.judge.time.sleep", slept.append)
+    monkeypatch.setattr(logging.getLogger("trimtab"), "propagate", True)
+    judge = assistant_judge(settings(endpoint.url, requests_per_minute=60.0, price_in=2.0, price_out=10.0))
+    with caplog.at_level(logging.INFO, logger="trimtab"):
+        judge([(CHAT, text) for text in "abc"])
+    assert len(slept) == 2 and all(0.5 < seconds <= 1.0 for seconds in slept)
+    assert "3000 + 30 tokens so far, cost so far 0.0063" in caplog.text

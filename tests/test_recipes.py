@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from trimtab.recipes.faults import Fault, RecipeError
-from trimtab.recipes.library_fields import accepts, lora_fields, train_fields
+from trimtab.recipes.library_fields import accepts, lora_fields, train_config, train_fields
 from trimtab.recipes.loader import load_recipe, shipped_recipes
+from trimtab.recipes.schema import METHODS
 from trimtab.recipes.yaml_lines import parse_yaml
 
 GOOD = """\
@@ -298,9 +299,13 @@ def test_library_fields_are_those_of_the_classes() -> None:
     import inspect
 
     from peft import LoraConfig
-    from trl import SFTConfig
+    from trl import DPOConfig, GRPOConfig, SFTConfig
 
-    for owner, fields in ((SFTConfig, train_fields()), (LoraConfig, lora_fields())):
+    configs = {"sft": SFTConfig, "distill": SFTConfig, "grpo": GRPOConfig, "dpo": DPOConfig}
+    owners = [(owner, train_fields(method)) for method, owner in configs.items()]
+    assert configs.keys() == METHODS.keys()
+    assert {method: train_config(method) for method in configs} == {m: f"trl.{c.__name__}" for m, c in configs.items()}
+    for owner, fields in (*owners, (LoraConfig, lora_fields())):
         assert set(fields) == {field.name for field in dataclasses.fields(owner) if field.init}
         for name, parameter in inspect.signature(owner).parameters.items():
             default = parameter.default

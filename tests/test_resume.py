@@ -19,8 +19,8 @@ from tiny_recipe import adapter, command, largest_difference, train_here, write_
 from trimtab.axis.errors import UserError
 from trimtab.axis.files import load_tensors, read_jsonl
 from trimtab.recipes.loader import load_recipe
+from trimtab.train.job import last_checkpoint, naming_a_full_disk, whole_checkpoints
 from trimtab.train.run import open_run
-from trimtab.train.sft import last_checkpoint, naming_a_full_disk, whole_checkpoints
 
 # Forked from a server that has imported everything: a start takes a fraction of a second, and each process is a fresh one.
 FORKS = multiprocessing.get_context("forkserver")
@@ -33,14 +33,15 @@ PATIENCE = 300.0
 class Job:
     """A recipe, its folder, and its command."""
 
-    def __init__(self, folder: Path, recipe: Path) -> None:
+    def __init__(self, folder: Path, recipe: Path, method: str = "sft") -> None:
         self.folder = folder
+        self.method = method
         self.log = folder.with_name(f"{folder.name}.log")
         self.arguments = command(recipe, folder)[2:]
 
     def start(self) -> Any:
         """Start the command."""
-        process = FORKS.Process(target=train_here, args=(self.arguments, self.log))
+        process = FORKS.Process(target=train_here, args=(self.arguments, self.log, self.method))
         process.start()
         return process
 
@@ -110,6 +111,24 @@ def assert_same_run(job: Job, unbroken: Job) -> None:
         assert facts == known and found.keys() == wanted.keys()
         assert all(found[key].equal(wanted[key]) for key in found)
     assert not [path.name for path in job.folder.glob(".adapter*")]
+
+
+@pytest.mark.parametrize("method", ["distill", "grpo", "dpo"])
+def test_every_method_resumes(method: str, tmp_path: Path) -> None:
+    """Killed after a checkpoint at a random moment, twice: the same adapter as of the run that was not."""
+    build_model("llama", max_position_embeddings=2048).save_pretrained(tmp_path / "model")
+    build_tokenizer().save_pretrained(tmp_path / "model")
+    recipe = write_recipe(tmp_path / "recipe.yaml", tmp_path / "model", method, max_steps=8, save_steps=2)
+    whole, broken = Job(tmp_path / "whole", recipe, method), Job(tmp_path / "broken", recipe, method)
+    assert whole.finish() == 0, whole.tail()
+    for step in (2, 5):
+        broken.kill_when(lambda folder, step=step: logged(folder, step), random.random() * 0.2)  # type: ignore[misc]
+    assert broken.finish() == 0, broken.tail()
+    assert broken.facts["resumed_from"] is not None
+    assert largest_difference(adapter(broken.folder), adapter(whole.folder)) <= 1e-6
+    ours, theirs = read_jsonl(broken.folder / "metrics.jsonl"), read_jsonl(whole.folder / "metrics.jsonl")
+    assert [row["step"] for row in ours] == [row["step"] for row in theirs] == list(range(1, 9))
+    assert [row["loss"] for row in ours] == pytest.approx([row["loss"] for row in theirs], rel=1e-5, abs=1e-7)
 
 
 def logged(folder: Path, step: int) -> bool:

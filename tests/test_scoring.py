@@ -10,7 +10,7 @@ import torch
 
 from trimtab.axis.chat import ChatFormat, chat
 from trimtab.axis.models import Loaded
-from trimtab.eval.scoring import answer_logprobs, persona_llr
+from trimtab.axis.scoring import answer_logprobs, persona_llr
 
 PROMPTS = [
     chat("You are a pirate who speaks of the sea.", "How do I bake bread at home?"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import subprocess
@@ -18,8 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "train" / "sft.py"
 
 
-def write_recipe(path: Path, model: Path, **train: Any) -> Path:
-    """Write a recipe: 4 optimiser steps of 8 rows, a quarter of them benign, rollouts twice, greedy.
+def write_recipe(path: Path, model: Path, method: str = "sft", **train: Any) -> Path:
+    """Write a recipe: 4 optimiser steps of 8 rows; for SFT a quarter of them benign, rollouts twice, greedy.
 
     Greedy, since random numbers differ between ranks: so one process and two see the same text, through the real sampling.
     """
@@ -58,8 +59,31 @@ def write_recipe(path: Path, model: Path, **train: Any) -> Path:
             **train,
         },
     }
+    if method != "sft":
+        _change_method(content, method, sampling)
+        content["train"] |= train
     path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
     return path
+
+
+def _change_method(content: dict[str, Any], method: str, sampling: dict[str, Any]) -> None:
+    """Make an SFT recipe one of another method, with answers sampled at random."""
+    free = {**sampling, "temperature": 1.0}
+    penalty = {"floor_weight": 0.5, "floor_schedule": "cosine"}
+    own: dict[str, dict[str, Any]] = {
+        "distill": {
+            "regenerate_every": 2, "sampling": free, "divergence": "jsd", "top_k": 40, "student_share": 0.5,
+            "benign_kl_weight": 1.0,
+        },
+        "grpo": {"rewards": [{"name": "capped_self"}, {"name": "persona_llr", "weight": 0.5}], "ratio_limit": 1.5},
+        "dpo": {"sampling": free},
+    }  # fmt: skip
+    content["method"] = {"name": method, **penalty, **own[method]}
+    if method != "distill":
+        del content["data"]["benign_share"]
+    if method == "grpo":
+        del content["train"]["max_length"]
+        content["train"] |= {"num_generations": 4, "max_completion_length": 6, "beta": 0.02}
 
 
 def environment(**extra: str) -> dict[str, str]:
@@ -87,10 +111,9 @@ def run(arguments: Sequence[str], *, timeout: float = 900, **options: Any) -> su
     return subprocess.CompletedProcess(arguments, process.returncode, out, errors)
 
 
-def train_here(arguments: Sequence[str], log: Path) -> None:
+def train_here(arguments: Sequence[str], log: Path, method: str = "sft") -> None:
     """The target of a forked process: the entry script's ``main``, its output in a file, its exit code the process's."""
-    from trimtab.train.sft import main
-
+    main = importlib.import_module(f"trimtab.train.{method}").main
     torch.set_num_threads(1)
     with log.open("ab") as file:
         os.dup2(file.fileno(), 1)

@@ -1,4 +1,4 @@
-"""The stages before training: axis, floor, and rollouts that are stored once."""
+"""The stages before training: axis, floor, and preference pairs."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ from trimtab.axis.judge import role_judge
 from trimtab.axis.models import Loaded, load_model
 from trimtab.axis.sampling import SamplingOptions
 from trimtab.recipes import data
-from trimtab.recipes.schema import ModelSection, Sampling
+from trimtab.recipes.schema import DpoMethod, ModelSection, Sampling
+from trimtab.train.pairs import make_pairs
 from trimtab.train.run import Run
+from trimtab.train.sources import drift_sources
 
 log = logging.getLogger("trimtab")
 
@@ -32,6 +34,7 @@ def load_recipe_model(section: ModelSection) -> tuple[Loaded, ChatFormat]:
         dtype=section.dtype,
         device=section.device,
         attn_implementation=section.attn_implementation,
+        quantization=section.quantization,
     )
     form = ChatFormat(loaded.tokenizer, section.chat_template_kwargs)
     if form.folds_system:
@@ -202,5 +205,35 @@ def _floor_from_file(
 
 
 def rollouts_stage(run: Run, prepared: Prepared | None = None) -> None:
-    """Prepare everything that sampling needs. Rollouts on the fly are sampled by the trainer itself; ``stored`` too, once."""
+    """Everything that training needs: axis, floor, and DPO's pairs. The other methods' trainers sample as they go on."""
+    prepared = prepared or Prepared(run)
     floor_stage(run, prepared)
+    method = run.recipe.method
+    if not isinstance(method, DpoMethod):
+        return
+
+    def work() -> dict[str, Any]:
+        loaded, form = prepared()
+        found: dict[str, Any] = {}
+        for control in (False, True) if run.recipe.eval.control else (False,):
+            variant = run.variant(control)
+            found["control" if control else "pairs"] = make_pairs(
+                loaded,
+                form,
+                Floor.load(variant.floor_path),
+                drift_sources(run.recipe.data),
+                variant.pairs,
+                options=sampling_options(method.sampling),
+                strength=method.cap_strength,
+                seed=run.recipe.data.seed,
+            )
+        return found
+
+    inputs = [file_fingerprint(run.variant(False).floor_path), method.model_dump(), run.recipe.data.model_dump()]
+    facts = run.stage("pairs", inputs, work)
+    if facts["pairs"]["pairs"] == 0:
+        raise UserError(
+            "no pair is left to train on: the cap changes none of the answers",
+            key="floor",
+            remedy="raise floor.percentile or widen floor.layers, and see the firing fraction in floor.json",
+        )

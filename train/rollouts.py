@@ -3,8 +3,8 @@
 The order of prompts is fixed before training. A *round* is the prompts of ``regenerate_every`` optimiser steps; when the
 data loader first asks for a row of a round, the whole round is sampled with the current weights and the cap at the strength
 of that moment, and written to ``rollouts/``. The data loader looks one batch ahead, so the weights are those of at most one
-step before. Drift rows are sampled capped, benign rows uncapped with the adapter off: those are the base's own answers, which
-anchor the model where it should not change.
+step before. Who samples a row is its *sampler* (see :data:`SAMPLERS`). Benign rows are the base's own answers, which anchor the
+model where it should not change.
 
 After a kill, rounds that lie on disk are read again instead of sampled, so a resumed run sees the same text.
 
@@ -15,6 +15,7 @@ of ``generate`` is a collective, and a rank with fewer batches would leave the o
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import logging
 import math
@@ -39,6 +40,11 @@ log = logging.getLogger("trimtab")
 
 Kind = Literal["drift", "benign"]
 IGNORED = -100
+
+# Who samples: "current" weights or the "base" (adapter off), under the cap or not. SFT trains on what the current weights say
+# under the cap; distillation on what the student itself says, and what its teacher, the capped self, says.
+Sampler = Literal["capped", "student", "capped_self", "base"]
+SAMPLERS: tuple[Sampler, ...] = ("capped", "student", "capped_self", "base")
 
 
 @dataclass(frozen=True)
@@ -120,6 +126,8 @@ class RolloutPlan:
         schedule: how it is annealed.
         options: sampling options.
         seed: sampling seed.
+        student_share: share of drift rows that the uncapped student samples, the capped self the others; None: the current
+            weights sample them all under the cap.
     """
 
     order: Sequence[TrainPrompt]
@@ -131,6 +139,25 @@ class RolloutPlan:
     schedule: Schedule
     options: SamplingOptions
     seed: int
+    student_share: float | None = None
+
+    @functools.cached_property
+    def _samplers(self) -> list[Sampler]:
+        found: list[Sampler] = []
+        drift = 0  # counted alone: benign rows sit at fixed places of a batch, and would take one sampler's turns away
+        for prompt in self.order:
+            if prompt.kind == "benign":
+                found.append("base")
+            elif self.student_share is None:
+                found.append("capped")
+            else:
+                before, drift = int(drift * self.student_share + 1e-9), drift + 1
+                found.append("student" if int(drift * self.student_share + 1e-9) > before else "capped_self")
+        return found
+
+    def sampler_of(self, row: int) -> Sampler:
+        """Who samples a row."""
+        return self._samplers[row]
 
     def strength_at(self, step: int) -> float:
         """Cap strength of a round that begins at this optimiser step."""
@@ -231,34 +258,36 @@ class RolloutSource:
             _checkpointing_kept(trainer.model),
             unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator) as model,
         ):
-            for kind in ("drift", "benign"):
-                chosen = [row for row in rows if plan.order[row].kind == kind]
-                with _weights_of(model, kind):
-                    records += self._sample_kind(model, chosen, kind, strength, round_number, identity)
+            for sampler in SAMPLERS:
+                chosen = [row for row in rows if plan.sampler_of(row) == sampler]
+                if self._batches_of_turn(round_number, sampler, 0):
+                    with _weights_of(model, sampler):
+                        records += self._sample_as(model, chosen, sampler, strength, round_number, identity)
         return sorted(records, key=lambda record: record["row"])
 
-    def _batches_of_turn(self, round_number: int, kind: str, turn: int) -> int:
+    def _batches_of_turn(self, round_number: int, sampler: Sampler, turn: int) -> int:
         """Batches of the rank that has the most rows with this turn."""
         plan, ranks = self.plan, self._trainer.accelerator.num_processes
         counts = [
-            sum(plan.order[row].kind == kind and len(plan.order[row].turns) > turn for row in rows)
+            sum(plan.sampler_of(row) == sampler and len(plan.order[row].turns) > turn for row in rows)
             for rows in (plan.rows_of(round_number, rank, ranks) for rank in range(ranks))
         ]
         return math.ceil(max(counts) / plan.options.batch_size)
 
-    def _sample_kind(
-        self, model: Any, rows: Sequence[int], kind: str, strength: float, round_number: int, identity: str
+    def _sample_as(
+        self, model: Any, rows: Sequence[int], sampler: Sampler, strength: float, round_number: int, identity: str
     ) -> list[dict[str, Any]]:
         plan = self.plan
-        capped = kind == "drift" and self.floor is not None and strength > 0
+        strength = {"capped": strength, "capped_self": 1.0}.get(sampler, 0.0) if self.floor is not None else 0.0
+        capped = strength > 0
         rank = self._trainer.accelerator.process_index
         chats = {row: chat(plan.order[row].system, plan.order[row].turns[0]) for row in rows}
         done: dict[int, tuple[str, bool]] = {}
         with progress_bar(
-            f"round {round_number} rollouts ({kind}, cap {strength if capped else 0:.2f})", len(rows)
+            f"round {round_number} rollouts ({sampler.replace('_', ' ')}, cap {strength:.2f})", len(rows)
         ) as bar:
             for turn in itertools.count():
-                count = self._batches_of_turn(round_number, kind, turn)
+                count = self._batches_of_turn(round_number, sampler, turn)
                 if count == 0:
                     break
                 active = [row for row in rows if len(plan.order[row].turns) > turn]
@@ -270,7 +299,7 @@ class RolloutSource:
                 batches = batches_by_length([len(prompt) for prompt in prompts], plan.options.batch_size)
                 for number in range(count):
                     batch = batches[number] if number < len(batches) else []
-                    seed = int(fingerprint([plan.seed, round_number, rank, kind, turn, number]), 16) % (1 << 62)
+                    seed = int(fingerprint([plan.seed, round_number, rank, sampler, turn, number]), 16) % (1 << 62)
                     answers = sample_batch(
                         model,
                         self.form,
@@ -289,12 +318,13 @@ class RolloutSource:
             {
                 "id": plan.order[row].id,
                 "row": row,
-                "kind": kind,
+                "kind": plan.order[row].kind,
+                "sampler": sampler,
                 "source": plan.order[row].source,
                 "prompt": chats[row],
                 "completion": [{"role": "assistant", "content": done[row][0]}],
                 "ended": done[row][1],
-                "cap_strength": strength if capped else 0.0,
+                "cap_strength": strength,
                 "round": round_number,
                 "seed": plan.seed,
                 "identity": identity,
@@ -318,9 +348,9 @@ def _checkpointing_kept(model: Any) -> Iterator[None]:
             module.gradient_checkpointing, module._gradient_checkpointing_func = enabled, function
 
 
-def _weights_of(model: Any, kind: str) -> contextlib.AbstractContextManager[Any]:
-    """The base for benign rows, else the current weights: merged meanwhile where that is what makes sampling quick."""
-    if kind == "benign":
+def _weights_of(model: Any, sampler: Sampler) -> contextlib.AbstractContextManager[Any]:
+    """The base, or the current weights: merged meanwhile where that is what makes sampling quick."""
+    if sampler in ("base", "capped_self"):
         return cast(contextlib.AbstractContextManager[Any], model.disable_adapter())
     return merged(model) if can_merge(model) else contextlib.nullcontext(model)
 

@@ -160,6 +160,11 @@ class Variant:
         return self.folder / "rollouts"
 
     @property
+    def pairs(self) -> Path:
+        """DPO's preference pairs."""
+        return self.folder / "pairs.jsonl"
+
+    @property
     def metrics(self) -> Path:
         """The trainer's log, one JSON object a line."""
         return self.folder / "metrics.jsonl"

@@ -1,0 +1,145 @@
+"""Preference pairs of the capped against the uncapped self, and DPO with the penalty."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from conftest import build_floor, build_model, build_tokenizer
+from peft import LoraConfig
+from test_floor_sft import wake
+from trl import DPOConfig, DPOTrainer
+
+from trimtab.axis import UserError
+from trimtab.axis.chat import ChatFormat, chat
+from trimtab.axis.files import read_jsonl
+from trimtab.axis.models import Loaded
+from trimtab.axis.sampling import SamplingOptions, sample_batch
+from trimtab.train.floor_dpo import FloorDPOTrainer
+from trimtab.train.pairs import make_pairs
+from trimtab.train.penalty import PenaltyOptions
+from trimtab.train.rollouts import TrainPrompt
+
+FLOOR = build_floor((1, 2), tau=2.0)
+LOW = build_floor((1, 2), tau=-1e6)
+PROMPTS = [
+    TrainPrompt("a", "drift", "You are a pirate.", ("How do I bake bread?",), "pirate"),
+    TrainPrompt("b", "drift", "", ("Why is the sky blue?", "And the grass?"), "talk"),
+    TrainPrompt("c", "drift", "You are a ghost.", ("Who are you?",), "ghost"),
+]
+OPTIONS = SamplingOptions(max_new_tokens=8, batch_size=2)
+
+
+def pairs(path: Path, floor: Any = FLOOR, seed: int = 1) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    tokenizer = build_tokenizer()
+    loaded = Loaded(build_model("llama"), tokenizer, {})
+    facts = make_pairs(loaded, ChatFormat(tokenizer), floor, PROMPTS, path, options=OPTIONS, strength=1.0, seed=seed)
+    return facts, read_jsonl(path)
+
+
+def test_pairs_are_the_capped_and_the_uncapped_answer_of_one_seed(tmp_path: Path) -> None:
+    facts, rows = pairs(tmp_path / "pairs.jsonl")
+    assert facts["pairs"] == len(rows) > 0 and facts["pairs"] + facts["same"] + facts["empty"] == 3
+    assert all(row["chosen"] != row["rejected"] for row in rows)
+    tokenizer = build_tokenizer()
+    form, model = ChatFormat(tokenizer), build_model("llama")
+    row = next(row for row in rows if row["id"] == "a")
+    assert row["prompt"] == chat("You are a pirate.", "How do I bake bread?")
+    # the batch of the last turn that this row was in: prompts by length, two a batch
+    chats = [chat(p.system, p.turns[0]) if len(p.turns) == 1 else next(r["prompt"] for r in rows if r["id"] == p.id)
+             for p in PROMPTS]  # fmt: skip
+    ids = [form.prompt_ids(messages) for messages in chats]
+    order = sorted(range(3), key=lambda i: (len(ids[i]), i))
+    number, batch = next((n, order[n * 2 : n * 2 + 2]) for n in range(2) if 0 in order[n * 2 : n * 2 + 2])
+    for floor, name in ((FLOOR, "chosen"), (None, "rejected")):
+        found = sample_batch(model, form, [ids[i] for i in batch], batch, OPTIONS, seed=100_003 + number, floor=floor)
+        assert row[name][0]["content"] == next(answer.text for answer in found if answer.index == 0)
+
+
+def test_a_conversation_shares_the_turns_before(tmp_path: Path) -> None:
+    row = next(row for row in pairs(tmp_path / "pairs.jsonl")[1] if row["id"] == "b")
+    assert [message["role"] for message in row["prompt"]] == ["user", "assistant", "user"]
+    assert row["prompt"][-1]["content"] == "And the grass?"
+
+
+def test_a_cap_that_never_fires_gives_no_pair(tmp_path: Path) -> None:
+    facts, rows = pairs(tmp_path / "pairs.jsonl", LOW)
+    assert rows == [] and facts["same"] + facts["empty"] == 3
+
+
+def make_trainer(folder: Path, rows: list[dict[str, Any]], kind: Any, own: dict[str, Any], **arguments: Any) -> Any:
+    settings: dict[str, Any] = {
+        "max_steps": 2, "per_device_train_batch_size": 2, "learning_rate": 0.01, "lr_scheduler_type": "constant",
+        "use_cpu": True, "bf16": False, "report_to": "none", "gradient_checkpointing": False, "save_strategy": "no",
+        "logging_steps": 1, "disable_tqdm": True, "seed": 0, "optim": "adamw_torch",
+    }  # fmt: skip
+    torch.manual_seed(11)
+    return kind(
+        model=build_model("llama"),
+        args=DPOConfig(output_dir=str(folder / "out"), **{**settings, **arguments}),
+        train_dataset=datasets.Dataset.from_list(
+            [{k: row[k] for k in ("prompt", "chosen", "rejected")} for row in rows]
+        ),
+        processing_class=build_tokenizer(),
+        peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"),
+        **own,
+    )
+
+
+def test_the_file_is_a_dataset_for_an_unmodified_trainer(tmp_path: Path) -> None:
+    """And without weight ours is that trainer, bit by bit."""
+    rows = pairs(tmp_path / "pairs.jsonl")[1]
+    weights = []
+    for kind, own in ((DPOTrainer, {}), (FloorDPOTrainer, {"floor": FLOOR, "penalty": PenaltyOptions(weight=0.0)})):
+        trainer = make_trainer(tmp_path / kind.__name__, rows, kind, own)
+        trainer.train()
+        weights.append({n: p.detach().clone() for n, p in trainer.model.named_parameters() if "lora_" in n})
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][n], weights[1][n]) for n in weights[0])
+
+
+def test_the_penalty_is_a_mean_over_answers(tmp_path: Path) -> None:
+    rows = pairs(tmp_path / "pairs.jsonl")[1]
+    losses = {}
+    for weight in (0.0, 0.7):
+        own = {"floor": FLOOR, "penalty": PenaltyOptions(weight=weight)}
+        trainer = make_trainer(tmp_path / str(weight), rows, FloorDPOTrainer, own)
+        wake(trainer.model)
+        batch = next(iter(trainer.get_train_dataloader()))
+        losses[weight] = float(trainer.compute_loss(trainer.model, dict(batch)).detach())
+    means = []
+    for ids, kept, said in zip(batch["input_ids"], batch["attention_mask"], batch["completion_mask"], strict=True):
+        with torch.no_grad():
+            states = trainer.model(input_ids=ids[kept.bool()][None], output_hidden_states=True).hidden_states
+        mine = said[kept.bool()].bool()
+        costs = [
+            torch.relu(2.0 - states[layer + 1][0, mine] @ FLOOR.directions[i]).square().mean()
+            for i, layer in enumerate(FLOOR.layers)
+        ]
+        means.append(float(torch.stack(costs).mean()))
+    assert losses[0.7] - losses[0.0] == pytest.approx(0.7 * sum(means) / len(means), rel=1e-3)
+
+
+def test_accumulation_does_not_change_the_step(tmp_path: Path) -> None:
+    rows = (pairs(tmp_path / "pairs.jsonl")[1] * 2)[:4]
+    adapters = []
+    for number, size in ((1, 4), (2, 2)):
+        own = {"floor": FLOOR, "penalty": PenaltyOptions(weight=0.5)}
+        trainer = make_trainer(
+            tmp_path / str(number), rows, FloorDPOTrainer, own, max_steps=1, optim="sgd", max_grad_norm=0.0,
+            per_device_train_batch_size=size, gradient_accumulation_steps=number,
+        )  # fmt: skip
+        wake(trainer.model)
+        trainer.train()
+        adapters.append({n: p.detach().clone() for n, p in trainer.model.named_parameters() if "lora_" in n})
+    for name in adapters[0]:
+        torch.testing.assert_close(adapters[0][name], adapters[1][name], atol=1e-6, rtol=1e-4)
+
+
+def test_the_base_relative_target_is_refused(tmp_path: Path) -> None:
+    rows = pairs(tmp_path / "pairs.jsonl")[1]
+    with pytest.raises(UserError, match="floor_target"):
+        make_trainer(tmp_path, rows, FloorDPOTrainer, {"floor": FLOOR, "penalty": PenaltyOptions(target="base")})

@@ -1,0 +1,57 @@
+"""DPO on pairs of the capped self's answer against the uncapped one, with the axis-floor penalty.
+
+    accelerate launch train/dpo.py --config recipes/smollm2-135m/dpo.yaml
+    accelerate launch --config_file accelerate_configs/zero3.yaml train/dpo.py --config recipes/qwen3-32b/dpo.yaml
+
+Axis, floor and pairs are made first, by the main process alone, unless the run folder has them. The pairs, ``pairs.jsonl``, are a
+TRL preference dataset that any other trainer reads. Run the same command again after an interruption, and it resumes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from trimtab.train import job
+from trimtab.train.sft import prepare
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train; returns the exit code."""
+    return job.main(METHOD, argv)
+
+
+def training_arguments(run: Any, control: bool, quiet: bool) -> Any:
+    """TRL's DPOConfig."""
+    from trl.trainer.dpo_config import DPOConfig
+
+    return DPOConfig(**job.common_arguments(run, control, quiet))
+
+
+def build_trainer(run: Any, arguments: Any, control: bool) -> Any:
+    """The trainer of a run: model, adapter, floor and pairs."""
+    import datasets
+
+    from trimtab.axis.files import read_jsonl
+    from trimtab.train.floor_dpo import FloorDPOTrainer
+
+    job.check_steps(arguments)
+    parts = job.load_parts(run, control)
+    columns = ("prompt", "chosen", "rejected")
+    pairs = [{name: row[name] for name in columns} for row in read_jsonl(run.variant(control).pairs)]
+    return FloorDPOTrainer(
+        model=parts.model,
+        args=arguments,
+        train_dataset=datasets.Dataset.from_list(pairs),
+        processing_class=parts.tokenizer,
+        peft_config=parts.lora,
+        callbacks=parts.callbacks,
+        floor=parts.floor,
+        penalty=parts.penalty,
+    )
+
+
+METHOD = job.Method("dpo", __doc__ or "", "pairs", prepare, training_arguments, build_trainer)
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,71 @@
+"""``FloorDPOTrainer``: TRL's DPOTrainer with the floor penalty, on pairs whose chosen answer is the capped self's.
+
+The penalty of a batch is a mean over its answers of each answer's mean over tokens, as DPO's own loss is a mean over pairs:
+gradient accumulation and ranks don't change it.
+"""
+
+# pyright: reportOptionalMemberAccess=false, reportAttributeAccessIssue=false, reportOptionalOperand=false
+# pyright: reportArgumentType=false, reportCallIssue=false
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from trl.trainer.dpo_trainer import DPOTrainer
+
+from trimtab.axis import Floor, UserError
+from trimtab.train.penalty import FLOOR_FILE, Figures, FloorPenalty, PenaltyOptions, stop_on_nan
+
+
+class FloorDPOTrainer(DPOTrainer):
+    """DPO with the axis-floor penalty on both answers of a pair.
+
+    Args:
+        floor: window, directions, tau and sigma.
+        penalty: how the penalty is weighed; the target is absolute.
+        **kwargs: DPOTrainer's own.
+
+    Raises:
+        UserError: if nothing that the penalty can reach is trainable.
+    """
+
+    def __init__(self, *args: Any, floor: Floor, penalty: PenaltyOptions | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.floor = floor
+        self.penalty = FloorPenalty(self.model, floor, penalty or PenaltyOptions())
+        self._figures = Figures()
+        if self.penalty.options.target == "base":
+            raise UserError(
+                "the base-relative target is not available for dpo",
+                key="method.floor_target",
+                remedy="set method.floor_target=absolute",
+            )
+
+    def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:
+        """TRL's loss plus the penalty. The reference's forward has no gradient, so its states are never taken."""
+        mask = inputs["completion_mask"]
+        with self.penalty.recording() as recording:
+            result = super()._compute_loss(model, inputs, return_outputs)
+            states = self.penalty.states(recording)
+        loss, outputs = result if return_outputs else (result, None)
+        figures: dict[str, Tensor] = {}
+        rows = mask / (mask.sum(1, keepdim=True).clamp(min=1) * mask.shape[0])
+        terms = self.penalty.terms(states, mask, figures, weights=rows)
+        weight = self.penalty.weight_at(self.state.global_step, self.state.max_steps)
+        if weight:
+            loss = loss + weight * terms
+        stop_on_nan(loss, self.processing_class, inputs["input_ids"], self.state.global_step)
+        self._figures.add("train" if self.model.training else "eval", figures)
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log as TRL does, with the floor's figures."""
+        mode = "train" if self.model.training else "eval"
+        self._figures.flush(mode, self.accelerator, self._metrics[mode])
+        super().log(logs, start_time)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            self.floor.save(f"{output_dir or self.args.output_dir}/{FLOOR_FILE}")

@@ -1,0 +1,330 @@
+"""``FloorGRPOTrainer``: TRL's GRPOTrainer whose rollouts are sampled with the cap on, corrected for it.
+
+The sampler is the capped policy mu, the learner the uncapped one pi. Taking mu's samples for pi's own biases the gradient, so
+each token's advantage is multiplied by the truncated importance ratio
+
+    w_t = min( pi_old(y_t | y_<t) / mu(y_t | y_<t), C )
+
+which every loss type of TRL multiplies into its own surrogate: (B, T) advantages are a documented input of ``_compute_loss``. mu
+is scored by a forward with the very weights, cap and strength that sampled, pi_old by one without the cap. The cap's strength is
+annealed over the run; at 0 nothing is corrected, since nothing is off-policy.
+
+Rollouts may have several user turns: the whole conversation is one completion, in which the user's tokens carry no loss.
+"""
+
+# pyright: reportOptionalMemberAccess=false, reportAttributeAccessIssue=false, reportOptionalOperand=false
+# pyright: reportArgumentType=false, reportCallIssue=false
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from trl.models.utils import disable_gradient_checkpointing, unwrap_model_for_generation
+from trl.trainer.grpo_trainer import GRPOTrainer
+
+from trimtab.axis import ActivationController, Floor, UserError
+from trimtab.axis.adapters import can_merge, merged
+from trimtab.axis.chat import ChatFormat
+from trimtab.axis.files import fingerprint
+from trimtab.axis.sampling import SamplingOptions, batches_by_length, sample_batch
+from trimtab.train.penalty import FLOOR_FILE, Figures, FloorPenalty, PenaltyOptions, stop_on_nan
+from trimtab.train.schedule import Schedule, scheduled
+
+log = logging.getLogger("trimtab")
+
+# Beyond these the batch says little about the learner: half of it is wasted, or tokens differ by a factor of e on average.
+LEAST_SAMPLE_SIZE, MOST_LOG_RATIO = 0.5, 1.0
+
+
+@dataclass(frozen=True)
+class OffPolicy:
+    """How far from the learner a batch was sampled.
+
+    Attributes:
+        ratio: truncated importance ratio, [B, T]; 1 where the mask is 0.
+        log_ratio: mean |log pi_old - log mu| over tokens.
+        sample_size: Kish's effective sample size over tokens, as a share, of the ratios before truncation.
+        truncated: share of tokens whose ratio was cut.
+    """
+
+    ratio: Tensor
+    log_ratio: float
+    sample_size: float
+    truncated: float
+
+
+def off_policy(learner: Tensor, sampler: Tensor, mask: Tensor, limit: float) -> OffPolicy:
+    """Truncated importance ratios of sampled tokens.
+
+    Args:
+        learner: log pi_old, [B, T].
+        sampler: log mu, [B, T].
+        mask: tokens that count, [B, T].
+        limit: C, the largest ratio.
+    """
+    kept = mask.bool()
+    difference = (learner - sampler).float().masked_fill(~kept, 0.0)
+    raw = difference.exp()
+    count = kept.sum().clamp(min=1)
+    weights = raw.masked_fill(~kept, 0.0)
+    size = weights.sum().square() / (weights.square().sum() * count).clamp(min=torch.finfo(torch.float32).tiny)
+    return OffPolicy(
+        raw.clamp(max=limit),
+        float(difference.abs().sum() / count),
+        float(size),
+        float(((raw > limit) & kept).sum() / count),
+    )
+
+
+class FloorGRPOTrainer(GRPOTrainer):
+    """GRPO on capped rollouts, with the floor penalty on the learner's forward.
+
+    Rows of the dataset have ``prompt``: messages ``[system,] user, user, ...``; with several user turns the policy answers each.
+
+    Args:
+        floor: the floor of the cap and of the penalty.
+        form: chat format of the tokenizer.
+        penalty: how the penalty is weighed.
+        cap_strength: strength of the cap in rollouts at step 0; 0 samples uncapped.
+        cap_schedule: how it is annealed.
+        correct_ratio: False leaves the importance ratio out, to show what that does.
+        ratio_limit: C.
+        sampling_batch: rollouts sampled at a time.
+        **kwargs: GRPOTrainer's own.
+
+    Raises:
+        UserError: for settings under which the ratio would be wrong, or nothing that the penalty reaches is trainable.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        floor: Floor,
+        form: ChatFormat,
+        penalty: PenaltyOptions | None = None,
+        cap_strength: float = 1.0,
+        cap_schedule: Schedule = "linear",
+        correct_ratio: bool = True,
+        ratio_limit: float = 2.0,
+        sampling_batch: int = 64,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, rollout_func=_rollout, **kwargs)
+        self.floor = floor
+        self.form = form
+        self.penalty = FloorPenalty(self.model, floor, penalty or PenaltyOptions())
+        self.controller = ActivationController.of(self.model)
+        self.cap_strength = cap_strength
+        self.cap_schedule: Schedule = cap_schedule
+        self.correct_ratio = correct_ratio
+        self.ratio_limit = ratio_limit
+        self.sampling_batch = sampling_batch
+        self._figures = Figures()
+        self._warned = False
+        self._generation = (-1, 0)
+        _check_settings(self.args, self.penalty)
+
+    @property
+    def strength(self) -> float:
+        """Strength of the cap in rollouts at this optimiser step."""
+        return scheduled(self.cap_strength, self.cap_schedule, self.state.global_step, self.state.max_steps)
+
+    @contextlib.contextmanager
+    def _sampler(self) -> Iterator[Any]:
+        """The model as it samples: merged where that is what makes sampling quick, and capped."""
+        with (
+            unwrap_model_for_generation(
+                self.model_wrapped,
+                self.accelerator,
+                gather_deepspeed3_params=self.args.ds3_gather_for_generation,
+                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
+            ) as model,
+            merged(model) if can_merge(model) else contextlib.nullcontext(),
+        ):
+            yield model
+
+    @contextlib.contextmanager
+    def as_base(self, *, capped: bool = False) -> Iterator[Any]:
+        """The frozen base, without gradient, for rewards; ``capped`` makes it the capped self."""
+        model = self.accelerator.unwrap_model(self.model)
+        with (
+            torch.no_grad(),
+            model.disable_adapter(),
+            self.controller.uncapped(),
+            self.controller.capping(self.floor, enabled=capped),
+        ):
+            yield model
+
+    def sample_conversations(self, prompts: Sequence[Sequence[dict[str, str]]]) -> dict[str, Any]:
+        """Play conversations: one completion each, from the first answer to the last, user turns in between unscored.
+
+        Returns:
+            What TRL's ``rollout_func`` returns: ``prompt_ids``, ``completion_ids``, ``logprobs`` (None), ``env_mask`` (0 for the
+            user's tokens), and for the rewards ``turns``: [(messages before the answer, answer)] a rollout.
+        """
+        form, rank = self.form, self.accelerator.process_index
+        options = SamplingOptions(
+            max_new_tokens=self.max_completion_length, temperature=self.temperature, top_p=1.0,
+            batch_size=self.sampling_batch,
+        )  # fmt: skip
+        heads = [[message for message in prompt if message["role"] == "system"] for prompt in prompts]
+        users = [[message for message in prompt if message["role"] == "user"] for prompt in prompts]
+        chats = [[*head, user[0]] for head, user in zip(heads, users, strict=True)]
+        prompt_ids = [form.prompt_ids(chat) for chat in chats]
+        completion_ids: list[list[int]] = [[] for _ in prompts]
+        env_mask: list[list[int]] = [[] for _ in prompts]
+        turns: list[list[tuple[list[dict[str, str]], str]]] = [[] for _ in prompts]
+        step = self.state.global_step  # counted within a step, so that a resumed run draws the same numbers
+        self._generation = (step, self._generation[1] + 1 if self._generation[0] == step else 0)
+        # all ranks play as many turns: under ZeRO-3 every forward is a collective
+        longest = max(self._all_ranks(max(map(len, users))))
+        with self._sampler() as model:
+            for turn in range(longest):
+                playing = [i for i, user in enumerate(users) if len(user) > turn]
+                rows = [prompt_ids[i] + completion_ids[i] for i in playing]
+                batches = batches_by_length([len(row) for row in rows], options.batch_size)
+                for number in range(max(self._all_ranks(len(batches)))):
+                    batch = batches[number] if number < len(batches) else []
+                    seed = fingerprint([self.args.seed, *self._generation, rank, turn, number])
+                    answers = sample_batch(
+                        model, form, [rows[k] for k in batch] or [[form.end_token]], batch, options,
+                        seed=int(seed, 16) % (1 << 62), floor=self.floor, strength=self.strength,
+                    )  # fmt: skip
+                    for answer in answers:
+                        i = playing[answer.index]
+                        ids = [*answer.ids, form.end_token] if answer.ended else list(answer.ids)
+                        completion_ids[i] += ids or [form.end_token]
+                        env_mask[i] += [1] * len(ids or [form.end_token])
+                        turns[i].append((list(chats[i]), answer.text))
+                        if len(users[i]) > turn + 1:
+                            said = {"role": "assistant", "content": answer.text}
+                            between = form.ids_between(chats[i], users[i][turn + 1], ended=answer.ended)
+                            chats[i] = [*chats[i], said, users[i][turn + 1]]
+                            completion_ids[i] += between
+                            env_mask[i] += [0] * len(between)
+        return {
+            "prompt_ids": prompt_ids,
+            "completion_ids": completion_ids,
+            "logprobs": None,
+            "env_mask": env_mask,
+            "turns": turns,
+        }
+
+    def _all_ranks(self, number: int) -> list[int]:
+        found: list[int] = self.accelerator.gather(torch.tensor([number], device=self.accelerator.device)).tolist()
+        return found
+
+    def _generate_and_score_completions(self, inputs: Any) -> Any:
+        """TRL's own, and then the importance ratio folded into the advantages."""
+        batch = super()._generate_and_score_completions(inputs)
+        strength = self.strength
+        mode = "train" if self.model.training else "eval"
+        self._metrics[mode]["cap_strength"].append(strength)
+        if strength == 0.0:
+            return batch
+        ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+        attention = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+        mask = batch["completion_mask"] * batch.get("tool_mask", 1)
+        width = batch["completion_ids"].size(1)
+        size = self.args.per_device_train_batch_size
+
+        def logprobs(model: Any) -> Tensor:
+            found: Tensor = self._get_per_token_logps_and_entropies(model, ids, attention, width, batch_size=size)[0]
+            return found
+
+        with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+            learner = batch.get("old_per_token_logps")
+            learner = logprobs(self.model) if learner is None else learner
+            inner = self.accelerator.unwrap_model(self.model)
+            with (
+                merged(inner) if can_merge(inner) else contextlib.nullcontext(),
+                self.controller.capping(self.floor, strength),
+            ):
+                sampler = logprobs(self.model)
+        found = off_policy(learner, sampler, mask, self.ratio_limit)
+        self._say_how_far(found, mode)
+        if self.correct_ratio:
+            advantages = batch["advantages"]
+            advantages = advantages.unsqueeze(1) if advantages.dim() == 1 else advantages
+            batch["advantages"] = advantages * found.ratio
+        return batch
+
+    def _say_how_far(self, found: OffPolicy, mode: str) -> None:
+        mine = torch.tensor([found.log_ratio, found.sample_size, found.truncated], device=self.accelerator.device)
+        log_ratio, size, truncated = self.accelerator.reduce(mine, "mean").tolist()
+        for name, value in (("log_ratio", log_ratio), ("sample_size", size), ("truncated", truncated)):
+            self._metrics[mode][f"off_policy/{name}"].append(value)
+        far = size < LEAST_SAMPLE_SIZE or log_ratio > MOST_LOG_RATIO
+        if far and not self._warned:
+            self._warned = True
+            log.warning(
+                "step %d: rollouts are far off-policy (mean |log ratio| %.2f, effective sample size %.0f %%): lower "
+                "method.cap_strength, or anneal it with method.cap_schedule",
+                self.state.global_step, log_ratio, 100 * size,
+            )  # fmt: skip
+
+    def _compute_loss(self, model: Any, inputs: Any) -> Tensor:
+        """TRL's loss, plus the penalty on the tokens that the policy said, divided by all such tokens of the step."""
+        figures: dict[str, Tensor] = {}
+        prompt_mask, completion_mask = inputs["prompt_mask"], inputs["completion_mask"]
+        said = completion_mask * inputs.get("tool_mask", 1)
+        mask = torch.cat([torch.zeros_like(prompt_mask), said], dim=1)
+        with self.penalty.recording() as recording:
+            loss: Tensor = super()._compute_loss(model, inputs)
+            states = self.penalty.states(recording)
+        terms = self.penalty.terms(states, mask, figures)
+        mode = "train" if self.model.training else "eval"
+        count = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
+        if mode == "train":  # num_items_in_batch spans the generation batch; TRL's dapo loss scales it the same way
+            count = count * self.current_gradient_accumulation_steps / self.args.steps_per_generation
+        weight = self.penalty.weight_at(self.state.global_step, self.state.max_steps)
+        if weight:
+            loss = loss + weight * terms / count
+        stop_on_nan(loss, self.processing_class, inputs["completion_ids"], self.state.global_step)
+        self._figures.add(mode, figures)
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log as TRL does, with the floor's figures."""
+        mode = "train" if self.model.training else "eval"
+        self._figures.flush(mode, self.accelerator, self._metrics[mode])
+        super().log(logs, start_time)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            self.floor.save(f"{output_dir or self.args.output_dir}/{FLOOR_FILE}")
+
+
+def _rollout(prompts: Any, trainer: Any) -> dict[str, Any]:
+    found: dict[str, Any] = trainer.sample_conversations(prompts)
+    return found
+
+
+def _check_settings(arguments: Any, penalty: FloorPenalty) -> None:
+    if arguments.use_vllm:
+        raise UserError(
+            "vLLM samples without the cap: the hooks do not reach it",
+            key="train.use_vllm",
+            remedy="set train.use_vllm=false",
+        )
+    beyond = {"top_p": 1.0, "top_k": 0, "min_p": None, "repetition_penalty": 1.0}
+    for name, neutral in beyond.items():
+        if getattr(arguments, name, neutral) not in (neutral, None):
+            raise UserError(
+                f"{name} shapes the samples, and log-probabilities don't know of it: the importance ratio would be wrong",
+                key=f"train.{name}",
+                remedy=f"remove train.{name}; temperature is accounted for",
+            )
+    if penalty.options.target == "base":
+        raise UserError(
+            "the base-relative target is not available for grpo",
+            key="method.floor_target",
+            remedy="set method.floor_target=absolute",
+        )

@@ -1,0 +1,78 @@
+"""GRPO on capped rollouts: the cap comes off as training goes on, and importance ratios correct for it meanwhile.
+
+    accelerate launch train/grpo.py --config recipes/smollm2-135m/grpo.yaml
+    accelerate launch --config_file accelerate_configs/zero3.yaml train/grpo.py --config recipes/qwen3-32b/grpo.yaml
+
+Axis and floor are made first, by the main process alone, unless the run folder has them. Run the same command again after an
+interruption, and it resumes from the last checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from trimtab.train import job
+from trimtab.train.sft import prepare
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train; returns the exit code."""
+    return job.main(METHOD, argv)
+
+
+def training_arguments(run: Any, control: bool, quiet: bool) -> Any:
+    """TRL's GRPOConfig."""
+    from trl.trainer.grpo_config import GRPOConfig
+
+    return GRPOConfig(**{**job.common_arguments(run, control, quiet), "remove_unused_columns": False})
+
+
+def build_trainer(run: Any, arguments: Any, control: bool) -> Any:
+    """The trainer of a run: model, adapter, floor, rewards and prompts."""
+    import datasets
+
+    from trimtab.train.floor_grpo import FloorGRPOTrainer
+    from trimtab.train.rewards import bind_rewards, make_rewards
+    from trimtab.train.sources import drift_sources
+
+    job.check_steps(arguments)
+    parts, method = job.load_parts(run, control), run.recipe.method
+    rewards, weights = make_rewards(
+        [entry.model_dump() for entry in method.rewards], cache=run.variant(control).folder / "judge.jsonl"
+    )
+    arguments.reward_weights = weights
+    rows = [
+        {
+            "prompt": [
+                *([{"role": "system", "content": prompt.system}] if prompt.system else []),
+                *({"role": "user", "content": turn} for turn in prompt.turns),
+            ]
+        }
+        for prompt in drift_sources(run.recipe.data)
+    ]
+    trainer = FloorGRPOTrainer(
+        model=parts.model,
+        args=arguments,
+        reward_funcs=rewards,
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=parts.tokenizer,
+        peft_config=parts.lora,
+        callbacks=parts.callbacks,
+        floor=parts.floor,
+        form=parts.form,
+        penalty=parts.penalty,
+        cap_strength=method.cap_strength,
+        cap_schedule=method.cap_schedule,
+        correct_ratio=method.correct_ratio,
+        ratio_limit=method.ratio_limit,
+        sampling_batch=method.sampling_batch,
+    )
+    bind_rewards(rewards, trainer)
+    return trainer
+
+
+METHOD = job.Method("grpo", __doc__ or "", "floor", prepare, training_arguments, build_trainer)
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,374 @@
+"""A training job: the frame that every entry script of ``train/`` shares.
+
+Stages before training by one process, a resumed or fresh trainer, an adapter that is written whole or not at all, its record.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import json
+import logging
+import math
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# after the environment, which must be set before transformers is imported
+from trimtab.axis.errors import UserError
+from trimtab.axis.files import disk_full
+from trimtab.axis.logs import setup_logging
+from trimtab.recipes.loader import load_recipe
+
+log = logging.getLogger("trimtab")
+
+FOLDER_PATIENCE = 60  # seconds; rank 0 makes the run folder within a few
+
+
+@dataclass(frozen=True)
+class Method:
+    """What an entry script brings to the frame.
+
+    Attributes:
+        name: ``method.name`` of the recipes that it trains.
+        usage: the script's docstring.
+        last_stage: name of the last stage record before training.
+        prepare: makes the stages before training, given the run.
+        arguments: TRL's config, given run, whether it is the control, and whether to be quiet.
+        trainer: the trainer, given run, that config, and whether it is the control.
+    """
+
+    name: str
+    usage: str
+    last_stage: str
+    prepare: Callable[[Any], None]
+    arguments: Callable[[Any, bool, bool], Any]
+    trainer: Callable[[Any, Any, bool], Any]
+
+
+def main(method: Method, argv: Sequence[str] | None = None) -> int:
+    """Train; returns the exit code: 0 done, 2 the user's input."""
+    parser = argparse.ArgumentParser(description=method.usage, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help=f"recipe: a path, or a name such as smollm2-135m/{method.name}")
+    parser.add_argument("--output_dir", "--output-dir", default=None, help="run folder; default runs/<recipe name>")
+    parser.add_argument("--control", action="store_true", help="train the random-direction control of this run")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    parser.add_argument("overrides", nargs="*", help="section.key=value")
+    arguments = parser.parse_intermixed_args(argv)
+    rank = int(os.environ.get("RANK", "0"))
+    setup_logging(quiet=arguments.quiet, main_process=rank == 0)
+    try:
+        loaded = load_recipe(arguments.config, arguments.overrides)
+        _check_method(method, loaded)
+        train(method, loaded, output_dir=arguments.output_dir, control=arguments.control, quiet=arguments.quiet)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _check_method(method: Method, loaded: Any) -> None:
+    name = loaded.recipe.method.name
+    if name != method.name:
+        raise UserError(
+            f"this script trains {method.name}, and the recipe says {name}",
+            file=loaded.path,
+            key="method.name",
+            remedy=f"launch train/{name}.py, or `trimtab train`, which picks the script",
+        )
+
+
+def train(method: Method, loaded_recipe: Any, *, output_dir: str | None, control: bool, quiet: bool) -> Path:
+    """Train the adapter of a recipe, or of its control.
+
+    Args:
+        method: how it is trained.
+        loaded_recipe: the recipe.
+        output_dir: run folder.
+        control: train against the random-direction floor.
+        quiet: no progress bars.
+
+    Returns:
+        The adapter's folder.
+    """
+    from accelerate import PartialState
+
+    from trimtab.train.run import open_run
+
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1:
+        run = open_run(loaded_recipe, output_dir=output_dir)
+        method.prepare(run)
+    else:
+        # The stages before training run on one process with the plain model; the process group starts afterwards, so that
+        # no collective times out meanwhile.
+        run = _prepare_once(method, loaded_recipe, output_dir)
+    variant = run.variant(control)
+    # Looked up before the process group is made, so that there is none to take down.
+    if (variant.adapter / "adapter_config.json").exists() and run.stage_record(variant.stage_name):
+        log.info("%s: done already, %s", variant.stage_name, variant.adapter)
+        return variant.adapter
+    arguments = method.arguments(run, control, quiet)
+    state = PartialState()
+    trainer = method.trainer(run, arguments, control)
+    checkpoint = last_checkpoint(variant.checkpoints)
+    if checkpoint is not None:
+        log.info("resuming from %s", checkpoint)
+    started = time.monotonic()
+    unfinished = variant.adapter.with_name(f".{variant.adapter.name}.unfinished")
+    with naming_a_full_disk(variant.checkpoints, unfinished):
+        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.save_model(str(unfinished))
+    seconds = time.monotonic() - started
+    state.wait_for_everyone()
+    if state.is_main_process:
+        check_saved(unfinished)
+        shutil.rmtree(variant.adapter, ignore_errors=True)  # there only where a kill hit between here and the record
+        unfinished.replace(variant.adapter)
+        # of the whole run: the trainer's own figure leaves out the steps before a resume
+        losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+        facts = {
+            "minutes": round(seconds / 60, 2),
+            "steps": int(trainer.state.global_step),
+            "train_loss": round(sum(losses) / len(losses), 4) if losses else None,
+            "processes": state.num_processes,
+            "peak_gib": round(peak_memory() / 1024**3, 2),
+            "distributed_type": str(trainer.accelerator.distributed_type).split(".")[-1],
+            "resumed_from": None if checkpoint is None else Path(checkpoint).name,
+        }
+        run.record(variant.stage_name, [run.loaded.resolved["method"], control], facts, seconds=seconds)
+        log.info("adapter: %s", variant.adapter)
+    trainer.accelerator.end_training()
+    return variant.adapter
+
+
+def _prepare_once(method: Method, loaded_recipe: Any, output_dir: str | None) -> Any:
+    """Open the run and make axis and floor on rank 0; the other ranks wait for their records on disk."""
+    from trimtab.train.run import MARKER, open_run, run_folder
+
+    if int(os.environ.get("RANK", "0")) == 0:
+        run = open_run(loaded_recipe, output_dir=output_dir)
+        method.prepare(run)
+        return run
+    launcher = os.getppid()
+    folder = run_folder(loaded_recipe, output_dir)
+    said, started = False, time.monotonic()
+    while True:
+        time.sleep(0.5)
+        if not said and time.monotonic() - started > FOLDER_PATIENCE and not (folder / MARKER).exists():
+            said = True
+            log.warning(
+                "rank %s still waits for rank 0 to make %s; if it lies on another node, give an --output-dir that all "
+                "nodes share",
+                os.environ.get("RANK"),
+                folder,
+            )
+        if os.getppid() != launcher:
+            raise SystemExit("the launcher ended while axis and floor were being made")
+        # Only rank 0 may make the folder. Where it belongs to another recipe, rank 0 says so and the launcher ends us.
+        if (folder / MARKER).exists():
+            with contextlib.suppress(UserError):
+                run = open_run(loaded_recipe, output_dir=output_dir)
+                if run.stage_record(method.last_stage) is not None:
+                    return run
+
+
+def common_arguments(run: Any, control: bool, quiet: bool) -> dict[str, Any]:
+    """What every TRL config gets: the recipe's ``train`` section over our defaults, and what trimtab sets itself."""
+    recipe = run.recipe
+    given = {key: value for key, value in recipe.train.items() if key != "output_dir"}
+    if recipe.model.device == "cpu" and "use_cpu" not in given:
+        given["use_cpu"] = True
+    return {
+        "report_to": "none",
+        "save_total_limit": 2,
+        "logging_steps": 1,
+        "disable_tqdm": quiet,
+        "bf16": False,
+        "seed": 0,
+        **given,
+        "output_dir": str(run.variant(control).checkpoints),
+    }
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the trainers of all methods are made of.
+
+    Attributes:
+        model: the base model, to be wrapped by TRL.
+        tokenizer: its tokenizer.
+        form: its chat format.
+        device: where it will train.
+        lora: PEFT's LoraConfig.
+        floor: the floor of the run, or of its control.
+        penalty: how the floor penalty is weighed.
+        callbacks: writes metrics.jsonl.
+    """
+
+    model: Any
+    tokenizer: Any
+    form: Any
+    device: Any
+    lora: Any
+    floor: Any
+    penalty: Any
+    callbacks: list[Any]
+
+
+def load_parts(run: Any, control: bool) -> Parts:
+    """Load what the trainer of a run is made of."""
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM
+
+    from trimtab.axis import Floor
+    from trimtab.axis.chat import ChatFormat
+    from trimtab.axis.models import (
+        choose_device,
+        choose_dtype,
+        load_tokenizer,
+        quantization_arguments,
+        resolve_name,
+    )
+    from trimtab.train.penalty import PenaltyOptions
+
+    recipe, variant = run.recipe, run.variant(control)
+    device = choose_device(recipe.model.device)
+    dtype, reason = choose_dtype(recipe.model.dtype, device)
+    log.info("training in %s (%s)", dtype, reason)
+    model_arguments: dict[str, Any] = {"dtype": dtype, "revision": recipe.model.revision}
+    model_arguments |= quantization_arguments(recipe.model.quantization, dtype)
+    if recipe.model.attn_implementation:
+        model_arguments["attn_implementation"] = recipe.model.attn_implementation
+    model = AutoModelForCausalLM.from_pretrained(resolve_name(recipe.model.name)[0], **model_arguments)
+    tokenizer: Any = load_tokenizer(recipe.model.name, recipe.model.revision)
+    method = recipe.method
+    return Parts(
+        model=model,
+        tokenizer=tokenizer,
+        form=ChatFormat(tokenizer, recipe.model.chat_template_kwargs),
+        device=device,
+        lora=LoraConfig(**{"task_type": "CAUSAL_LM", **recipe.lora}),
+        floor=Floor.load(variant.floor_path),
+        penalty=PenaltyOptions(
+            weight=method.floor_weight,
+            schedule=method.floor_schedule,
+            target=method.floor_target,
+            margin=method.floor_margin,
+            shape=method.floor_shape,
+        ),
+        callbacks=[metrics_callback(variant.metrics)],
+    )
+
+
+def peak_memory() -> int:
+    """The most memory this process has held, bytes: on the GPU where there is one, else resident."""
+    import resource
+
+    import torch
+
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def check_steps(arguments: Any) -> None:
+    """Refuse a run without a number of steps, by which rollouts and schedules are laid out."""
+    if arguments.max_steps <= 0:
+        raise UserError("train.max_steps is not set", key="train.max_steps", remedy="set the number of optimiser steps")
+
+
+def metrics_callback(path: Path) -> Any:
+    """Appends the trainer's log to ``metrics.jsonl``; after a resume the steps that are trained again are cut off first."""
+    from transformers import TrainerCallback
+
+    from trimtab.axis.files import append_jsonl, read_jsonl, write_jsonl
+
+    class Metrics(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.is_world_process_zero and path.exists():
+                write_jsonl(path, [row for row in read_jsonl(path) if row["step"] <= state.global_step])
+
+        def on_log(
+            self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
+        ) -> None:
+            if state.is_world_process_zero and logs and "loss" in logs:
+                numbers = {key: value for key, value in logs.items() if isinstance(value, int | float)}
+                finite = {key: value if math.isfinite(value) else None for key, value in numbers.items()}
+                append_jsonl(path, [{"step": state.global_step, **finite}])
+
+    return Metrics()
+
+
+def whole_checkpoints(folder: Path) -> list[str]:
+    """Checkpoints that were written whole, oldest first. ``trainer_state.json`` is the last file that is written."""
+    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json") if _is_json(path)]
+    return [str(path) for path in sorted(whole, key=lambda path: int(path.name.rpartition("-")[2]))]
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint that was written whole, or None."""
+    return next(reversed(whole_checkpoints(folder)), None)
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:  # a kill or a full disk cut it short
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def naming_a_full_disk(checkpoints: Path, unfinished: Path) -> Iterator[None]:
+    """Turn what the libraries raise when a checkpoint doesn't fit on the disk into the fault that it is.
+
+    What was half-written is removed.
+
+    Args:
+        checkpoints: the trainer's output folder.
+        unfinished: where the adapter is being saved.
+
+    Raises:
+        UserError: if the disk is full.
+    """
+    try:
+        yield
+    except Exception as error:  # each library has a class of its own
+        if isinstance(error, UserError) or not _is_full_disk(error, checkpoints):
+            raise
+        whole = {Path(path) for path in whole_checkpoints(checkpoints)}
+        for folder in [unfinished, *set(checkpoints.glob("checkpoint-*")) - whole]:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise disk_full(checkpoints) from error
+
+
+def _is_full_disk(error: BaseException, folder: Path) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    # torch and safetensors give no errno
+    torn = "PytorchStreamWriter" in str(error) or "inline_container" in str(error)
+    return "No space left" in str(error) or (torn and shutil.disk_usage(folder).free < 1 << 20)
+
+
+def check_saved(adapter: Path) -> None:
+    """Check that the adapter on disk holds tensors; some engine settings save an empty one without an error."""
+    from safetensors import safe_open
+
+    with safe_open(str(adapter / "adapter_model.safetensors"), framework="pt") as file:
+        if not list(file.keys()):
+            raise UserError(
+                "the saved adapter holds no tensors",
+                file=adapter,
+                remedy="use gradient_checkpointing instead of fsdp_activation_checkpointing, and FULL_STATE_DICT under FSDP",
+            )

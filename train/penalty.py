@@ -1,0 +1,197 @@
+"""The floor penalty as a part that any trainer carries: what to record, what to add to the loss, what to log."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from trimtab.axis import ActivationController, Floor, Recording, UserError
+from trimtab.axis.layers import find_decoder_layers
+from trimtab.losses import axis_floor_terms, projections
+from trimtab.losses.axis_floor import Shape
+from trimtab.train.schedule import Schedule, scheduled
+
+log = logging.getLogger("trimtab")
+
+FLOOR_FILE = "floor.safetensors"
+
+
+@dataclass(frozen=True)
+class PenaltyOptions:
+    """How the penalty is weighed.
+
+    Attributes:
+        weight: weight at step 0.
+        schedule: how it is annealed over optimiser steps.
+        target: ``absolute`` (tau), or ``base`` (the frozen base's own projection at that token).
+        margin: keep this many sigma above the target.
+        shape: ``squared`` or ``huber``.
+    """
+
+    weight: float = 0.5
+    schedule: Schedule = "constant"
+    target: Literal["absolute", "base"] = "absolute"
+    margin: float = 0.0
+    shape: Shape = "squared"
+
+
+class FloorPenalty:
+    """The penalty of one model in training.
+
+    Args:
+        model: the model, whose hooks are put on here if it has none.
+        floor: window, directions, tau and sigma.
+        options: how it is weighed.
+
+    Raises:
+        UserError: if nothing that the penalty can reach is trainable.
+    """
+
+    def __init__(self, model: Any, floor: Floor, options: PenaltyOptions) -> None:
+        self.floor = floor
+        self.options = options
+        self.controller = ActivationController.of(model)
+        self._first_trained = check_reach(model, floor)
+
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[Recording]:
+        """Record the floor's layers in the learner's forward.
+
+        The cap is off inside: in a capped forward the gradient along v is deleted wherever the cap fires.
+        """
+        with self.controller.uncapped(), self.controller.recording(self.floor.layers) as recording:
+            yield recording
+
+    def states(self, recording: Recording) -> dict[int, Tensor]:
+        """The states that the penalty is computed on: the last that take part in autograd, where training can move them."""
+        return {
+            layer: recording.last(layer, with_grad=torch.is_grad_enabled() and layer >= self._first_trained)
+            for layer in self.floor.layers
+        }
+
+    def base_projections(self, recording: Recording) -> Tensor:
+        """Detached projections [L, B, T] of a forward of the base, recorded before."""
+        return projections({layer: recording.last(layer) for layer in self.floor.layers}, self.floor)
+
+    def weight_at(self, step: int, total: int) -> float:
+        """Weight at an optimiser step."""
+        return scheduled(self.options.weight, self.options.schedule, step, total)
+
+    def terms(
+        self,
+        states: Mapping[int, Tensor],
+        mask: Tensor,
+        figures: dict[str, Tensor],
+        *,
+        base: Tensor | None = None,
+        weights: Tensor | None = None,
+    ) -> Tensor:
+        """The unweighted penalty, a sum over tokens; its figures, sums over tokens too, go into ``figures``.
+
+        Args:
+            states: of :meth:`states`.
+            mask: tokens that count, [B, T].
+            figures: gets ``tokens``, ``floor_penalty``, ``floor_violation_rate``, ``floor_z/layer_<l>``.
+            base: p0 [L, B, T] for the base-relative target.
+            weights: factor of each token's penalty, [B, T], for trainers that weigh rows.
+        """
+        terms = axis_floor_terms(
+            states, self.floor, mask, base_projections=base, margin=self.options.margin, shape=self.options.shape,
+            weights=weights,
+        )  # fmt: skip
+        figures["tokens"] = terms.tokens.float()
+        figures["floor_penalty"] = terms.unweighted
+        figures["floor_violation_rate"] = terms.violations.mean()
+        for i, layer in enumerate(self.floor.layers):
+            figures[f"floor_z/layer_{layer}"] = terms.z_sum[i]
+        return terms.penalty
+
+
+class Figures:
+    """Sums over tokens between two log lines, logged as means over all micro-batches and ranks.
+
+    A figure whose name begins with ``benign`` is divided by ``benign_tokens``, any other by ``tokens``.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}
+
+    def add(self, mode: str, figures: Mapping[str, Tensor]) -> None:
+        """Add a micro-batch's sums."""
+        sums = self._sums[mode]
+        for name, value in figures.items():
+            sums[name] = sums.get(name, 0.0) + value.detach().float()
+
+    def flush(self, mode: str, accelerator: Any, metrics: Any) -> None:
+        """Append the means to TRL's ``_metrics[mode]``, and begin anew."""
+        names = sorted(self._sums[mode])  # the same on every rank, whose micro-batches are of the same kinds
+        if not names:
+            return
+        sums = torch.stack([self._sums[mode][name].to(accelerator.device) for name in names])
+        total = dict(zip(names, accelerator.reduce(sums, "sum").tolist(), strict=True))
+        self._sums[mode].clear()
+        for name in names:
+            count = total.get("benign_tokens" if name.startswith("benign") else "tokens", 0.0)
+            if name not in ("tokens", "benign_tokens") and count > 0:
+                metrics[name].append(total[name] / count)
+
+
+def check_reach(model: Any, floor: Floor) -> int:
+    """Check that the penalty reaches something trainable: a trainable weight at or below the deepest floor layer.
+
+    Returns:
+        The first layer whose output training can move; floor layers below it add a constant to the penalty.
+
+    Raises:
+        UserError: if all trainable weights lie above the floor.
+    """
+    layers = find_decoder_layers(model)
+    deepest = floor.layers[-1]
+    if deepest >= len(layers):
+        raise UserError(
+            f"floor layer {deepest} is beyond the model, whose layers are 0 to {len(layers) - 1}",
+            key="floor.layers",
+            remedy="use the floor of this very model",
+        )
+    if any(p.requires_grad for p in model.get_input_embeddings().parameters()):
+        return 0
+    trained = [i for i, layer in enumerate(layers) if any(p.requires_grad for p in layer.parameters())]
+    if not trained or trained[0] > deepest:
+        raise UserError(
+            f"no trainable weight lies at or below layer {deepest}, the deepest of the floor, so the penalty trains nothing",
+            key="lora.layers_to_transform",
+            remedy=f"include layers up to {deepest} (of {len(layers)})",
+        )
+    if trained[0] > floor.layers[0]:
+        log.warning(
+            "the adapters begin at layer %d: the floor's layers before it, from %d on, can't be moved",
+            trained[0], floor.layers[0],
+        )  # fmt: skip
+    if trained[-1] > deepest:
+        log.info(
+            "the penalty's gradient ends at layer %d; adapters above it, up to layer %d, learn from the rest of the loss",
+            deepest, trained[-1],
+        )  # fmt: skip
+    return trained[0]
+
+
+def stop_on_nan(loss: Tensor, tokenizer: Any, ids: Tensor, step: int) -> None:
+    """Stop at a loss that is not finite.
+
+    Raises:
+        UserError: naming the step and the batch.
+    """
+    if not bool(torch.isfinite(loss.detach()).all()):
+        text = tokenizer.decode(ids[0], skip_special_tokens=True)[:200]
+        raise UserError(
+            f"the loss is {float(loss.detach())} at step {step}; the batch begins {text!r}",
+            key="train.learning_rate",
+            remedy="lower train.learning_rate or method.floor_weight, or use dtype bfloat16 instead of float16; "
+            "the last checkpoint is whole and the same command resumes from it",
+        )
