@@ -71,6 +71,14 @@ def build_parser() -> argparse.ArgumentParser:
     _add_recipe(check)
     _add_accelerate(check)
     check.add_argument("--gpu-memory", type=float, metavar="GIB", help="say whether it fits on GPUs of this size")
+    merge = add(
+        "merge",
+        "merge the adapter into plain weights, and measure them again beside the report",
+        "smollm2-135m/sft --output-dir runs/mine",
+    )
+    _add_recipe(merge)
+    merge.add_argument("--output-dir", metavar="DIR", help="the run folder (default: runs/<recipe>)")
+    merge.add_argument("--to", type=Path, metavar="DIR", help="where the weights go (default: <run folder>/merged)")
     project = add(
         "project",
         "the compass: projection of each turn of a transcript",
@@ -138,6 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "run": _run,
         "recipes": _recipes,
         "check": _check,
+        "merge": _merge,
         "project": _project,
         "fetch": _fetch,
     }
@@ -268,6 +277,25 @@ def _check(arguments: argparse.Namespace) -> None:
     from trimtab.cli.check import check_recipe
 
     check_recipe(loaded, arguments.accelerate, arguments.num_processes, arguments.gpu_memory)
+
+
+def _merge(arguments: argparse.Namespace) -> None:
+    run = _open(arguments)
+    from rich.console import Console
+    from rich.table import Table
+
+    from trimtab.eval.merging import merge_stage
+
+    rows = merge_stage(run, arguments.to)
+    table = Table("figure", "report: adapter", "merged weights", "agree")
+    for row in rows:
+        value, low, high = row["report"]
+        verdict = "yes" if row["agrees"] else "NO"
+        table.add_row(row["figure"], f"{value:.4f} [{low:.4f}, {high:.4f}]", f"{row['merged']:.4f}", verdict)
+    Console().print(table)
+    print(f"merged: {arguments.to or run.folder / 'merged'}")
+    if not all(row["agrees"] for row in rows):
+        raise RuntimeError("the merged weights do not give the report's figures again")
 
 
 def _project(arguments: argparse.Namespace) -> None:

@@ -22,6 +22,7 @@ import yaml
 from conftest import build_model, build_tokenizer
 from safetensors.torch import load_file
 from tiny_recipe import environment, run, write_recipe
+from transformers import AutoModelForCausalLM
 
 from trimtab.axis.errors import UserError
 from trimtab.cli.main import main
@@ -229,3 +230,54 @@ def test_training_that_changes_nothing_is_never_good(job: Job, tmp_path: Path) -
     changes_at_all = ("benign_kl", "default_z_shift", "default_z_shift_same_text", "benign_nll_change", "length_change")
     assert [effects[name] for name in changes_at_all] == pytest.approx([0.0] * 5, abs=1e-5)
     assert effects["professional_tuned"] == effects["professional_base"]
+
+
+@pytest.mark.parametrize("method", ["distill", "grpo", "dpo"])
+def test_every_method_ends_in_a_report(method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With its control, by ``trimtab run``, which picks the entry script; then the merged weights give the figures again."""
+    build_model("llama", max_position_embeddings=2048).save_pretrained(tmp_path / "model")
+    build_tokenizer().save_pretrained(tmp_path / "model")
+    path = write_recipe(tmp_path / "tiny.yaml", tmp_path / "model", method, max_steps=2)
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    path.write_text(yaml.safe_dump({**content, "eval": {**EVAL, "reextract_roles": 0}}), encoding="utf-8")
+    folder = tmp_path / "run"
+    assert main(["run", str(path), "--output-dir", str(folder), "--quiet"]) == 0
+    report = Report.model_validate_json((folder / "report.json").read_text(encoding="utf-8"))
+    assert report.training["steps"] == 2 and report.training["peak_gib"] > 0
+    for place in (folder, folder / "control"):
+        tensors = load_file(place / "adapter" / "adapter_model.safetensors")
+        assert any(float(value.abs().max()) > 0 for name, value in tensors.items() if "lora_B" in name)
+        assert (place / "adapter" / "floor.safetensors").exists()
+    logged = {key for row in report.training["log"] for key in row}
+    wanted = {"distill": "distill_jsd", "grpo": "off_policy/sample_size", "dpo": "rewards/margins"}[method]
+    assert {wanted, "floor_penalty", "floor_violation_rate", "floor_z/layer_1"} <= logged
+    if method == "dpo":
+        row = json.loads((folder / "pairs.jsonl").read_text(encoding="utf-8").splitlines()[0])
+        assert {"prompt", "chosen", "rejected"} <= row.keys() and (folder / "control" / "pairs.jsonl").exists()
+    capsys.readouterr()
+    assert main(["merge", str(path), "--output-dir", str(folder), "--quiet"]) == 0
+    assert "merged:" in capsys.readouterr().out
+    rows = json.loads((folder / "merged.json").read_text(encoding="utf-8"))
+    assert {row["figure"] for row in rows} == {"text_llr", "z_training", "benign_kl", "default_z_shift"}
+    for row in rows:
+        assert row["agrees"] and row["merged"] == pytest.approx(row["report"][0], abs=1e-4), row
+    again = AutoModelForCausalLM.from_pretrained(folder / "merged")  # plain weights, nothing of PEFT or ours
+    assert not any("lora" in name for name, _ in again.named_parameters())
+
+
+def test_a_script_refuses_a_recipe_of_another_method(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+    from trimtab.train.distill import main as distill
+
+    assert distill(["--config", str(job.recipe), "--output_dir", str(job.folder)]) == 2
+    said = capsys.readouterr().err
+    assert "trains distill, and the recipe says sft" in said and "train/sft.py" in said
+
+
+def test_what_can_t_be_merged_is_told(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("mine")
+    command = ["merge", str(job.recipe), "--output-dir", str(job.folder), "--to", str(tmp_path / "full")]
+    assert main(command) == 2 and "not empty" in capsys.readouterr().err
+    assert (tmp_path / "full" / "notes.txt").read_text() == "mine"
+    fresh = ["merge", str(job.recipe), "--output-dir", str(tmp_path / "fresh")]
+    assert main(fresh) == 2 and "report.json" in capsys.readouterr().err

@@ -1,0 +1,114 @@
+"""Merge a run's adapter into plain weights, and measure the merged model again: the report's uncapped figures must come back."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from trimtab.axis import Floor, UserError
+from trimtab.axis.files import write_json
+from trimtab.axis.models import choose_device, choose_dtype, load_model, load_tokenizer, resolve_name
+from trimtab.eval.arms import Arms
+from trimtab.eval.measure import Ruler, teacher_forced
+from trimtab.eval.report import load_report
+from trimtab.eval.schema import Estimate
+from trimtab.eval.stages import SCORE_BATCH, benign_items, default_items, llr_of, role_items
+from trimtab.train.prepare import Prepared, sampling_options
+from trimtab.train.run import Run
+
+log = logging.getLogger("trimtab")
+
+
+def merge_adapter(run: Run, target: Path) -> Path:
+    """Write the run's model with its adapter merged, a folder that transformers loads by itself.
+
+    Raises:
+        UserError: if there is no adapter, or ``target`` holds something else.
+    """
+    adapter = run.variant(control=False).adapter
+    if not (adapter / "adapter_model.safetensors").exists():
+        raise UserError("there is no adapter to merge", file=adapter, remedy="train it first: trimtab train RECIPE")
+    if (target / "config.json").exists():
+        log.info("merged already: %s", target)
+        return target
+    if target.exists() and any(target.iterdir()):
+        raise UserError("this folder is not empty", file=target, remedy="choose a new one with --to")
+    section = run.recipe.model
+    # Merged on the CPU, in the dtype that it was trained in: a quantised base is merged into the weights it was made from.
+    dtype = choose_dtype(section.dtype, choose_device(section.device))[0]
+    source = resolve_name(section.name)[0]
+    base = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, revision=section.revision)
+    model: Any = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
+    unfinished = target.with_name(f".{target.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    model.save_pretrained(unfinished)
+    load_tokenizer(section.name, section.revision).save_pretrained(unfinished)
+    with contextlib.suppress(FileNotFoundError):
+        target.rmdir()
+    unfinished.replace(target)
+    return target
+
+
+def merge_stage(run: Run, target: Path | None = None) -> list[dict[str, Any]]:
+    """Merge, load the plain weights anew, and measure them beside the report.
+
+    Returns:
+        Rows ``figure``, ``report`` (value, low, high), ``merged``, ``agrees``: whether the merged model's value lies within the
+        report's interval; they are written to ``merged.json`` too.
+
+    Raises:
+        UserError: if there is no adapter or no report.
+    """
+    report = load_report(run.folder / "report.json")
+    folder = merge_adapter(run, target or run.folder / "merged")
+    section, model = run.recipe.eval, run.recipe.model
+    loaded, form = Prepared(run)()
+    merged = load_model(
+        str(folder), dtype=model.dtype, device=model.device, attn_implementation=model.attn_implementation
+    )
+    floor = Floor.load(run.variant(control=False).floor_path)
+    options = sampling_options(section.sampling)
+    models = {"base": loaded.model, "tuned": merged.model}
+    weights = {name: (lambda held=held: contextlib.nullcontext(held)) for name, held in models.items()}
+    # the base's answers are those of the evaluation; the merged model gives its own
+    kept = Arms(weights, form, floor, run.folder / "eval", options, section.seed)
+    arms = Arms(weights, form, floor, run.folder / "merged_eval", options, section.seed)
+    roles, defaults = role_items(section.roles, section.questions), default_items(section.roles, section.questions)
+    base_default = kept.answers("default", defaults, "base")
+    base_benign = kept.answers("benign", benign_items(section.benign), "base")
+    base_roles = kept.answers("roles", roles, "base")
+    on_roles, on_default = arms.answers("roles", roles, "tuned"), arms.answers("default", defaults, "tuned")
+    pooled = torch.cat([base_roles.means, base_default.means])
+    ruler = Ruler.of(floor.directions, base_default.means, pooled)
+    benign = teacher_forced(arms, base_benign, ["tuned"], "base", ruler, batch_size=SCORE_BATCH, title="benign text")[
+        "tuned"
+    ]
+    shift = np.asarray(ruler.z(on_default.means)) - np.asarray(ruler.z(base_default.means))
+    found = {
+        "text_llr": float(np.nanmean(llr_of(arms, roles, {"tuned": on_roles})["tuned"])),
+        "z_training": float(np.nanmean(ruler.z(on_roles.means))),
+        "benign_kl": float(np.nanmean(benign.kl)),
+        "default_z_shift": float(np.nanmean(shift)),
+    }
+    known: dict[str, Estimate] = {metric.id: metric.arms["tuned"] for metric in report.metrics}
+    known |= {effect.id: effect.estimate for effect in report.side_effects}
+    rows = [
+        {
+            "figure": name,
+            "report": [known[name].value, known[name].low, known[name].high],
+            "merged": value,
+            "agrees": known[name].low <= value <= known[name].high,
+        }
+        for name, value in found.items()
+        if name in known
+    ]
+    write_json(run.folder / "merged.json", rows)
+    return rows
