@@ -28,7 +28,7 @@ check: .venv/.ready-dev links
 	$(BIN)/pyright
 
 bench: .venv/.ready-dev
-	for file in benchmarks/*_overhead.py; do $(BIN)/python $$file || exit 1; done
+	for file in benchmarks/*_overhead.py benchmarks/distill_memory.py; do $(BIN)/python $$file || exit 1; done
 
 links:
 	@mkdir -p .types/trimtab
