@@ -40,6 +40,11 @@ def merged(model: Any) -> Iterator[Any]:
                         parameter.copy_(copies[name])
 
 
+def merged_if_quicker(model: Any) -> contextlib.AbstractContextManager[Any]:
+    """:func:`merged` where :func:`can_merge` says so, else the model as it is."""
+    return merged(model) if can_merge(model) else contextlib.nullcontext(model)
+
+
 def can_merge(model: Any) -> bool:
     """Whether merging for a while is possible and worth it: whole, unquantised weights on a CPU."""
     parameters = list(model.parameters())

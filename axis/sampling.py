@@ -16,6 +16,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from trimtab.axis.chat import ChatFormat, Message
 from trimtab.axis.directions import Floor
+from trimtab.axis.files import fingerprint
 from trimtab.axis.hooks import ActivationController
 from trimtab.axis.layers import base_model_of
 from trimtab.axis.progress import progress_bar
@@ -119,6 +120,11 @@ class AnswerMeans:
     def means(self) -> Tensor:
         """Mean over each answer's tokens, [B, N, D]; NaN for an answer of no tokens."""
         return self.sums / self.counts[:, None, None]
+
+
+def seed_of(parts: Sequence[Any]) -> int:
+    """A sampling seed from what names a batch: the same parts give the same seed in any process, and after a resume."""
+    return int(fingerprint(list(parts)), 16) % (1 << 62)
 
 
 def batches_by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from trimtab.train import job
-from trimtab.train.sft import prepare, training_arguments
+from trimtab.train.sft import training_arguments
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,7 +40,7 @@ def build_trainer(run: Any, arguments: Any, control: bool) -> Any:
     )
 
 
-METHOD = job.Method("distill", __doc__ or "", "floor", prepare, training_arguments, build_trainer)
+METHOD = job.Method("distill", __doc__ or "", "floor", training_arguments, build_trainer)
 
 if __name__ == "__main__":
     raise SystemExit(main())

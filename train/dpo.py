@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from trimtab.train import job
-from trimtab.train.sft import prepare
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,23 +34,16 @@ def build_trainer(run: Any, arguments: Any, control: bool) -> Any:
     from trimtab.axis.files import read_jsonl
     from trimtab.train.floor_dpo import FloorDPOTrainer
 
-    job.check_steps(arguments)
     parts = job.load_parts(run, control)
     columns = ("prompt", "chosen", "rejected")
     pairs = [{name: row[name] for name in columns} for row in read_jsonl(run.variant(control).pairs)]
     return FloorDPOTrainer(
-        model=parts.model,
-        args=arguments,
+        **parts.trainer_arguments(arguments),
         train_dataset=datasets.Dataset.from_list(pairs),
-        processing_class=parts.tokenizer,
-        peft_config=parts.lora,
-        callbacks=parts.callbacks,
-        floor=parts.floor,
-        penalty=parts.penalty,
     )
 
 
-METHOD = job.Method("dpo", __doc__ or "", "pairs", prepare, training_arguments, build_trainer)
+METHOD = job.Method("dpo", __doc__ or "", "pairs", training_arguments, build_trainer)
 
 if __name__ == "__main__":
     raise SystemExit(main())

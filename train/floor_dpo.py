@@ -15,10 +15,10 @@ from torch import Tensor
 from trl.trainer.dpo_trainer import DPOTrainer
 
 from trimtab.axis import Floor, UserError
-from trimtab.train.penalty import FLOOR_FILE, Figures, FloorPenalty, PenaltyOptions, stop_on_nan
+from trimtab.train.penalty import Figures, FloorPenalty, FloorTrainer, PenaltyOptions, stop_on_nan
 
 
-class FloorDPOTrainer(DPOTrainer):
+class FloorDPOTrainer(FloorTrainer, DPOTrainer):
     """DPO with the axis-floor penalty on both answers of a pair.
 
     Args:
@@ -56,16 +56,5 @@ class FloorDPOTrainer(DPOTrainer):
         if weight:
             loss = loss + weight * terms
         stop_on_nan(loss, self.processing_class, inputs["input_ids"], self.state.global_step)
-        self._figures.add("train" if self.model.training else "eval", figures)
+        self._figures.add(self._mode, figures)
         return (loss, outputs) if return_outputs else loss
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log as TRL does, with the floor's figures."""
-        mode = "train" if self.model.training else "eval"
-        self._figures.flush(mode, self.accelerator, self._metrics[mode])
-        super().log(logs, start_time)
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        super()._save(output_dir, state_dict)
-        if self.args.should_save:
-            self.floor.save(f"{output_dir or self.args.output_dir}/{FLOOR_FILE}")

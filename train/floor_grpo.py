@@ -29,11 +29,10 @@ from trl.models.utils import disable_gradient_checkpointing, unwrap_model_for_ge
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 from trimtab.axis import ActivationController, Floor, UserError
-from trimtab.axis.adapters import can_merge, merged
+from trimtab.axis.adapters import merged_if_quicker
 from trimtab.axis.chat import ChatFormat
-from trimtab.axis.files import fingerprint
-from trimtab.axis.sampling import SamplingOptions, batches_by_length, sample_batch
-from trimtab.train.penalty import FLOOR_FILE, Figures, FloorPenalty, PenaltyOptions, stop_on_nan
+from trimtab.axis.sampling import SamplingOptions, batches_by_length, sample_batch, seed_of
+from trimtab.train.penalty import Figures, FloorPenalty, FloorTrainer, PenaltyOptions, stop_on_nan
 from trimtab.train.schedule import Schedule, scheduled
 
 log = logging.getLogger("trimtab")
@@ -82,7 +81,7 @@ def off_policy(learner: Tensor, sampler: Tensor, mask: Tensor, limit: float) -> 
     )
 
 
-class FloorGRPOTrainer(GRPOTrainer):
+class FloorGRPOTrainer(FloorTrainer, GRPOTrainer):
     """GRPO on capped rollouts, with the floor penalty on the learner's forward.
 
     Rows of the dataset have ``prompt``: messages ``[system,] user, user, ...``; with several user turns the policy answers each.
@@ -145,7 +144,7 @@ class FloorGRPOTrainer(GRPOTrainer):
                 gather_deepspeed3_params=self.args.ds3_gather_for_generation,
                 gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
             ) as model,
-            merged(model) if can_merge(model) else contextlib.nullcontext(),
+            merged_if_quicker(model),
         ):
             yield model
 
@@ -191,10 +190,10 @@ class FloorGRPOTrainer(GRPOTrainer):
                 batches = batches_by_length([len(row) for row in rows], options.batch_size)
                 for number in range(max(self._all_ranks(len(batches)))):
                     batch = batches[number] if number < len(batches) else []
-                    seed = fingerprint([self.args.seed, *self._generation, rank, turn, number])
+                    seed = seed_of([self.args.seed, *self._generation, rank, turn, number])
                     answers = sample_batch(
                         model, form, [rows[k] for k in batch] or [[form.end_token]], batch, options,
-                        seed=int(seed, 16) % (1 << 62), floor=self.floor, strength=self.strength,
+                        seed=seed, floor=self.floor, strength=self.strength,
                     )  # fmt: skip
                     for answer in answers:
                         i = playing[answer.index]
@@ -224,7 +223,7 @@ class FloorGRPOTrainer(GRPOTrainer):
         """TRL's own, and then the importance ratio folded into the advantages."""
         batch = super()._generate_and_score_completions(inputs)
         strength = self.strength
-        mode = "train" if self.model.training else "eval"
+        mode = self._mode
         self._metrics[mode]["cap_strength"].append(strength)
         if strength == 0.0:
             return batch
@@ -243,7 +242,7 @@ class FloorGRPOTrainer(GRPOTrainer):
             learner = logprobs(self.model) if learner is None else learner
             inner = self.accelerator.unwrap_model(self.model)
             with (
-                merged(inner) if can_merge(inner) else contextlib.nullcontext(),
+                merged_if_quicker(inner),
                 self.controller.capping(self.floor, strength),
             ):
                 sampler = logprobs(self.model)
@@ -279,7 +278,7 @@ class FloorGRPOTrainer(GRPOTrainer):
             loss: Tensor = super()._compute_loss(model, inputs)
             states = self.penalty.states(recording)
         terms = self.penalty.terms(states, mask, figures)
-        mode = "train" if self.model.training else "eval"
+        mode = self._mode
         count = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
         if mode == "train":  # num_items_in_batch spans the generation batch; TRL's dapo loss scales it the same way
             count = count * self.current_gradient_accumulation_steps / self.args.steps_per_generation
@@ -289,17 +288,6 @@ class FloorGRPOTrainer(GRPOTrainer):
         stop_on_nan(loss, self.processing_class, inputs["completion_ids"], self.state.global_step)
         self._figures.add(mode, figures)
         return loss
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log as TRL does, with the floor's figures."""
-        mode = "train" if self.model.training else "eval"
-        self._figures.flush(mode, self.accelerator, self._metrics[mode])
-        super().log(logs, start_time)
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        super()._save(output_dir, state_dict)
-        if self.args.should_save:
-            self.floor.save(f"{output_dir or self.args.output_dir}/{FLOOR_FILE}")
 
 
 def _rollout(prompts: Any, trainer: Any) -> dict[str, Any]:

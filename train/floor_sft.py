@@ -26,7 +26,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, SFTTrainer
 from trimtab.axis import ActivationController, Floor, UserError
 from trimtab.axis.head import OutputHead
 from trimtab.losses import axis_anchor_terms, chunked_divergence
-from trimtab.train.penalty import FLOOR_FILE, Figures, FloorPenalty, PenaltyOptions, stop_on_nan
+from trimtab.train.penalty import Figures, FloorPenalty, FloorTrainer, PenaltyOptions, stop_on_nan
 
 
 class FloorCollator(DataCollatorForLanguageModeling):
@@ -40,7 +40,7 @@ class FloorCollator(DataCollatorForLanguageModeling):
         return batch
 
 
-class FloorSFTTrainer(SFTTrainer):
+class FloorSFTTrainer(FloorTrainer, SFTTrainer):
     """SFT with the axis-floor penalty on drift rows and a barrier to the base model on benign rows.
 
     Args:
@@ -114,7 +114,7 @@ class FloorSFTTrainer(SFTTrainer):
             loss = barrier if loss is None else loss + barrier
         assert loss is not None
         stop_on_nan(loss, self.processing_class, inputs["input_ids"], self.state.global_step)
-        self._figures.add("train" if self.model.training else "eval", figures)
+        self._figures.add(self._mode, figures)
         return (loss, outputs) if return_outputs else loss
 
     def _drift_loss(
@@ -207,17 +207,6 @@ class FloorSFTTrainer(SFTTrainer):
             figures["benign_axis"] = moved.detach()
             total = total + self.benign_axis_weight * moved
         return total
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log as TRL does, with the floor's figures: means over the tokens of all micro-batches and ranks since the last log."""
-        mode = "train" if self.model.training else "eval"
-        self._figures.flush(mode, self.accelerator, self._metrics[mode])
-        super().log(logs, start_time)
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        super()._save(output_dir, state_dict)
-        if self.args.should_save and self.floor is not None:
-            self.floor.save(f"{output_dir or self.args.output_dir}/{FLOOR_FILE}")
 
 
 def _rows(inputs: dict[str, Any], keep: Tensor) -> dict[str, Any] | None:

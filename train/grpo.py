@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from trimtab.train import job
-from trimtab.train.sft import prepare
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,11 +31,11 @@ def build_trainer(run: Any, arguments: Any, control: bool) -> Any:
     """The trainer of a run: model, adapter, floor, rewards and prompts."""
     import datasets
 
+    from trimtab.axis.chat import chat
     from trimtab.train.floor_grpo import FloorGRPOTrainer
     from trimtab.train.rewards import bind_rewards, make_rewards
     from trimtab.train.sources import drift_sources
 
-    job.check_steps(arguments)
     parts, method = job.load_parts(run, control), run.recipe.method
     rewards, weights = make_rewards(
         [entry.model_dump() for entry in method.rewards], cache=run.variant(control).folder / "judge.jsonl"
@@ -45,23 +44,17 @@ def build_trainer(run: Any, arguments: Any, control: bool) -> Any:
     rows = [
         {
             "prompt": [
-                *([{"role": "system", "content": prompt.system}] if prompt.system else []),
-                *({"role": "user", "content": turn} for turn in prompt.turns),
+                *chat(prompt.system, prompt.turns[0]),
+                *({"role": "user", "content": turn} for turn in prompt.turns[1:]),
             ]
         }
         for prompt in drift_sources(run.recipe.data)
     ]
     trainer = FloorGRPOTrainer(
-        model=parts.model,
-        args=arguments,
+        **parts.trainer_arguments(arguments),
         reward_funcs=rewards,
         train_dataset=datasets.Dataset.from_list(rows),
-        processing_class=parts.tokenizer,
-        peft_config=parts.lora,
-        callbacks=parts.callbacks,
-        floor=parts.floor,
         form=parts.form,
-        penalty=parts.penalty,
         cap_strength=method.cap_strength,
         cap_schedule=method.cap_schedule,
         correct_ratio=method.correct_ratio,
@@ -72,7 +65,7 @@ def build_trainer(run: Any, arguments: Any, control: bool) -> Any:
     return trainer
 
 
-METHOD = job.Method("grpo", __doc__ or "", "floor", prepare, training_arguments, build_trainer)
+METHOD = job.Method("grpo", __doc__ or "", "floor", training_arguments, build_trainer)
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -42,7 +42,6 @@ class Method:
         name: ``method.name`` of the recipes that it trains.
         usage: the script's docstring.
         last_stage: name of the last stage record before training.
-        prepare: makes the stages before training, given the run.
         arguments: TRL's config, given run, whether it is the control, and whether to be quiet.
         trainer: the trainer, given run, that config, and whether it is the control.
     """
@@ -50,7 +49,6 @@ class Method:
     name: str
     usage: str
     last_stage: str
-    prepare: Callable[[Any], None]
     arguments: Callable[[Any, bool, bool], Any]
     trainer: Callable[[Any, Any, bool], Any]
 
@@ -102,12 +100,13 @@ def train(method: Method, loaded_recipe: Any, *, output_dir: str | None, control
     """
     from accelerate import PartialState
 
+    from trimtab.train.prepare import rollouts_stage
     from trimtab.train.run import open_run
 
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
         run = open_run(loaded_recipe, output_dir=output_dir)
-        method.prepare(run)
+        rollouts_stage(run)
     else:
         # The stages before training run on one process with the plain model; the process group starts afterwards, so that
         # no collective times out meanwhile.
@@ -118,6 +117,7 @@ def train(method: Method, loaded_recipe: Any, *, output_dir: str | None, control
         log.info("%s: done already, %s", variant.stage_name, variant.adapter)
         return variant.adapter
     arguments = method.arguments(run, control, quiet)
+    check_steps(arguments)
     state = PartialState()
     trainer = method.trainer(run, arguments, control)
     checkpoint = last_checkpoint(variant.checkpoints)
@@ -153,11 +153,12 @@ def train(method: Method, loaded_recipe: Any, *, output_dir: str | None, control
 
 def _prepare_once(method: Method, loaded_recipe: Any, output_dir: str | None) -> Any:
     """Open the run and make axis and floor on rank 0; the other ranks wait for their records on disk."""
+    from trimtab.train.prepare import rollouts_stage
     from trimtab.train.run import MARKER, open_run, run_folder
 
     if int(os.environ.get("RANK", "0")) == 0:
         run = open_run(loaded_recipe, output_dir=output_dir)
-        method.prepare(run)
+        rollouts_stage(run)
         return run
     launcher = os.getppid()
     folder = run_folder(loaded_recipe, output_dir)
@@ -223,6 +224,18 @@ class Parts:
     floor: Any
     penalty: Any
     callbacks: list[Any]
+
+    def trainer_arguments(self, arguments: Any) -> dict[str, Any]:
+        """What every trainer takes of these; ``arguments`` is TRL's config."""
+        return {
+            "model": self.model,
+            "args": arguments,
+            "processing_class": self.tokenizer,
+            "peft_config": self.lora,
+            "callbacks": self.callbacks,
+            "floor": self.floor,
+            "penalty": self.penalty,
+        }
 
 
 def load_parts(run: Any, control: bool) -> Parts:

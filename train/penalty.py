@@ -1,5 +1,8 @@
 """The floor penalty as a part that any trainer carries: what to record, what to add to the loss, what to log."""
 
+# FloorTrainer stands beside a TRL trainer, whose methods its own call.
+# pyright: reportAttributeAccessIssue=false
+
 from __future__ import annotations
 
 import contextlib
@@ -140,6 +143,30 @@ class Figures:
             count = total.get("benign_tokens" if name.startswith("benign") else "tokens", 0.0)
             if name not in ("tokens", "benign_tokens") and count > 0:
                 metrics[name].append(total[name] / count)
+
+
+class FloorTrainer:
+    """What the trainers of all methods do alike, beside TRL's class: log the floor's figures, save the floor with the adapter."""
+
+    floor: Any  # a Floor; FloorSFTTrainer may have None
+    _figures: Figures
+
+    @property
+    def _mode(self) -> str:
+        trainer: Any = self
+        return "train" if trainer.model.training else "eval"
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log as TRL does, with the floor's figures: means over the tokens of all micro-batches and ranks since the last log."""
+        trainer: Any = self
+        self._figures.flush(self._mode, trainer.accelerator, trainer._metrics[self._mode])
+        super().log(logs, start_time)  # type: ignore[misc]
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)  # type: ignore[misc]
+        trainer: Any = self
+        if trainer.args.should_save and self.floor is not None:
+            self.floor.save(f"{output_dir or trainer.args.output_dir}/{FLOOR_FILE}")
 
 
 def check_reach(model: Any, floor: Floor) -> int:

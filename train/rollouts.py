@@ -29,11 +29,11 @@ import datasets
 import torch
 
 from trimtab.axis import Floor, UserError
-from trimtab.axis.adapters import can_merge, merged
+from trimtab.axis.adapters import merged_if_quicker
 from trimtab.axis.chat import ChatFormat, chat
 from trimtab.axis.files import fingerprint, read_jsonl, write_jsonl
 from trimtab.axis.progress import progress_bar
-from trimtab.axis.sampling import SamplingOptions, batches_by_length, sample_batch
+from trimtab.axis.sampling import SamplingOptions, batches_by_length, sample_batch, seed_of
 from trimtab.train.schedule import Schedule, scheduled
 
 log = logging.getLogger("trimtab")
@@ -299,7 +299,7 @@ class RolloutSource:
                 batches = batches_by_length([len(prompt) for prompt in prompts], plan.options.batch_size)
                 for number in range(count):
                     batch = batches[number] if number < len(batches) else []
-                    seed = int(fingerprint([plan.seed, round_number, rank, sampler, turn, number]), 16) % (1 << 62)
+                    seed = seed_of([plan.seed, round_number, rank, sampler, turn, number])
                     answers = sample_batch(
                         model,
                         self.form,
@@ -352,7 +352,7 @@ def _weights_of(model: Any, sampler: Sampler) -> contextlib.AbstractContextManag
     """The base, or the current weights: merged meanwhile where that is what makes sampling quick."""
     if sampler in ("base", "capped_self"):
         return cast(contextlib.AbstractContextManager[Any], model.disable_adapter())
-    return merged(model) if can_merge(model) else contextlib.nullcontext(model)
+    return merged_if_quicker(model)
 
 
 def tokens_of(

@@ -46,18 +46,12 @@ def build_row_trainer(
         max_length=arguments.max_length,
     )
     trainer = kind(
-        model=parts.model,
-        args=arguments,
+        **parts.trainer_arguments(arguments),
         train_dataset=source.dataset(),
         # On a CPU every new shape makes oneDNN compile its kernels anew, which costs more than the padding.
         data_collator=FloorCollator(
             pad_token_id=parts.tokenizer.pad_token_id, pad_to_multiple_of=32 if parts.device.type == "cpu" else None
         ),
-        processing_class=parts.tokenizer,
-        peft_config=parts.lora,
-        callbacks=parts.callbacks,
-        floor=parts.floor,
-        penalty=parts.penalty,
         benign_kl_weight=method.benign_kl_weight,
         benign_axis_weight=method.benign_axis_weight,
         **own,
@@ -69,7 +63,6 @@ def build_row_trainer(
 def rollout_plan(recipe: Any, arguments: Any, student_share: float | None = None) -> RolloutPlan:
     """The training order and how its answers are sampled."""
     method, data = recipe.method, recipe.data
-    job.check_steps(arguments)
     ranks = arguments.world_size
     accumulation = arguments.gradient_accumulation_steps
     order = training_order(

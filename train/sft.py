@@ -22,13 +22,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return job.main(METHOD, argv)
 
 
-def prepare(run: Any) -> None:
-    """Axis, floor, and whatever else the recipe's method needs beforehand."""
-    from trimtab.train.prepare import rollouts_stage
-
-    rollouts_stage(run)
-
-
 def training_arguments(run: Any, control: bool, quiet: bool) -> Any:
     """TRL's SFTConfig."""
     from trl.trainer.sft_config import SFTConfig
@@ -46,7 +39,7 @@ def build_trainer(run: Any, arguments: Any, control: bool) -> Any:
     return build_row_trainer(FloorSFTTrainer, run, arguments, control, ce_weight=run.recipe.method.ce_weight)
 
 
-METHOD = job.Method("sft", __doc__ or "", "floor", prepare, training_arguments, build_trainer)
+METHOD = job.Method("sft", __doc__ or "", "floor", training_arguments, build_trainer)
 
 if __name__ == "__main__":
     raise SystemExit(main())
