@@ -96,52 +96,57 @@ def same(a: Axis | None, b: Axis | None) -> bool:
     )
 
 
-# Forks a child that extracts, kills it at a random moment, and goes on until one gets through.
+# Forks a child that extracts and kills it at a random moment after its next save, four times; then lets one get through.
 KILLER = """
 import os, random, signal, sys, time, traceback
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import conftest  # offline, one thread
-from test_extraction import run
+from test_extraction import ONE_BY_ONE, run
 from trimtab.axis.models import load_model
 from trimtab.axis.progress import set_quiet
 
 set_quiet(True)
 loaded = load_model(sys.argv[2], dtype="float32", device="cpu")
-chance, kills = random.Random(int(sys.argv[4])), 0
-for attempt in range(60):
+chance, folder = random.Random(int(sys.argv[4])), Path(sys.argv[3])
+state = folder / "state.safetensors"
+
+def saved():
+    return state.stat().st_mtime_ns if state.exists() else 0
+
+for attempt in range(5):
+    seen = saved()
     child = os.fork()
     if child == 0:
         status = 1
         try:
-            run(loaded, Path(sys.argv[3]))
+            run(loaded, folder, options=ONE_BY_ONE)
             status = 0
         except BaseException:
             traceback.print_exc()
         finally:
             os._exit(status)
-    ended, began, limit = 0, time.monotonic(), 0.02 + 0.01 * attempt + 0.1 * chance.random()
-    while not ended and time.monotonic() - began < limit:
-        ended, status = os.waitpid(child, os.WNOHANG)
-        time.sleep(0.001)
-    if ended:
-        print(kills, os.waitstatus_to_exitcode(status))
+    if attempt == 4:
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
         break
+    began = time.monotonic()
+    while saved() == seen and time.monotonic() - began < 60:
+        pass
+    time.sleep(0.01 * chance.random())
     os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    kills += 1
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status), (attempt, status)
 """
+ONE_BY_ONE = replace(OPTIONS, batch_size=1)
 
 
 def test_kills_change_nothing(model_folder: Callable[[str], Path], tmp_path: Path) -> None:
     source = model_folder("llama")
-    whole = run(load_model(str(source), dtype="float32", device="cpu"), tmp_path / "whole")
+    whole = run(load_model(str(source), dtype="float32", device="cpu"), tmp_path / "whole", options=ONE_BY_ONE)
     arguments = [str(Path(__file__).parent), str(source), str(tmp_path / "killed"), "1"]
-    result = subprocess.run([sys.executable, "-c", KILLER, *arguments], capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stderr
-    kills, status = map(int, result.stdout.split())
-    assert status == 0 and kills >= 3, (result.stdout, result.stderr)
-    again = run(load_model(str(source), dtype="float32", device="cpu"), tmp_path / "killed")
+    result = subprocess.run([sys.executable, "-c", KILLER, *arguments], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0 and result.stdout.split() == ["0"], (result.stdout, result.stderr)
+    again = run(load_model(str(source), dtype="float32", device="cpu"), tmp_path / "killed", options=ONE_BY_ONE)
     assert same(again.axis, whole.axis) and same(again.held_out, whole.held_out)
     assert again.split_half == whole.split_half
     assert again.rollouts.read_bytes() == whole.rollouts.read_bytes()

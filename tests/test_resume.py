@@ -53,12 +53,14 @@ class Job:
         return int(process.exitcode)
 
     def kill_when(self, moment: Callable[[Path], bool], delay: float) -> None:
-        """Start the command and kill it ``delay`` seconds after ``moment`` has come."""
+        """Start the command and kill it ``delay`` seconds after ``moment`` has come, or earlier where it is about to end."""
         process = self.start()
         until = time.monotonic() + PATIENCE
         while process.is_alive() and not moment(self.folder) and time.monotonic() < until:
             time.sleep(0.002)
-        time.sleep(delay)
+        until = time.monotonic() + delay
+        while time.monotonic() < until and not (self.folder / ".adapter.unfinished").exists():
+            time.sleep(0.002)
         process.kill()
         process.join()
         assert process.exitcode == -9, self.tail()
