@@ -1,4 +1,4 @@
-"""Run an adapter merged into the weights for a while, and give the weights back bit by bit.
+"""A model with its adapter switched off, or merged into the weights for a while and the weights given back bit by bit.
 
 An unmerged LoRA adapter makes sampling on a CPU two to three times slower. Merging rounds the adapter's delta to the weights'
 dtype, as any deployment of merged weights does.
@@ -11,7 +11,29 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from peft.tuners.tuners_utils import BaseTunerLayer
+
+from trimtab.axis.directions import Floor
+from trimtab.axis.hooks import ActivationController
+
+
+@contextlib.contextmanager
+def as_base(model: Any, controller: ActivationController, floor: Floor | None = None) -> Iterator[Any]:
+    """The frozen base inside the block, without gradient; under the cap of ``floor``, where one is given, the capped self.
+
+    Args:
+        model: a PeftModel, wrapped for training or not; the unwrapped one is yielded.
+        controller: its hooks.
+        floor: the cap's floor.
+    """
+    inner = extract_model_from_parallel(model)
+    with torch.no_grad(), inner.disable_adapter(), controller.uncapped():
+        if floor is None:
+            yield inner
+            return
+        with controller.capping(floor):
+            yield inner
 
 
 @contextlib.contextmanager

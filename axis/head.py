@@ -6,7 +6,7 @@ Shapes: B batch, T tokens, D hidden size, V vocabulary, M chosen tokens.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,8 +18,7 @@ from trimtab.axis.layers import base_model_of, text_config_of
 class OutputHead:
     """Final hidden states of a model's forwards, and the way from them to logits.
 
-    Use it so: ``with head.capture() as states: model(..., logits_to_keep=1)``, choose rows of ``states[-1]``, and give them to
-    :meth:`logits` inside :meth:`gathered`.
+    Use it so: take :meth:`final_states`, choose rows of them, and give them to :meth:`logits` inside :meth:`gathered`.
 
     One hook is registered on the model's backbone and switched by a flag, for the reasons that
     :class:`~trimtab.axis.hooks.ActivationController` gives.
@@ -49,6 +48,18 @@ class OutputHead:
             yield states
         finally:
             self._states = None
+
+    def final_states(self, model: Any, inputs: Mapping[str, Any]) -> Tensor:
+        """Final hidden states [B, T, D] of one forward, whose logits are not computed.
+
+        Args:
+            model: the model, as a trainer has wrapped it.
+            inputs: ``input_ids``, and ``attention_mask`` and ``position_ids`` where they are there.
+        """
+        kept = {key: inputs[key] for key in ("input_ids", "attention_mask", "position_ids") if key in inputs}
+        with self.capture() as states:
+            model(**kept, use_cache=False, logits_to_keep=1)
+        return states[-1]
 
     @contextlib.contextmanager
     def gathered(self) -> Iterator[None]:

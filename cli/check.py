@@ -26,7 +26,7 @@ from trimtab.cli.launch import default_accelerate, read_accelerate_config, resol
 from trimtab.losses.divergence import CHUNK
 from trimtab.recipes.loader import LoadedRecipe
 from trimtab.recipes.rules import floor_layers
-from trimtab.recipes.schema import GrpoMethod, Recipe, RowMethod
+from trimtab.recipes.schema import GrpoMethod, Recipe
 
 GIB = 1024**3
 TRAINING, ROLLOUTS, ALONE = "training", "rollouts", "axis, floor, eval"
@@ -292,7 +292,7 @@ def _rollout_batch(recipe: Recipe) -> tuple[int, str]:
 def _compared_tokens(recipe: Recipe) -> int:
     """Tokens whose whole distribution is compared with another at once: a chunk; 0 for methods that compare none."""
     method = recipe.method
-    benign = isinstance(method, RowMethod) and method.benign_kl_weight > 0 and recipe.data.benign_share > 0
+    benign = method.benign_kl_weight > 0 and recipe.data.benign_share > 0
     return CHUNK if benign or method.name == "distill" else 0
 
 

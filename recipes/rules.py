@@ -161,11 +161,8 @@ def _lora(recipe: Recipe) -> Iterator[Fault]:
 def _method_and_data(recipe: Recipe, given: Set[str]) -> Iterator[Fault]:
     method, data = recipe.method, recipe.data
     if isinstance(method, RowMethod):
-        yield from _rows_and_benign(recipe, method, given)
-    elif "data.benign_share" in given and data.benign_share > 0:
-        yield Fault(
-            f"has no effect: {method.name} has no benign rows", "remove it, or set it to 0", "data.benign_share"
-        )
+        yield from _rows(method, given)
+    yield from _benign(recipe, given)
     if isinstance(method, GrpoMethod | DpoMethod) and method.floor_target == "base":
         yield Fault(
             f"{method.name} has no base-relative floor", "set method.floor_target=absolute", "method.floor_target"
@@ -180,21 +177,24 @@ def _method_and_data(recipe: Recipe, given: Set[str]) -> Iterator[Fault]:
         )
 
 
-def _rows_and_benign(recipe: Recipe, method: RowMethod, given: Set[str]) -> Iterator[Fault]:
-    data = recipe.data
+def _rows(method: RowMethod, given: Set[str]) -> Iterator[Fault]:
     if method.rollouts == "stored" and "method.regenerate_every" in given:
         yield Fault(
             "has no effect: stored rollouts are made once",
             "remove it, or set method.rollouts=on_the_fly",
             "method.regenerate_every",
         )
+
+
+def _benign(recipe: Recipe, given: Set[str]) -> Iterator[Fault]:
+    data, method = recipe.data, recipe.method
     if data.benign_share > 0 and method.benign_kl_weight == 0 and method.benign_axis_weight == 0:
         yield Fault(
             f"a share of {data.benign_share} of the rows is benign, and neither benign weight uses them",
             "set data.benign_share=0, or method.benign_kl_weight above 0",
             "data.benign_share",
         )
-    for key in ("benign_kl_weight", "benign_axis_weight"):
+    for key in ("benign_kl_weight", "benign_axis_weight", "benign_student_share"):
         if data.benign_share == 0 and f"method.{key}" in given and getattr(method, key) > 0:
             yield Fault(
                 "has no effect: no row is benign, as data.benign_share is 0",

@@ -118,23 +118,24 @@ class DataSection(Section):
 
 
 class MethodSection(Section):
-    """What every method has: the floor penalty."""
+    """What every method has: the floor penalty and the benign barrier."""
 
     floor_weight: float = Field(default=0.5, ge=0)
     floor_schedule: Annealing = "constant"
     floor_target: Literal["absolute", "base"] = "absolute"
     floor_margin: float = 0.0
     floor_shape: Literal["squared", "huber"] = "squared"
+    benign_kl_weight: float = Field(default=1.0, ge=0)
+    benign_axis_weight: float = Field(default=0.0, ge=0)
 
 
 class RowMethod(MethodSection):
-    """What methods on rollouts made on the fly have: when they are made, and the benign barrier."""
+    """What methods on rollouts made on the fly have: when they are made, and by whom."""
 
     rollouts: Literal["on_the_fly", "stored"] = "on_the_fly"
     regenerate_every: Positive = 20
     sampling: Sampling = Sampling()
-    benign_kl_weight: float = Field(default=1.0, ge=0)
-    benign_axis_weight: float = Field(default=0.0, ge=0)
+    benign_student_share: float = Field(default=0.0, ge=0, le=1)
 
 
 class SftMethod(RowMethod):

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from trimtab.axis import ActivationController, Floor, UserError
+from trimtab.train.barrier import BarrierOptions
 from trimtab.train.floor_sft import FloorCollator, FloorSFTTrainer
 from trimtab.train.penalty import PenaltyOptions, check_reach
 from trimtab.train.schedule import scheduled
@@ -55,7 +56,10 @@ def make_trainer(
     extra: dict[str, Any] | None = None,
     **arguments: Any,
 ) -> Any:
-    """A trainer on a tiny Llama with a LoRA; ``extra`` are FloorSFTTrainer's own arguments, ``floor_*`` the penalty's."""
+    """A trainer on a tiny Llama with a LoRA; ``extra`` are FloorSFTTrainer's own arguments.
+
+    Its ``floor_*`` are the penalty's, its ``benign_*`` the barrier's.
+    """
     settings: dict[str, Any] = {
         "max_steps": 2,
         "per_device_train_batch_size": 4,
@@ -76,9 +80,10 @@ def make_trainer(
     }
     chosen = dict(extra or {})
     penalty = {key.removeprefix("floor_"): chosen.pop(key) for key in list(chosen) if key.startswith("floor_")}
+    barrier = {key.removeprefix("benign_"): chosen.pop(key) for key in list(chosen) if key.startswith("benign_")}
     own: dict[str, Any] = {}
     if issubclass(kind, FloorSFTTrainer):
-        own = {"floor": floor, "penalty": PenaltyOptions(**penalty), **chosen}
+        own = {"floor": floor, "penalty": PenaltyOptions(**penalty), "barrier": BarrierOptions(**barrier), **chosen}
     torch.manual_seed(11)
     return kind(
         model=build_model("llama") if model is None else model,

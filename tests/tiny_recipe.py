@@ -20,7 +20,7 @@ SCRIPT = ROOT / "train" / "sft.py"
 
 
 def write_recipe(path: Path, model: Path, method: str = "sft", **train: Any) -> Path:
-    """Write a recipe: 4 optimiser steps of 8 rows; for SFT a quarter of them benign, rollouts twice, greedy.
+    """Write a recipe: 4 optimiser steps of 8 rows; a quarter of them benign; for SFT rollouts twice, greedy.
 
     Greedy, since random numbers differ between ranks: so one process and two see the same text, through the real sampling.
     """
@@ -69,18 +69,16 @@ def write_recipe(path: Path, model: Path, method: str = "sft", **train: Any) -> 
 def _change_method(content: dict[str, Any], method: str, sampling: dict[str, Any]) -> None:
     """Make an SFT recipe one of another method, with answers sampled at random."""
     free = {**sampling, "temperature": 1.0}
-    penalty = {"floor_weight": 0.5, "floor_schedule": "cosine"}
+    common = {"floor_weight": 0.5, "floor_schedule": "cosine", "benign_kl_weight": 1.0, "benign_axis_weight": 0.5}
     own: dict[str, dict[str, Any]] = {
         "distill": {
             "regenerate_every": 2, "sampling": free, "divergence": "jsd", "top_k": 40, "student_share": 0.5,
-            "benign_kl_weight": 1.0,
+            "benign_student_share": 0.5,
         },
         "grpo": {"rewards": [{"name": "capped_self"}, {"name": "persona_llr", "weight": 0.5}], "ratio_limit": 1.5},
         "dpo": {"sampling": free},
     }  # fmt: skip
-    content["method"] = {"name": method, **penalty, **own[method]}
-    if method != "distill":
-        del content["data"]["benign_share"]
+    content["method"] = {"name": method, **common, **own[method]}
     if method == "grpo":
         del content["train"]["max_length"]
         content["train"] |= {"num_generations": 4, "max_completion_length": 6, "beta": 0.02}

@@ -33,6 +33,8 @@ def build_trainer(run: Any, arguments: Any, control: bool) -> Any:
 
     from trimtab.axis.files import read_jsonl
     from trimtab.train.floor_dpo import FloorDPOTrainer
+    from trimtab.train.prepare import sampling_options
+    from trimtab.train.row_trainers import benign_rows
 
     parts = job.load_parts(run, control)
     columns = ("prompt", "chosen", "rejected")
@@ -40,6 +42,7 @@ def build_trainer(run: Any, arguments: Any, control: bool) -> Any:
     return FloorDPOTrainer(
         **parts.trainer_arguments(arguments),
         train_dataset=datasets.Dataset.from_list(pairs),
+        benign_rows=benign_rows(run, parts, arguments, control, sampling_options(run.recipe.method.sampling)),
     )
 
 

@@ -20,6 +20,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from trimtab.axis import Floor, UserError
+from trimtab.axis.adapters import as_base
 from trimtab.losses import chunked_divergence
 from trimtab.losses.divergence import CHUNK, Kind
 from trimtab.train.floor_sft import FloorSFTTrainer
@@ -77,9 +78,9 @@ class FloorDistillTrainer(FloorSFTTrainer):
         predicted = inputs["labels"].ne(-100)[:, 1:]  # the state before position t predicts token t
         # Outside the recording of the learner's states only in name: the teacher's forward has no gradient, so the penalty,
         # which takes the last states with one, never sees it.
-        with self.as_base(model, capped=True):
-            teacher = self.final_states(model, inputs)[:, :-1][predicted]
-        student = self.final_states(model, inputs)[:, :-1][predicted]
+        with as_base(model, self.controller, self.floor):
+            teacher = self.head.final_states(model, inputs)[:, :-1][predicted]
+        student = self.head.final_states(model, inputs)[:, :-1][predicted]
         with self.head.gathered():
             terms = chunked_divergence(
                 student,

@@ -15,22 +15,33 @@ from torch import Tensor
 from trl.trainer.dpo_trainer import DPOTrainer
 
 from trimtab.axis import Floor, UserError
+from trimtab.train.barrier import BarrierOptions, BenignRows, HeldToBase
 from trimtab.train.penalty import Figures, FloorPenalty, FloorTrainer, PenaltyOptions, stop_on_nan
 
 
-class FloorDPOTrainer(FloorTrainer, DPOTrainer):
+class FloorDPOTrainer(HeldToBase, FloorTrainer, DPOTrainer):
     """DPO with the axis-floor penalty on both answers of a pair.
 
     Args:
         floor: window, directions, tau and sigma.
         penalty: how the penalty is weighed; the target is absolute.
+        barrier: how the benign barrier is weighed.
+        benign_rows: the rows that it is on; None leaves it out.
         **kwargs: DPOTrainer's own.
 
     Raises:
         UserError: if nothing that the penalty can reach is trainable.
     """
 
-    def __init__(self, *args: Any, floor: Floor, penalty: PenaltyOptions | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        floor: Floor,
+        penalty: PenaltyOptions | None = None,
+        barrier: BarrierOptions | None = None,
+        benign_rows: BenignRows | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.floor = floor
         self.penalty = FloorPenalty(self.model, floor, penalty or PenaltyOptions())
@@ -41,9 +52,10 @@ class FloorDPOTrainer(FloorTrainer, DPOTrainer):
                 key="method.floor_target",
                 remedy="set method.floor_target=absolute",
             )
+        self.hold_to_base(floor, barrier or BarrierOptions(), benign_rows)
 
     def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:
-        """TRL's loss plus the penalty. The reference's forward has no gradient, so its states are never taken."""
+        """TRL's loss plus the penalty and the barrier. The reference's forward has no gradient, so its states are never taken."""
         mask = inputs["completion_mask"]
         with self.penalty.recording() as recording:
             result = super()._compute_loss(model, inputs, return_outputs)
@@ -55,6 +67,8 @@ class FloorDPOTrainer(FloorTrainer, DPOTrainer):
         weight = self.penalty.weight_at(self.state.global_step, self.state.max_steps)
         if weight:
             loss = loss + weight * terms
+        if (barrier := self.benign_loss(model, figures)) is not None:
+            loss = loss + barrier
         stop_on_nan(loss, self.processing_class, inputs["input_ids"], self.state.global_step)
         self._figures.add(self._mode, figures)
         return (loss, outputs) if return_outputs else loss

@@ -29,9 +29,10 @@ from trl.models.utils import disable_gradient_checkpointing, unwrap_model_for_ge
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 from trimtab.axis import ActivationController, Floor, UserError
-from trimtab.axis.adapters import merged_if_quicker
+from trimtab.axis.adapters import as_base, merged_if_quicker
 from trimtab.axis.chat import ChatFormat
 from trimtab.axis.sampling import SamplingOptions, batches_by_length, sample_batch, seed_of
+from trimtab.train.barrier import BarrierOptions, BenignRows, HeldToBase
 from trimtab.train.penalty import Figures, FloorPenalty, FloorTrainer, PenaltyOptions, stop_on_nan
 from trimtab.train.schedule import Schedule, scheduled
 
@@ -81,7 +82,7 @@ def off_policy(learner: Tensor, sampler: Tensor, mask: Tensor, limit: float) -> 
     )
 
 
-class FloorGRPOTrainer(FloorTrainer, GRPOTrainer):
+class FloorGRPOTrainer(HeldToBase, FloorTrainer, GRPOTrainer):
     """GRPO on capped rollouts, with the floor penalty on the learner's forward.
 
     Rows of the dataset have ``prompt``: messages ``[system,] user, user, ...``; with several user turns the policy answers each.
@@ -90,6 +91,8 @@ class FloorGRPOTrainer(FloorTrainer, GRPOTrainer):
         floor: the floor of the cap and of the penalty.
         form: chat format of the tokenizer.
         penalty: how the penalty is weighed.
+        barrier: how the benign barrier is weighed.
+        benign_rows: the rows that it is on; None leaves it out.
         cap_strength: strength of the cap in rollouts at step 0; 0 samples uncapped.
         cap_schedule: how it is annealed.
         correct_ratio: False leaves the importance ratio out, to show what that does.
@@ -107,6 +110,8 @@ class FloorGRPOTrainer(FloorTrainer, GRPOTrainer):
         floor: Floor,
         form: ChatFormat,
         penalty: PenaltyOptions | None = None,
+        barrier: BarrierOptions | None = None,
+        benign_rows: BenignRows | None = None,
         cap_strength: float = 1.0,
         cap_schedule: Schedule = "linear",
         correct_ratio: bool = True,
@@ -128,6 +133,7 @@ class FloorGRPOTrainer(FloorTrainer, GRPOTrainer):
         self._warned = False
         self._generation = (-1, 0)
         _check_settings(self.args, self.penalty)
+        self.hold_to_base(floor, barrier or BarrierOptions(), benign_rows)
 
     @property
     def strength(self) -> float:
@@ -148,17 +154,9 @@ class FloorGRPOTrainer(FloorTrainer, GRPOTrainer):
         ):
             yield model
 
-    @contextlib.contextmanager
-    def as_base(self, *, capped: bool = False) -> Iterator[Any]:
+    def as_base(self, *, capped: bool = False) -> contextlib.AbstractContextManager[Any]:
         """The frozen base, without gradient, for rewards; ``capped`` makes it the capped self."""
-        model = self.accelerator.unwrap_model(self.model)
-        with (
-            torch.no_grad(),
-            model.disable_adapter(),
-            self.controller.uncapped(),
-            self.controller.capping(self.floor, enabled=capped),
-        ):
-            yield model
+        return as_base(self.model, self.controller, self.floor if capped else None)
 
     def sample_conversations(self, prompts: Sequence[Sequence[dict[str, str]]]) -> dict[str, Any]:
         """Play conversations: one completion each, from the first answer to the last, user turns in between unscored.
@@ -269,7 +267,7 @@ class FloorGRPOTrainer(FloorTrainer, GRPOTrainer):
             )  # fmt: skip
 
     def _compute_loss(self, model: Any, inputs: Any) -> Tensor:
-        """TRL's loss, plus the penalty on the tokens that the policy said, divided by all such tokens of the step."""
+        """TRL's loss, the barrier, and the penalty on the tokens that the policy said, divided by all such tokens of the step."""
         figures: dict[str, Tensor] = {}
         prompt_mask, completion_mask = inputs["prompt_mask"], inputs["completion_mask"]
         said = completion_mask * inputs.get("tool_mask", 1)
@@ -285,6 +283,8 @@ class FloorGRPOTrainer(FloorTrainer, GRPOTrainer):
         weight = self.penalty.weight_at(self.state.global_step, self.state.max_steps)
         if weight:
             loss = loss + weight * terms / count
+        if (barrier := self.benign_loss(model, figures)) is not None:
+            loss = loss + barrier / self.current_gradient_accumulation_steps
         stop_on_nan(loss, self.processing_class, inputs["completion_ids"], self.state.global_step)
         self._figures.add(mode, figures)
         return loss

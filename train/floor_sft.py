@@ -14,8 +14,6 @@ accumulation, packing and the number of ranks don't change it.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -24,8 +22,9 @@ from torch import Tensor
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, SFTTrainer
 
 from trimtab.axis import ActivationController, Floor, UserError
+from trimtab.axis.adapters import as_base
 from trimtab.axis.head import OutputHead
-from trimtab.losses import axis_anchor_terms, chunked_divergence
+from trimtab.train.barrier import BarrierOptions, BenignBarrier
 from trimtab.train.penalty import Figures, FloorPenalty, FloorTrainer, PenaltyOptions, stop_on_nan
 
 
@@ -47,8 +46,7 @@ class FloorSFTTrainer(FloorTrainer, SFTTrainer):
         floor: the floor; its window, directions, tau and sigma. None leaves penalty and axis anchor out.
         penalty: how the floor penalty is weighed.
         ce_weight: weight of the cross-entropy on drift rows; 0 trains on the penalty alone.
-        benign_kl_weight: weight of KL(base || model) on benign rows, over the whole vocabulary.
-        benign_axis_weight: weight of the two-sided anchor of projections on benign rows.
+        barrier: how the benign barrier is weighed.
         **kwargs: SFTTrainer's own.
 
     Raises:
@@ -61,8 +59,7 @@ class FloorSFTTrainer(FloorTrainer, SFTTrainer):
         floor: Floor | None,
         penalty: PenaltyOptions | None = None,
         ce_weight: float = 1.0,
-        benign_kl_weight: float = 0.0,
-        benign_axis_weight: float = 0.0,
+        barrier: BarrierOptions | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -70,12 +67,11 @@ class FloorSFTTrainer(FloorTrainer, SFTTrainer):
         self.floor = floor
         self.penalty = None if floor is None else FloorPenalty(self.model, floor, options)
         self.ce_weight = ce_weight
-        self.benign_kl_weight = benign_kl_weight
-        self.benign_axis_weight = benign_axis_weight if floor is not None else 0.0
         self.controller = ActivationController.of(self.model)
         self.head = OutputHead(self.model)
+        self.barrier = BenignBarrier(self.model, self.head, floor, barrier or BarrierOptions())
         self._figures = Figures()
-        needs_base = options.target == "base" or benign_kl_weight or benign_axis_weight
+        needs_base = options.target == "base" or bool(self.barrier.options)
         if needs_base and not isinstance(self.model, PeftModel):
             raise UserError(
                 "the base-relative floor and the benign barrier need the base model, which is the adapter switched off",
@@ -110,7 +106,7 @@ class FloorSFTTrainer(FloorTrainer, SFTTrainer):
             result = self._drift_loss(model, drift, return_outputs, count, ranks, figures)
             loss, outputs = result if return_outputs else (result, None)
         if benign is not None:
-            barrier = self._benign_loss(model, benign, figures) * (ranks / count)
+            barrier = self.barrier.terms(model, benign, figures) * (ranks / count)
             loss = barrier if loss is None else loss + barrier
         assert loss is not None
         stop_on_nan(loss, self.processing_class, inputs["input_ids"], self.state.global_step)
@@ -162,51 +158,11 @@ class FloorSFTTrainer(FloorTrainer, SFTTrainer):
             return result
         return (self.ce_weight * result[0], result[1]) if return_outputs else self.ce_weight * result
 
-    def final_states(self, model: Any, inputs: dict[str, Any]) -> Tensor:
-        """Final hidden states [B, T, D] of one forward, whose logits are not computed."""
-        kept = {key: inputs[key] for key in ("input_ids", "attention_mask", "position_ids") if key in inputs}
-        with self.head.capture() as states:
-            model(**kept, use_cache=False, logits_to_keep=1)
-        return states[-1]
-
-    @contextlib.contextmanager
-    def as_base(self, model: Any, *, capped: bool = False) -> Iterator[None]:
-        """The frozen base, without gradient; ``capped`` makes it the capped self."""
-        unwrapped = self.accelerator.unwrap_model(model)
-        with torch.no_grad(), unwrapped.disable_adapter(), self.controller.uncapped():
-            if not capped:
-                yield
-                return
-            assert self.floor is not None
-            with self.controller.capping(self.floor):
-                yield
-
     def _base_projections(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         assert self.penalty is not None
-        with self.as_base(model), self.controller.recording(self.penalty.floor.layers) as recording:
-            self.final_states(model, inputs)
+        with as_base(model, self.controller), self.controller.recording(self.penalty.floor.layers) as recording:
+            self.head.final_states(model, inputs)
         return self.penalty.base_projections(recording)
-
-    def _benign_loss(self, model: Any, inputs: dict[str, Any], figures: dict[str, Tensor]) -> Tensor:
-        mask = inputs["labels"].ne(-100)
-        predicted = mask[:, 1:]  # the state before position t predicts token t
-        layers = self.floor.layers if self.floor is not None else ()
-        with self.as_base(model), self.controller.recording(layers) as recording:
-            teacher = self.final_states(model, inputs)[:, :-1][predicted]
-        base = self.penalty.base_projections(recording) if self.penalty is not None else None
-        with self.controller.uncapped(), self.controller.recording(layers) as recording:
-            student = self.final_states(model, inputs)[:, :-1][predicted]
-        with self.head.gathered():
-            divergence = chunked_divergence(student, teacher, self.head.logits)
-        figures["benign_tokens"] = predicted.sum().float()
-        figures["benign_kl"] = divergence.detach()
-        total = self.benign_kl_weight * divergence
-        if self.floor is not None and base is not None:
-            states = {layer: recording.last(layer) for layer in layers}
-            moved = axis_anchor_terms(states, base, self.floor, mask)
-            figures["benign_axis"] = moved.detach()
-            total = total + self.benign_axis_weight * moved
-        return total
 
 
 def _rows(inputs: dict[str, Any], keep: Tensor) -> dict[str, Any] | None:

@@ -32,8 +32,10 @@ def build_trainer(run: Any, arguments: Any, control: bool) -> Any:
     import datasets
 
     from trimtab.axis.chat import chat
+    from trimtab.axis.sampling import SamplingOptions
     from trimtab.train.floor_grpo import FloorGRPOTrainer
     from trimtab.train.rewards import bind_rewards, make_rewards
+    from trimtab.train.row_trainers import benign_rows
     from trimtab.train.sources import drift_sources
 
     parts, method = job.load_parts(run, control), run.recipe.method
@@ -50,11 +52,13 @@ def build_trainer(run: Any, arguments: Any, control: bool) -> Any:
         }
         for prompt in drift_sources(run.recipe.data)
     ]
+    options = SamplingOptions(max_new_tokens=arguments.max_completion_length, batch_size=method.sampling_batch)
     trainer = FloorGRPOTrainer(
         **parts.trainer_arguments(arguments),
         reward_funcs=rewards,
         train_dataset=datasets.Dataset.from_list(rows),
         form=parts.form,
+        benign_rows=benign_rows(run, parts, arguments, control, options),
         cap_strength=method.cap_strength,
         cap_schedule=method.cap_schedule,
         correct_ratio=method.correct_ratio,

@@ -213,6 +213,7 @@ class Parts:
         lora: PEFT's LoraConfig.
         floor: the floor of the run, or of its control.
         penalty: how the floor penalty is weighed.
+        barrier: how the benign barrier is weighed.
         callbacks: writes metrics.jsonl.
     """
 
@@ -223,6 +224,7 @@ class Parts:
     lora: Any
     floor: Any
     penalty: Any
+    barrier: Any
     callbacks: list[Any]
 
     def trainer_arguments(self, arguments: Any) -> dict[str, Any]:
@@ -235,6 +237,7 @@ class Parts:
             "callbacks": self.callbacks,
             "floor": self.floor,
             "penalty": self.penalty,
+            "barrier": self.barrier,
         }
 
 
@@ -249,21 +252,22 @@ def load_parts(run: Any, control: bool) -> Parts:
         choose_device,
         choose_dtype,
         load_tokenizer,
-        quantization_arguments,
+        pretrained_arguments,
         resolve_name,
     )
+    from trimtab.train.barrier import BarrierOptions
     from trimtab.train.penalty import PenaltyOptions
 
     recipe, variant = run.recipe, run.variant(control)
     device = choose_device(recipe.model.device)
     dtype, reason = choose_dtype(recipe.model.dtype, device)
     log.info("training in %s (%s)", dtype, reason)
-    model_arguments: dict[str, Any] = {"dtype": dtype, "revision": recipe.model.revision}
-    model_arguments |= quantization_arguments(recipe.model.quantization, dtype)
-    if recipe.model.attn_implementation:
-        model_arguments["attn_implementation"] = recipe.model.attn_implementation
-    model = AutoModelForCausalLM.from_pretrained(resolve_name(recipe.model.name)[0], **model_arguments)
-    tokenizer: Any = load_tokenizer(recipe.model.name, recipe.model.revision)
+    section = recipe.model
+    model = AutoModelForCausalLM.from_pretrained(
+        resolve_name(section.name)[0],
+        **pretrained_arguments(dtype, section.revision, section.attn_implementation, section.quantization),
+    )
+    tokenizer: Any = load_tokenizer(section.name, section.revision)
     method = recipe.method
     return Parts(
         model=model,
@@ -279,6 +283,7 @@ def load_parts(run: Any, control: bool) -> Parts:
             margin=method.floor_margin,
             shape=method.floor_shape,
         ),
+        barrier=BarrierOptions(method.benign_kl_weight, method.benign_axis_weight),
         callbacks=[metrics_callback(variant.metrics)],
     )
 

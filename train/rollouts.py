@@ -3,8 +3,8 @@
 The order of prompts is fixed before training. A *round* is the prompts of ``regenerate_every`` optimiser steps; when the
 data loader first asks for a row of a round, the whole round is sampled with the current weights and the cap at the strength
 of that moment, and written to ``rollouts/``. The data loader looks one batch ahead, so the weights are those of at most one
-step before. Who samples a row is its *sampler* (see :data:`SAMPLERS`). Benign rows are the base's own answers, which anchor the
-model where it should not change.
+step before. Who samples a row is its *sampler* (see :data:`SAMPLERS`). Benign rows anchor the model where it should not change:
+they are answered by the base, or by the student itself, so that it is held where its own words lead it.
 
 After a kill, rounds that lie on disk are read again instead of sampled, so a resumed run sees the same text.
 
@@ -82,7 +82,7 @@ def training_order(
     ZeRO-3 and FSDP all ranks must do the same forwards.
 
     Args:
-        drift: drift prompts; not empty.
+        drift: drift prompts; not empty unless the share is 1.
         benign: benign prompts; not empty unless the share is 0.
         micro_batches: micro-batches of a rank over the whole run.
         ranks: number of processes.
@@ -98,7 +98,7 @@ def training_order(
             generator.shuffle(shuffled)
             yield from shuffled
 
-    if not drift or (benign_share > 0 and not benign):
+    if (benign_share < 1 and not drift) or (benign_share > 0 and not benign):
         raise UserError(
             "there is nothing to train on", key="data", remedy="give drift prompts, and benign ones for a share"
         )
@@ -128,6 +128,7 @@ class RolloutPlan:
         seed: sampling seed.
         student_share: share of drift rows that the uncapped student samples, the capped self the others; None: the current
             weights sample them all under the cap.
+        benign_student_share: share of benign rows that the uncapped student answers, the base the others.
     """
 
     order: Sequence[TrainPrompt]
@@ -140,20 +141,18 @@ class RolloutPlan:
     options: SamplingOptions
     seed: int
     student_share: float | None = None
+    benign_student_share: float = 0.0
 
     @functools.cached_property
     def _samplers(self) -> list[Sampler]:
-        found: list[Sampler] = []
-        drift = 0  # counted alone: benign rows sit at fixed places of a batch, and would take one sampler's turns away
-        for prompt in self.order:
-            if prompt.kind == "benign":
-                found.append("base")
-            elif self.student_share is None:
-                found.append("capped")
-            else:
-                before, drift = int(drift * self.student_share + 1e-9), drift + 1
-                found.append("student" if int(drift * self.student_share + 1e-9) > before else "capped_self")
-        return found
+        turns: dict[Kind, Iterator[Sampler]] = {
+            "drift": itertools.repeat("capped")
+            if self.student_share is None
+            else _in_turn(self.student_share, "capped_self"),
+            "benign": _in_turn(self.benign_student_share, "base"),
+        }
+        # each kind by itself: benign rows sit at fixed places of a batch, and would take one sampler's turns away
+        return [next(turns[prompt.kind]) for prompt in self.order]
 
     def sampler_of(self, row: int) -> Sampler:
         """Who samples a row."""
@@ -172,6 +171,12 @@ class RolloutPlan:
         size = self.rows_a_step * self.every
         rows = range(round_number * size, min((round_number + 1) * size, len(self.order)))
         return [row for row in rows if (row // self.batch_size) % ranks == rank]
+
+
+def _in_turn(share: float, other: Sampler) -> Iterator[Sampler]:
+    """The student as often as ``share`` says, spread evenly, and the other in between."""
+    for count in itertools.count():
+        yield "student" if int((count + 1) * share + 1e-9) > int(count * share + 1e-9) else other
 
 
 class RolloutSource:

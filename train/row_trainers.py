@@ -1,14 +1,18 @@
-"""Trainers whose rows are rollouts made on the fly: SFT and distillation."""
+"""Rows made on the fly: those of SFT and distillation, and the benign rows that GRPO and DPO draw beside their own."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from trimtab.axis.sampling import SamplingOptions
 from trimtab.train import job
+from trimtab.train.barrier import BenignRows
 from trimtab.train.floor_sft import FloorCollator, FloorSFTTrainer
 from trimtab.train.prepare import sampling_options
 from trimtab.train.rollouts import RolloutPlan, RolloutSource, training_order
 from trimtab.train.sources import benign_sources, drift_sources
+
+BENIGN_EVERY = 20  # steps whose benign rows are answered at a time, beside GRPO and DPO
 
 # What SFTConfig must say: rows come as tokens, in an order that is fixed beforehand, with a column of their own.
 ROW_ARGUMENTS = {
@@ -37,7 +41,7 @@ def build_row_trainer(
         student_share: see :class:`~trimtab.train.rollouts.RolloutPlan`.
         **own: the class's own arguments.
     """
-    parts, method = job.load_parts(run, control), run.recipe.method
+    parts = job.load_parts(run, control)
     source = RolloutSource(
         rollout_plan(run.recipe, arguments, student_share),
         parts.form,
@@ -48,16 +52,59 @@ def build_row_trainer(
     trainer = kind(
         **parts.trainer_arguments(arguments),
         train_dataset=source.dataset(),
-        # On a CPU every new shape makes oneDNN compile its kernels anew, which costs more than the padding.
-        data_collator=FloorCollator(
-            pad_token_id=parts.tokenizer.pad_token_id, pad_to_multiple_of=32 if parts.device.type == "cpu" else None
-        ),
-        benign_kl_weight=method.benign_kl_weight,
-        benign_axis_weight=method.benign_axis_weight,
+        data_collator=FloorCollator(**_padding(parts)),
         **own,
     )
     source.bind(trainer)
     return trainer
+
+
+def _padding(parts: job.Parts) -> dict[str, Any]:
+    # On a CPU every new shape makes oneDNN compile its kernels anew, which costs more than the padding.
+    multiple = 32 if parts.device.type == "cpu" else None
+    return {"pad_token_id": parts.tokenizer.pad_token_id, "pad_to_multiple_of": multiple}
+
+
+def benign_rows(
+    run: Any, parts: job.Parts, arguments: Any, control: bool, options: SamplingOptions
+) -> BenignRows | None:
+    """Benign rows for a trainer that has none of its own, as many beside each micro-batch as ``data.benign_share`` says.
+
+    Args:
+        run: the run.
+        parts: of :func:`~trimtab.train.job.load_parts`.
+        arguments: TRL's config.
+        control: whether it is the random-direction control.
+        options: how the base's answers are sampled.
+    """
+    data = run.recipe.data
+    if not parts.barrier or data.benign_share == 0:
+        return None
+    own = arguments.per_device_train_batch_size
+    count = max(1, round(own * data.benign_share / (1 - data.benign_share)))
+    micro_batches, ranks = arguments.gradient_accumulation_steps, arguments.world_size
+    order = training_order(
+        [],
+        benign_sources(data),
+        micro_batches=arguments.max_steps * micro_batches,
+        ranks=ranks,
+        batch_size=count,
+        benign_share=1.0,
+        seed=data.seed,
+    )
+    plan = RolloutPlan(
+        order=order,
+        rows_a_step=count * micro_batches * ranks,
+        batch_size=count,
+        every=BENIGN_EVERY,
+        total_steps=arguments.max_steps,
+        strength=0.0,
+        schedule="constant",
+        options=options,
+        seed=data.seed,
+    )
+    source = RolloutSource(plan, parts.form, None, run.variant(control).rollouts, max_length=None)
+    return BenignRows(source, micro_batches=micro_batches, **_padding(parts))
 
 
 def rollout_plan(recipe: Any, arguments: Any, student_share: float | None = None) -> RolloutPlan:
@@ -85,4 +132,5 @@ def rollout_plan(recipe: Any, arguments: Any, student_share: float | None = None
         options=sampling_options(method.sampling),
         seed=data.seed,
         student_share=student_share,
+        benign_student_share=method.benign_student_share,
     )

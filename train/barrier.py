@@ -1,0 +1,152 @@
+"""The benign barrier: where nothing should change, the model is held to its frozen base.
+
+On the answer tokens of benign rows
+
+    B = w_k * sum_t KL(base_t || model_t) + w_a * AxisAnchor
+
+with the KL over the whole vocabulary and the two-sided anchor of projections of :func:`~trimtab.losses.axis_anchor_terms`. SFT
+and distillation have benign rows in their own batches; GRPO and DPO draw theirs beside them (:class:`BenignRows`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from trimtab.axis import ActivationController, Floor
+from trimtab.axis.adapters import as_base
+from trimtab.axis.head import OutputHead
+from trimtab.losses import axis_anchor_terms, chunked_divergence
+from trimtab.losses.axis_floor import projections
+from trimtab.train.rollouts import RolloutSource
+
+
+@dataclass(frozen=True)
+class BarrierOptions:
+    """How the barrier is weighed.
+
+    Attributes:
+        kl_weight: weight of KL(base || model).
+        axis_weight: weight of the anchor of projections.
+    """
+
+    kl_weight: float = 0.0
+    axis_weight: float = 0.0
+
+    def __bool__(self) -> bool:
+        return self.kl_weight > 0 or self.axis_weight > 0
+
+
+class BenignBarrier:
+    """The barrier of one model in training.
+
+    Args:
+        model: a PeftModel, whose hooks are put on here if it has none.
+        head: its output head.
+        floor: whose projections the anchor holds; None leaves the anchor out.
+        options: how it is weighed.
+    """
+
+    def __init__(self, model: Any, head: OutputHead, floor: Floor | None, options: BarrierOptions) -> None:
+        self.options = options
+        self.head = head
+        self.floor = floor
+        self._controller = ActivationController.of(model)
+
+    def terms(self, model: Any, inputs: dict[str, Any], figures: dict[str, Tensor]) -> Tensor:
+        """The weighted barrier, a sum over the labelled tokens.
+
+        Args:
+            model: the model as the trainer calls it.
+            inputs: ``input_ids``, ``attention_mask``, ``labels``, [B, T].
+            figures: gets ``benign_tokens``, ``benign_kl``, ``benign_axis``, sums over tokens.
+        """
+        mask = inputs["labels"].ne(-100)
+        predicted = mask[:, 1:]  # the state before position t predicts token t
+        layers = self.floor.layers if self.floor is not None else ()
+        with as_base(model, self._controller), self._controller.recording(layers) as recording:
+            teacher = self.head.final_states(model, inputs)[:, :-1][predicted]
+        before = {layer: recording.last(layer) for layer in layers}
+        with self._controller.uncapped(), self._controller.recording(layers) as recording:
+            student = self.head.final_states(model, inputs)[:, :-1][predicted]
+        with self.head.gathered():
+            divergence = chunked_divergence(student, teacher, self.head.logits)
+        figures["benign_tokens"] = predicted.sum().float()
+        figures["benign_kl"] = divergence.detach()
+        total = self.options.kl_weight * divergence
+        if self.floor is not None:
+            states = {layer: recording.last(layer) for layer in layers}
+            moved = axis_anchor_terms(states, projections(before, self.floor), self.floor, mask)
+            figures["benign_axis"] = moved.detach()
+            total = total + self.options.axis_weight * moved
+        return total
+
+
+class BenignRows:
+    """Benign rows for a trainer whose own batches have none: equally many for every micro-batch, in an order that is fixed.
+
+    Args:
+        source: benign rows alone, ``batch_size`` of its plan for each micro-batch of each rank.
+        micro_batches: micro-batches of an optimiser step.
+        pad_token_id: padding.
+        pad_to_multiple_of: as of TRL's collator.
+    """
+
+    def __init__(
+        self, source: RolloutSource, *, micro_batches: int, pad_token_id: int, pad_to_multiple_of: int | None
+    ) -> None:
+        self._source = source
+        self._micro_batches = micro_batches
+        self._collate = DataCollatorForLanguageModeling(pad_token_id, pad_to_multiple_of=pad_to_multiple_of)
+        self._last = (-1, 0)
+
+    def bind(self, trainer: Any) -> None:
+        """Give the trainer whose base answers."""
+        self._source.bind(trainer)
+
+    def next(self, step: int, rank: int, ranks: int) -> dict[str, Any]:
+        """The next micro-batch of an optimiser step; counted within the step, so that a resumed run draws the same rows."""
+        micro = self._last[1] + 1 if self._last[0] == step else 0
+        self._last = (step, micro)
+        size = self._source.plan.batch_size
+        first = ((step * self._micro_batches + micro) * ranks + rank) * size
+        rows = self._source({"row": list(range(first, first + size))})
+        batch: dict[str, Any] = self._collate(
+            [
+                {"input_ids": ids, "labels": labels}
+                for ids, labels in zip(rows["input_ids"], rows["labels"], strict=True)
+            ]
+        )
+        return batch
+
+
+class HeldToBase:
+    """For trainers without benign rows of their own, beside TRL's class: draws some a micro-batch, and holds the model there.
+
+    ``__init__`` of the trainer calls :meth:`hold_to_base`; its loss adds :meth:`benign_loss`.
+    """
+
+    barrier: BenignBarrier | None = None
+    _benign_rows: BenignRows | None = None
+
+    def hold_to_base(self, floor: Floor, options: BarrierOptions, rows: BenignRows | None) -> None:
+        """Set the barrier up; without rows or weights there is none."""
+        trainer: Any = self
+        if rows is None or not options:
+            return
+        self.barrier = BenignBarrier(trainer.model, OutputHead(trainer.model), floor, options)
+        self._benign_rows = rows
+        rows.bind(trainer)
+
+    def benign_loss(self, model: Any, figures: dict[str, Tensor]) -> Tensor | None:
+        """The barrier on the next benign rows, a mean over their tokens; None where there is none, and in evaluation."""
+        trainer: Any = self
+        if self.barrier is None or self._benign_rows is None or not trainer.model.training:
+            return None
+        accelerator = trainer.accelerator
+        inputs = self._benign_rows.next(trainer.state.global_step, accelerator.process_index, accelerator.num_processes)
+        inputs = {key: value.to(accelerator.device) for key, value in inputs.items()}
+        return self.barrier.terms(model, inputs, figures) / figures["benign_tokens"].clamp(min=1)
