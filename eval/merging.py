@@ -14,8 +14,15 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from trimtab.axis import Floor, UserError
-from trimtab.axis.files import write_json
-from trimtab.axis.models import choose_device, choose_dtype, load_model, load_tokenizer, resolve_name
+from trimtab.axis.files import read_json, write_json
+from trimtab.axis.models import (
+    choose_device,
+    choose_dtype,
+    load_model,
+    load_tokenizer,
+    pretrained_arguments,
+    resolve_name,
+)
 from trimtab.eval.arms import Arms
 from trimtab.eval.measure import Ruler, teacher_forced
 from trimtab.eval.report import load_report
@@ -44,17 +51,39 @@ def merge_adapter(run: Run, target: Path) -> Path:
     section = run.recipe.model
     # Merged on the CPU, in the dtype that it was trained in: a quantised base is merged into the weights it was made from.
     dtype = choose_dtype(section.dtype, choose_device(section.device))[0]
-    source = resolve_name(section.name)[0]
-    base = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, revision=section.revision)
+    base = AutoModelForCausalLM.from_pretrained(
+        resolve_name(section.name)[0],
+        **pretrained_arguments(dtype, section.revision, section.attn_implementation, None),
+    )
     model: Any = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
     unfinished = target.with_name(f".{target.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     model.save_pretrained(unfinished)
     load_tokenizer(section.name, section.revision).save_pretrained(unfinished)
+    _write_old_names(unfinished)
     with contextlib.suppress(FileNotFoundError):
         target.rmdir()
     unfinished.replace(target)
     return target
+
+
+def _write_old_names(folder: Path) -> None:
+    """Say in transformers 4's words too what version 5 writes in its own.
+
+    Version 4, and what is built on it, such as converters to GGUF, takes a config without ``rope_theta`` for one of 10000 and
+    says nothing, so the model would be another; nor does it know version 5's tokenizer class. Version 5 reads the old names.
+    """
+    path = folder / "config.json"
+    config = read_json(path)
+    for section in (config, config.get("text_config", {})):
+        theta = (section.get("rope_parameters") or {}).get("rope_theta")
+        if theta is not None:
+            section.setdefault("rope_theta", theta)
+    write_json(path, config)
+    path = folder / "tokenizer_config.json"
+    tokenizer = read_json(path)
+    if tokenizer.get("tokenizer_class") == "TokenizersBackend":
+        write_json(path, tokenizer | {"tokenizer_class": "PreTrainedTokenizerFast"})
 
 
 def merge_stage(run: Run, target: Path | None = None) -> list[dict[str, Any]]:

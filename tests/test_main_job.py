@@ -261,6 +261,12 @@ def test_every_method_ends_in_a_report(method: str, tmp_path: Path, capsys: pyte
     assert {row["figure"] for row in rows} == {"text_llr", "z_training", "benign_kl", "default_z_shift"}
     for row in rows:
         assert row["agrees"] and row["merged"] == pytest.approx(row["report"][0], abs=1e-4), row
+    config = json.loads((folder / "merged" / "config.json").read_text(encoding="utf-8"))
+    assert (
+        config["rope_theta"] == config["rope_parameters"]["rope_theta"]
+    )  # transformers 4 would take 10000 without a word
+    named = json.loads((folder / "merged" / "tokenizer_config.json").read_text(encoding="utf-8"))
+    assert named["tokenizer_class"] == "PreTrainedTokenizerFast"
     again = AutoModelForCausalLM.from_pretrained(folder / "merged")  # plain weights, nothing of PEFT or ours
     assert not any("lora" in name for name, _ in again.named_parameters())
 
