@@ -177,6 +177,18 @@ def quantization_arguments(kind: str | None, dtype: torch.dtype) -> dict[str, An
     return {"quantization_config": config}
 
 
+def pretrained_arguments(
+    dtype: torch.dtype, revision: str | None, attn_implementation: str | None, quantization: str | None
+) -> dict[str, Any]:
+    """Arguments of ``from_pretrained`` for a recipe's ``model`` section.
+
+    Raises:
+        UserError: if bitsandbytes is asked for and missing.
+    """
+    arguments = {"dtype": dtype, "revision": revision, **quantization_arguments(quantization, dtype)}
+    return arguments if attn_implementation is None else arguments | {"attn_implementation": attn_implementation}
+
+
 def load_model(
     name: str,
     *,
@@ -202,12 +214,9 @@ def load_model(
     chosen_device = choose_device(device)
     chosen_dtype, reason = choose_dtype(dtype, chosen_device)
     source, where = resolve_name(name)
-    arguments: dict[str, Any] = {"revision": revision, "dtype": chosen_dtype}
-    arguments |= quantization_arguments(quantization, chosen_dtype)
+    arguments = pretrained_arguments(chosen_dtype, revision, attn_implementation, quantization)
     if quantization is not None:
         arguments["device_map"] = {"": chosen_device}
-    if attn_implementation is not None:
-        arguments["attn_implementation"] = attn_implementation
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(source, **arguments)
         tokenizer = load_tokenizer(name, revision)

@@ -9,34 +9,14 @@ only with tokens x hidden size: the gradient of the hidden states.
 from __future__ import annotations
 
 import argparse
-import json
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
+from measuring import peak_bytes
 from torch import Tensor
 
 from trimtab.axis.files import write_json
 from trimtab.losses import chunked_divergence, divergence_terms
-
-
-def peak(work: Callable[[], Any]) -> int:
-    """Most bytes allocated at a time by ``work``, beyond what was there before."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        work()
-        return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        work()
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(trace))
-        events = [event for event in json.loads(trace.read_text())["traceEvents"] if event.get("name") == "[memory]"]
-    totals = [int(event["args"]["Total Allocated"]) for event in events]
-    return max(totals) - (totals[0] - int(events[0]["args"]["Bytes"]))
 
 
 def main() -> None:
@@ -71,7 +51,7 @@ def main() -> None:
             loss.backward()
             losses[name] = float(loss.detach()) / states.shape[1]
 
-        peaks = {name: peak(lambda name=name: run(name)) for name in ("chunked", "whole")}  # type: ignore[misc]
+        peaks = {name: peak_bytes(lambda name=name: run(name)) for name in ("chunked", "whole")}  # type: ignore[misc]
         mib = {name: value / 2**20 for name, value in peaks.items()}
         rows.append({"tokens": tokens, **{f"{name}_bytes": value for name, value in peaks.items()}, "losses": losses})
         print(

@@ -1,4 +1,4 @@
-"""What both benchmarks share: arms in random order, ratios within a round, machine facts, the verdict.
+"""What the benchmarks share: arms in random order, ratios within a round, machine facts, the verdict.
 
 Machines are noisy, so arms take turns within a round and are compared within it: whatever slows the machine for a while slows
 them all. The figure is the median over rounds of the ratio to the base arm.
@@ -7,10 +7,12 @@ them all. The figure is the median over rounds of the ratio to the base arm.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
 import random
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -54,6 +56,26 @@ def bench_floor(model: Any) -> Floor:
     generator = torch.Generator().manual_seed(0)
     directions = unit(torch.randn(len(layers), shape_of(model)[1], generator=generator))
     return Floor(layers, directions, torch.zeros(len(layers)), torch.ones(len(layers)))
+
+
+def peak_bytes(work: Callable[[], Any]) -> int:
+    """Most bytes that ``work`` had from PyTorch's allocator at a time, beyond what was there before.
+
+    On a CPU too: resident memory varies from run to run, and what the allocator gives out is the same every time.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(trace))
+        events = [event for event in json.loads(trace.read_text())["traceEvents"] if event.get("name") == "[memory]"]
+    totals = [int(event["args"]["Total Allocated"]) for event in events]
+    return max(totals) - (totals[0] - int(events[0]["args"]["Bytes"]))
 
 
 def synchronise() -> None:

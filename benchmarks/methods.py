@@ -1,4 +1,4 @@
-"""Every way of baking, side by side: one axis, one floor, the same prompts and LoRA, each judged uncapped.
+"""Every way of baking, side by side: one axis, one floor, the same prompts and LoRA, about as many minutes, judged uncapped.
 
     python benchmarks/methods.py --folder runs/methods                      # all arms, three seeds: many hours on a CPU
     python benchmarks/methods.py --folder runs/methods --arms sft distill --seeds 1
@@ -28,14 +28,18 @@ from trimtab.train.run import Run, open_run
 # The same for all, so that the arms share their axis and their base answers.
 EVAL = [
     "eval.roles=68", "eval.questions=2", "eval.conversations=8", "eval.turns=4", "eval.benign=48", "eval.professional=0",
-    "eval.reextract_roles=0", "eval.transcripts=9", "eval.control=false",
+    "eval.reextract_roles=0", "eval.transcripts=3", "eval.control=false",
 ]  # fmt: skip
-PLAIN = ["method.cap_strength=0", "method.floor_weight=0"]
+# SFT with the learning rate and the barrier of distillation, for as many minutes.
+SFT = [
+    "train.learning_rate=1.0e-3", "train.max_steps=40", "data.benign_share=0.5", "method.benign_kl_weight=8.0",
+    "method.benign_axis_weight=10.0",
+]  # fmt: skip
 ARMS: dict[str, tuple[str, list[str]]] = {
-    "SFT": ("sft", [*PLAIN]),
-    "capped SFT": ("sft", ["method.floor_weight=0"]),
-    "floor only": ("sft", ["method.cap_strength=0", "method.ce_weight=0"]),
-    "capped SFT + floor": ("sft", []),
+    "SFT": ("sft", [*SFT, "method.cap_strength=0", "method.floor_weight=0"]),
+    "capped SFT": ("sft", [*SFT, "method.floor_weight=0"]),
+    "floor only": ("sft", [*SFT, "method.cap_strength=0", "method.ce_weight=0"]),
+    "capped SFT + floor": ("sft", SFT),
     "distillation": ("distill", ["method.floor_weight=0"]),
     "distillation + floor": ("distill", []),
     "GRPO": ("grpo", ["method.floor_weight=0"]),

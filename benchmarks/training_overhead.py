@@ -12,13 +12,11 @@ a CPU. It is the same in every run, so one block an arm is enough.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -26,7 +24,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import datasets
 import torch
-from measuring import bench_floor, compare, finish, parser, positive, run_rounds, synchronise, tell
+from measuring import bench_floor, compare, finish, parser, peak_bytes, positive, run_rounds, synchronise, tell
 from peft import LoraConfig
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import SFTConfig, SFTTrainer
@@ -131,22 +129,12 @@ def train_block(trainer: TwoArmTrainer, arm: str, steps: int) -> list[float]:
     return times.seconds
 
 
-def peak_memory(trainer: TwoArmTrainer, arm: str, folder: str) -> float:
+def peak_memory(trainer: TwoArmTrainer, arm: str) -> int:
     """Most bytes that tensors held during a short block, weights included."""
-    if trainer.accelerator.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        train_block(trainer, arm, MEMORY_STEPS)
-        return torch.cuda.max_memory_allocated()
-    # Resident memory varies by more than the target from run to run; what the allocator gives out is the same every time.
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        train_block(trainer, arm, MEMORY_STEPS)
-    trace = Path(folder) / "trace.json"
-    profiler.export_chrome_trace(str(trace))
-    events = [event for event in json.loads(trace.read_text())["traceEvents"] if event.get("name") == "[memory]"]
     # parameters() gives a tied weight once, where state_dict would give it twice
     tensors = (*trainer.model.parameters(), *trainer.model.buffers())
     weights = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-    return weights + max(event["args"]["Total Allocated"] for event in events)
+    return weights + peak_bytes(lambda: train_block(trainer, arm, MEMORY_STEPS))
 
 
 def main() -> None:
@@ -168,7 +156,7 @@ def main() -> None:
             return lambda: statistics.median(train_block(trainer, arm, arguments.block)[1:])
 
         seconds = run_rounds({arm: arm_of(arm) for arm in ARMS}, arguments.rounds, arguments.seed)
-        peaks = {arm: [peak_memory(trainer, arm, folder)] for arm in ARMS}
+        peaks = {arm: [peak_memory(trainer, arm)] for arm in ARMS}
     step = compare(seconds, "floor", "plain", TIME_TARGET)
     memory = compare(peaks, "floor", "plain", MEMORY_TARGET, exact=True)
     tell("step time", step)

@@ -16,7 +16,8 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from trimtab.axis.chat import ChatFormat
 from trimtab.axis.directions import Floor, unit
+from trimtab.axis.hooks import cap
 from trimtab.axis.models import Loaded
 
 torch.set_num_threads(1)
@@ -103,6 +105,22 @@ def build_floor(layers: tuple[int, ...] = (1, 2), *, tau: float = 0.5, hidden: i
     generator = torch.Generator().manual_seed(seed)
     directions = unit(torch.randn(len(layers), hidden, generator=generator))
     return Floor(layers, directions, torch.full((len(layers),), tau), torch.ones(len(layers)))
+
+
+@contextlib.contextmanager
+def capped_by_hand(model: Any, floor: Floor) -> Iterator[None]:
+    """Cap the floor's layers by hooks that are not the package's; ``model`` is a PEFT-wrapped Llama."""
+    layers = model.get_base_model().model.layers
+
+    def hook(position: int) -> Any:
+        return lambda module, inputs, output: cap(output, floor.directions[position], floor.tau[position])
+
+    handles = [layers[layer].register_forward_hook(hook(i)) for i, layer in enumerate(floor.layers)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @pytest.fixture(scope="session")

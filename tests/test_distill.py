@@ -7,33 +7,20 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import capped_by_hand
 from test_floor_sft import FLOOR, make_rows, make_trainer, wake
 from test_rollouts import make_plan
 from torch import Tensor
 
 from trimtab.axis import UserError
-from trimtab.axis.hooks import cap
 from trimtab.train.floor_distill import FloorDistillTrainer
 
 
 def teacher_logits(model: Any, ids: Tensor) -> Tensor:
     """The capped self, by hooks of this test's own: adapter off, every floor layer's output capped."""
-    layers = model.get_base_model().model.layers
-
-    def hook(position: int) -> Any:
-        def run(module: Any, inputs: Any, output: Any) -> Any:
-            return cap(output, FLOOR.directions[position], FLOOR.tau[position])
-
-        return run
-
-    handles = [layers[layer].register_forward_hook(hook(i)) for i, layer in enumerate(FLOOR.layers)]
-    try:
-        with torch.no_grad(), model.disable_adapter():
-            found: Tensor = model(input_ids=ids).logits[0]
-            return found
-    finally:
-        for handle in handles:
-            handle.remove()
+    with torch.no_grad(), model.disable_adapter(), capped_by_hand(model, FLOOR):
+        found: Tensor = model(input_ids=ids).logits[0]
+        return found
 
 
 def by_hand(model: Any, rows: list[dict[str, Any]], kind: str) -> Tensor:
@@ -129,3 +116,10 @@ def test_who_samples_what() -> None:
         students = sum(sampler == "student" for sampler in samplers)
         assert students == pytest.approx(share * len(drift), abs=2)
     assert {make_plan().sampler_of(row) for row in drift} == {"capped"}
+
+
+def test_benign_rows_are_answered_by_the_base_and_by_the_student_in_a_stated_share() -> None:
+    for share in (0.0, 0.5, 1.0):
+        plan = make_plan(student_share=0.5, benign_student_share=share)
+        found = [plan.sampler_of(row) for row, prompt in enumerate(plan.order) if prompt.kind == "benign"]
+        assert found.count("student") == share * len(found) and set(found) <= {"student", "base"}

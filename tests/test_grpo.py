@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
-from conftest import HIDDEN, build_floor, build_model, build_tokenizer
+from conftest import HIDDEN, build_floor, build_model, build_tokenizer, capped_by_hand
 from peft import LoraConfig
 from test_floor_sft import wake
 from torch import Tensor
@@ -17,7 +18,6 @@ from trl import GRPOConfig
 
 from trimtab.axis import UserError
 from trimtab.axis.chat import ChatFormat
-from trimtab.axis.hooks import cap
 from trimtab.train import floor_grpo
 from trimtab.train.floor_grpo import FloorGRPOTrainer, off_policy
 from trimtab.train.penalty import PenaltyOptions
@@ -65,17 +65,8 @@ def make_trainer(
 
 def logprobs(model: Any, ids: Tensor, count: int, *, capped: bool, temperature: float = 1.0) -> Tensor:
     """Log-probabilities of a row's last ``count`` tokens, the cap by this test's own hooks."""
-    layers = model.get_base_model().model.layers
-
-    def hook(position: int) -> Any:
-        return lambda module, inputs, output: cap(output, FLOOR.directions[position], FLOOR.tau[position])
-
-    handles = [layers[layer].register_forward_hook(hook(i)) for i, layer in enumerate(FLOOR.layers) if capped]
-    try:
+    with capped_by_hand(model, FLOOR) if capped else contextlib.nullcontext():
         logits = model(input_ids=ids[None]).logits[0, -count - 1 : -1] / temperature
-    finally:
-        for handle in handles:
-            handle.remove()
     return logits.log_softmax(-1).gather(-1, ids[-count:, None])[:, 0]
 
 
@@ -148,17 +139,10 @@ def test_sampling_follows_the_capped_policy(tmp_path: Path) -> None:
     for ids in found["completion_ids"]:
         counts[ids[0]] += 1
     ids = torch.tensor(trainer.form.prompt_ids(ONE_TURN[1]))
-    layers = trainer.model.get_base_model().model.layers
-
-    def hook(position: int) -> Any:
-        return lambda module, inputs, output: cap(output, FLOOR.directions[position], FLOOR.tau[position])
-
     with torch.no_grad():
         plain = trainer.model(input_ids=ids[None]).logits[0, -1].softmax(-1)
-        handles = [layers[layer].register_forward_hook(hook(i)) for i, layer in enumerate(FLOOR.layers)]
-        capped = trainer.model(input_ids=ids[None]).logits[0, -1].softmax(-1)
-        for handle in handles:
-            handle.remove()
+        with capped_by_hand(trainer.model, FLOOR):
+            capped = trainer.model(input_ids=ids[None]).logits[0, -1].softmax(-1)
     distance = [float((counts / 8192 - p).abs().sum() / 2) for p in (capped, plain)]
     assert distance[0] < 0.5 * distance[1]
 
@@ -321,16 +305,8 @@ def expected_gradient(trainer: Any, limit: float | None) -> tuple[Tensor, Tensor
     The first is of capped samples, with ratios cut at ``limit`` (None leaves the ratio out); the second of the learner's own.
     """
     ids = torch.tensor(trainer.form.prompt_ids(ONE_TURN[0]))[None]
-    layers = trainer.model.get_base_model().model.layers
-
-    def hook(position: int) -> Any:
-        return lambda module, inputs, output: cap(output, FLOOR.directions[position], FLOOR.tau[position])
-
-    handles = [layers[layer].register_forward_hook(hook(i)) for i, layer in enumerate(FLOOR.layers)]
-    with torch.no_grad():
+    with torch.no_grad(), capped_by_hand(trainer.model, FLOOR):
         sampler = trainer.model(input_ids=ids).logits[0, -1].log_softmax(-1)
-    for handle in handles:
-        handle.remove()
     learner = trainer.model(input_ids=ids).logits[0, -1].log_softmax(-1)
     reward = torch.randn(learner.shape, generator=torch.Generator().manual_seed(1))
     weights = [p for n, p in trainer.model.named_parameters() if "lora_" in n]
