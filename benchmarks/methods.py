@@ -44,6 +44,7 @@ ARMS: dict[str, tuple[str, list[str]]] = {
     "distillation + floor": ("distill", []),
     "GRPO": ("grpo", ["method.floor_weight=0"]),
     "GRPO + floor": ("grpo", []),
+    "GRPO without the ratio": ("grpo", ["method.floor_weight=0", "method.correct_ratio=false"]),
     "DPO": ("dpo", ["method.floor_weight=0"]),
     "DPO + floor": ("dpo", []),
 }

@@ -270,6 +270,9 @@ def test_shipped_rewards_by_hand(tmp_path: Path) -> None:
     assert above[0] == pytest.approx(float(torch.stack(slots).float().mean()), abs=1e-6)
     assert ratio[1] is None and likelihood[1] is None and above[1] is None
     assert rewards[0](turns=[[(ONE_TURN[1], text)]]) == [None]  # no role, no ratio
+    many = [turns[0], [(ONE_TURN[1], "The sky scatters blue light more than red, and so on and on.")], turns[1]]
+    for reward in rewards[1:]:  # together, padded, as alone
+        assert reward(turns=many) == pytest.approx([reward(turns=[row])[0] for row in many], abs=1e-5)
 
 
 def test_above_floor_is_gamed_without_a_word(tmp_path: Path) -> None:

@@ -14,10 +14,12 @@ from typing import Any
 import torch
 
 from trimtab.axis import UserError
-from trimtab.axis.sampling import pad_left
+from trimtab.axis.sampling import batches_by_length, pad_left
 from trimtab.axis.scoring import answer_logprobs, persona_llr
 
 log = logging.getLogger("trimtab")
+
+SCORE_BATCH = 16  # answers a forward
 
 Turn = tuple[list[dict[str, str]], str]
 RewardFunction = Callable[..., list[float | None]]
@@ -113,18 +115,19 @@ class AboveFloor(TurnReward):
         """Share between 0 and 1."""
         trainer, form = self.trainer, self.trainer.form
         floor = trainer.floor
-        values = []
-        for prompt, text in zip(prompts, texts, strict=True):
-            head, tail = form.prompt_ids(prompt), form.answer_ids(text)
-            if not tail:
-                values.append(float("nan"))
-                continue
-            ids, mask = pad_left([head + tail], form.tokenizer.pad_token_id, trainer.accelerator.device)
+        tails = [form.answer_ids(text) for text in texts]
+        rows = [[*form.prompt_ids(prompt), *tail] for prompt, tail in zip(prompts, tails, strict=True)]
+        values = [float("nan")] * len(texts)
+        scored = [i for i, tail in enumerate(tails) if tail]
+        for batch in batches_by_length([len(rows[i]) for i in scored], SCORE_BATCH):
+            chosen = [scored[k] for k in batch]
+            ids, mask = pad_left([rows[i] for i in chosen], form.tokenizer.pad_token_id, trainer.accelerator.device)
             with trainer.controller.uncapped(), trainer.controller.recording(floor.layers) as recording:
                 trainer.model(input_ids=ids, attention_mask=mask, logits_to_keep=1)
-            projections = trainer.penalty.base_projections(recording)[:, 0, -len(tail) :]
-            above = projections >= floor.tau.to(projections.device)[:, None]
-            values.append(float(above.float().mean()))
+            projections = trainer.penalty.base_projections(recording)
+            above = projections >= floor.tau.to(projections.device)[:, None, None]
+            for k, i in enumerate(chosen):
+                values[i] = float(above[:, k, -len(tails[i]) :].float().mean())
         return values
 
 
