@@ -23,7 +23,7 @@ from trimtab.axis import Floor, UserError
 from trimtab.axis.adapters import as_base
 from trimtab.losses import chunked_divergence
 from trimtab.losses.divergence import CHUNK, Kind
-from trimtab.train.floor_sft import FloorSFTTrainer
+from trimtab.train.floor_sft import FloorSFTTrainer, StepTokens
 
 
 class FloorDistillTrainer(FloorSFTTrainer):
@@ -71,8 +71,7 @@ class FloorDistillTrainer(FloorSFTTrainer):
         model: Any,
         inputs: dict[str, Any],
         return_outputs: bool,
-        count: Tensor,
-        ranks: int,
+        step: StepTokens,
         figures: dict[str, Tensor],
     ) -> Any:
         predicted = inputs["labels"].ne(-100)[:, 1:]  # the state before position t predicts token t
@@ -93,5 +92,5 @@ class FloorDistillTrainer(FloorSFTTrainer):
             )
         figures["tokens"] = predicted.sum().float()
         figures[f"distill_{self.divergence}"] = terms.detach()
-        loss = self.distill_weight * terms * (ranks / count)
+        loss = self.distill_weight * step.mean(terms)
         return (loss, {}) if return_outputs else loss

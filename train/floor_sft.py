@@ -14,6 +14,7 @@ accumulation, packing and the number of ranks don't change it.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -37,6 +38,23 @@ class FloorCollator(DataCollatorForLanguageModeling):
         batch: dict[str, Any] = super().torch_call(examples)
         batch["anchor"] = torch.tensor(anchors)
         return batch
+
+
+@dataclass(frozen=True)
+class StepTokens:
+    """What sums over tokens are divided by.
+
+    Attributes:
+        count: labelled tokens of the whole optimiser step, over all micro-batches and ranks.
+        ranks: number of processes, over which DDP will average the gradients.
+    """
+
+    count: Tensor
+    ranks: int
+
+    def mean(self, total: Tensor) -> Tensor:
+        """A micro-batch's sum as its part of the step's mean."""
+        return total * (self.ranks / self.count)
 
 
 class FloorSFTTrainer(FloorTrainer, SFTTrainer):
@@ -99,14 +117,15 @@ class FloorSFTTrainer(FloorTrainer, SFTTrainer):
             count = mask[..., 1:].sum().clamp(min=1) * ranks
         else:
             count = torch.as_tensor(num_items_in_batch, device=mask.device).clamp(min=1)
+        step = StepTokens(count, ranks)
         loss: Tensor | None = None
         outputs: Any = None
         figures: dict[str, Tensor] = {}
         if drift is not None:
-            result = self._drift_loss(model, drift, return_outputs, count, ranks, figures)
+            result = self._drift_loss(model, drift, return_outputs, step, figures)
             loss, outputs = result if return_outputs else (result, None)
         if benign is not None:
-            barrier = self.barrier.terms(model, benign, figures) * (ranks / count)
+            barrier = step.mean(self.barrier.terms(model, benign, figures))
             loss = barrier if loss is None else loss + barrier
         assert loss is not None
         stop_on_nan(loss, self.processing_class, inputs["input_ids"], self.state.global_step)
@@ -118,13 +137,12 @@ class FloorSFTTrainer(FloorTrainer, SFTTrainer):
         model: Any,
         inputs: dict[str, Any],
         return_outputs: bool,
-        count: Tensor,
-        ranks: int,
+        step: StepTokens,
         figures: dict[str, Tensor],
     ) -> Any:
-        """The method's own loss plus the weighted penalty, both over ``count`` tokens; with outputs if asked for."""
+        """The method's own loss plus the weighted penalty, both as means over the step; with outputs if asked for."""
         if self.penalty is None:
-            return self._objective(model, inputs, return_outputs, count, ranks, figures)
+            return self._objective(model, inputs, return_outputs, step, figures)
         mask = inputs["labels"].ne(-100)
         if not bool(mask.any()):
             raise UserError(
@@ -134,13 +152,13 @@ class FloorSFTTrainer(FloorTrainer, SFTTrainer):
             )
         base = self._base_projections(model, inputs) if self.penalty.options.target == "base" else None
         with self.penalty.recording() as recording:
-            result = self._objective(model, inputs, return_outputs, count, ranks, figures)
+            result = self._objective(model, inputs, return_outputs, step, figures)
             states = self.penalty.states(recording)
         loss, outputs = result if return_outputs else (result, None)
         terms = self.penalty.terms(states, mask, figures, base=base)
         weight = self.penalty.weight_at(self.state.global_step, self.state.max_steps)
         if weight:
-            loss = loss + weight * terms * (ranks / count)
+            loss = loss + weight * step.mean(terms)
         return (loss, outputs) if return_outputs else loss
 
     def _objective(
@@ -148,12 +166,11 @@ class FloorSFTTrainer(FloorTrainer, SFTTrainer):
         model: Any,
         inputs: dict[str, Any],
         return_outputs: bool,
-        count: Tensor,
-        ranks: int,
+        step: StepTokens,
         figures: dict[str, Tensor],
     ) -> Any:
         """Cross-entropy, as TRL computes it."""
-        result = super().compute_loss(model, inputs, return_outputs, count)
+        result = super().compute_loss(model, inputs, return_outputs, step.count)
         if self.ce_weight == 1.0:
             return result
         return (self.ce_weight * result[0], result[1]) if return_outputs else self.ce_weight * result
