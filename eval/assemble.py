@@ -255,6 +255,11 @@ def _side_effects(measured: Measured, bootstrap: int, seed: int) -> list[SideEff
         by_benign.estimate_if_any(benign["base+cap"].kl),
     )  # fmt: skip
     add(
+        "default_z_shift_cap", "z-shift of free default answers: the cap itself", "sigma",
+        "The same with the cap on the base, for comparison; the hook lifts projections by its very nature.",
+        by_default.estimate_if_any(default_z["base+cap"] - default_z["base"]),
+    )  # fmt: skip
+    add(
         "benign_nll_change", "Log-perplexity change on benign text", "nat/token",
         "Negative log-likelihood of the base's benign answers under the tuned model minus under the base.",
         by_benign.estimate_if_any(np.asarray(benign["tuned"].nll) - np.asarray(benign["base"].nll)),
