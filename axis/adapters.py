@@ -27,7 +27,7 @@ def as_base(model: Any, controller: ActivationController, floor: Floor | None = 
         controller: its hooks.
         floor: the cap's floor.
     """
-    inner = extract_model_from_parallel(model)
+    inner: Any = extract_model_from_parallel(model)
     with torch.no_grad(), inner.disable_adapter(), controller.uncapped():
         if floor is None:
             yield inner

@@ -35,7 +35,8 @@ SFT = [
     "train.learning_rate=1.0e-3", "train.max_steps=40", "data.benign_share=0.5", "method.benign_kl_weight=8.0",
     "method.benign_axis_weight=10.0",
 ]  # fmt: skip
-FLOOR = ["method.floor_weight=1.0"]  # to the barrier as 0.1 is in GRPO, whose barrier is a mean over benign tokens alone
+# To the barrier as 0.1 is in GRPO, whose barrier is a mean over benign tokens alone.
+FLOOR = ["method.floor_weight=1.0"]
 ARMS: dict[str, tuple[str, list[str]]] = {
     "SFT": ("sft", [*SFT, "method.cap_strength=0", "method.floor_weight=0"]),
     "capped SFT": ("sft", [*SFT, "method.floor_weight=0"]),
