@@ -18,7 +18,7 @@ from trimtab.axis.layers import base_model_of, text_config_of
 class OutputHead:
     """Final hidden states of a model's forwards, and the way from them to logits.
 
-    Use it so: take :meth:`final_states`, choose rows of them, and give them to :meth:`logits` inside :meth:`gathered`.
+    Use it so: take :meth:`answer_states` and give them to :meth:`logits` inside :meth:`gathered`.
 
     One hook is registered on the model's backbone and switched by a flag, for the reasons that
     :class:`~trimtab.axis.hooks.ActivationController` gives.
@@ -60,6 +60,15 @@ class OutputHead:
         with self.capture() as states:
             model(**kept, use_cache=False, logits_to_keep=1)
         return states[-1]
+
+    def answer_states(self, model: Any, inputs: Mapping[str, Any]) -> Tensor:
+        """Final hidden states [M, D] that predict the labelled tokens: the state before position t predicts token t.
+
+        Args:
+            model: the model, as a trainer has wrapped it.
+            inputs: those of :meth:`final_states`, and ``labels``, -100 where nothing is predicted.
+        """
+        return self.final_states(model, inputs)[:, :-1][inputs["labels"][:, 1:].ne(-100)]
 
     @contextlib.contextmanager
     def gathered(self) -> Iterator[None]:

@@ -18,6 +18,8 @@ from trimtab.axis.chat import ChatFormat, Message
 from trimtab.axis.progress import progress_bar
 from trimtab.axis.sampling import batches_by_length, pad_left
 
+SCORE_BATCH = 16  # answers a forward
+
 
 @torch.no_grad()
 def answer_logprobs(
@@ -26,7 +28,7 @@ def answer_logprobs(
     prompts: Sequence[Sequence[Message]],
     answers: Sequence[str],
     *,
-    batch_size: int = 16,
+    batch_size: int = SCORE_BATCH,
     title: str = "scoring",
 ) -> list[float]:
     """Summed log-probability of each answer's tokens after its prompt, in nat; 0 for an empty answer.
@@ -70,7 +72,7 @@ def persona_llr(
     default_prompts: Sequence[Sequence[Message]],
     answers: Sequence[str],
     *,
-    batch_size: int = 16,
+    batch_size: int = SCORE_BATCH,
     title: str = "persona log-likelihood ratio",
 ) -> list[float]:
     """Persona log-likelihood ratio of each answer, nat a token; NaN for an empty answer.

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -23,11 +22,12 @@ from trimtab.axis.models import (
     pretrained_arguments,
     resolve_name,
 )
+from trimtab.axis.scoring import SCORE_BATCH
 from trimtab.eval.arms import Arms
-from trimtab.eval.measure import Ruler, teacher_forced
+from trimtab.eval.measure import teacher_forced
 from trimtab.eval.report import load_report
 from trimtab.eval.schema import Estimate
-from trimtab.eval.stages import SCORE_BATCH, benign_items, default_items, llr_of, role_items
+from trimtab.eval.stages import benign_items, default_items, llr_of, role_items, rulers_of
 from trimtab.train.prepare import Prepared, sampling_options
 from trimtab.train.run import Run
 
@@ -115,8 +115,7 @@ def merge_stage(run: Run, target: Path | None = None) -> list[dict[str, Any]]:
     base_benign = kept.answers("benign", benign_items(section.benign), "base")
     base_roles = kept.answers("roles", roles, "base")
     on_roles, on_default = arms.answers("roles", roles, "tuned"), arms.answers("default", defaults, "tuned")
-    pooled = torch.cat([base_roles.means, base_default.means])
-    ruler = Ruler.of(floor.directions, base_default.means, pooled)
+    ruler = rulers_of(run, floor, {}, base_roles, base_default)["training"]
     benign = teacher_forced(arms, base_benign, ["tuned"], "base", ruler, batch_size=SCORE_BATCH, title="benign text")[
         "tuned"
     ]

@@ -18,7 +18,7 @@ from trimtab.axis.extraction import extract
 from trimtab.axis.files import file_fingerprint, read_json, read_jsonl, write_json, write_text
 from trimtab.axis.models import EMBEDDED, Loaded
 from trimtab.axis.progress import progress_bar
-from trimtab.axis.scoring import persona_llr
+from trimtab.axis.scoring import SCORE_BATCH, persona_llr
 from trimtab.eval.arms import CONTROL, Answers, Arms, Item
 from trimtab.eval.assemble import Measured, build_report
 from trimtab.eval.card import model_card
@@ -31,8 +31,6 @@ from trimtab.train.prepare import Prepared, sampling_options
 from trimtab.train.run import Run
 
 log = logging.getLogger("trimtab")
-
-SCORE_BATCH = 16
 
 
 def eval_stage(run: Run, prepared: Prepared | None = None) -> dict[str, Any]:
@@ -105,7 +103,7 @@ def evaluate(run: Run, model_facts: dict[str, Any], weights: Weights, form: Chat
         {arm: arms.conversations("conversations", talk_items, scripts, arm) for arm in arms.names} if scripts else {}
     )
 
-    rulers = _rulers(run, floor, reextracted, on_roles["base"], on_default["base"])
+    rulers = rulers_of(run, floor, reextracted, on_roles["base"], on_default["base"])
     main = rulers["training"]
     measured = Measured(
         arms=arms.names,
@@ -230,7 +228,10 @@ def _reextract(run: Run, arms: Arms, model_facts: dict[str, Any], folder: Path) 
     return found
 
 
-def _rulers(run: Run, floor: Floor, reextracted: dict[str, Axis], roles: Answers, default: Answers) -> dict[str, Ruler]:
+def rulers_of(
+    run: Run, floor: Floor, reextracted: dict[str, Axis], roles: Answers, default: Answers
+) -> dict[str, Ruler]:
+    """A ruler along each direction: the training axis, the held-out one, those extracted anew. From the base's answers."""
     layers = list(floor.layers)
     pooled = torch.cat([roles.means, default.means])
     found = {"training": floor.directions}

@@ -22,6 +22,7 @@ from trimtab.axis.head import OutputHead
 from trimtab.losses import axis_anchor_terms, chunked_divergence
 from trimtab.losses.axis_floor import projections
 from trimtab.train.rollouts import RolloutSource
+from trimtab.train.schedule import WithinStep
 
 
 @dataclass(frozen=True)
@@ -65,16 +66,15 @@ class BenignBarrier:
             figures: gets ``benign_tokens``, ``benign_kl``, ``benign_axis``, sums over tokens.
         """
         mask = inputs["labels"].ne(-100)
-        predicted = mask[:, 1:]  # the state before position t predicts token t
         layers = self.floor.layers if self.floor is not None else ()
         with as_base(model, self._controller), self._controller.recording(layers) as recording:
-            teacher = self.head.final_states(model, inputs)[:, :-1][predicted]
+            teacher = self.head.answer_states(model, inputs)
         before = {layer: recording.last(layer) for layer in layers}
         with self._controller.uncapped(), self._controller.recording(layers) as recording:
-            student = self.head.final_states(model, inputs)[:, :-1][predicted]
+            student = self.head.answer_states(model, inputs)
         with self.head.gathered():
             divergence = chunked_divergence(student, teacher, self.head.logits)
-        figures["benign_tokens"] = predicted.sum().float()
+        figures["benign_tokens"] = mask[:, 1:].sum().float()
         figures["benign_kl"] = divergence.detach()
         total = self.options.kl_weight * divergence
         if self.floor is not None:
@@ -101,7 +101,7 @@ class BenignRows:
         self._source = source
         self._micro_batches = micro_batches
         self._collate = DataCollatorForLanguageModeling(pad_token_id, pad_to_multiple_of=pad_to_multiple_of)
-        self._last = (-1, 0)
+        self._drawn = WithinStep()
 
     def bind(self, trainer: Any) -> None:
         """Give the trainer whose base answers."""
@@ -109,10 +109,8 @@ class BenignRows:
 
     def next(self, step: int, rank: int, ranks: int) -> dict[str, Any]:
         """The next micro-batch of an optimiser step; counted within the step, so that a resumed run draws the same rows."""
-        micro = self._last[1] + 1 if self._last[0] == step else 0
-        self._last = (step, micro)
         size = self._source.plan.batch_size
-        first = ((step * self._micro_batches + micro) * ranks + rank) * size
+        first = ((step * self._micro_batches + self._drawn.next(step)) * ranks + rank) * size
         rows = self._source({"row": list(range(first, first + size))})
         batch: dict[str, Any] = self._collate(
             [

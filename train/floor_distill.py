@@ -74,12 +74,11 @@ class FloorDistillTrainer(FloorSFTTrainer):
         step: StepTokens,
         figures: dict[str, Tensor],
     ) -> Any:
-        predicted = inputs["labels"].ne(-100)[:, 1:]  # the state before position t predicts token t
         # Outside the recording of the learner's states only in name: the teacher's forward has no gradient, so the penalty,
         # which takes the last states with one, never sees it.
         with as_base(model, self.controller, self.floor):
-            teacher = self.head.final_states(model, inputs)[:, :-1][predicted]
-        student = self.head.final_states(model, inputs)[:, :-1][predicted]
+            teacher = self.head.answer_states(model, inputs)
+        student = self.head.answer_states(model, inputs)
         with self.head.gathered():
             terms = chunked_divergence(
                 student,
@@ -90,7 +89,7 @@ class FloorDistillTrainer(FloorSFTTrainer):
                 top_k=self.top_k,
                 chunk=self.chunk,
             )
-        figures["tokens"] = predicted.sum().float()
+        figures["tokens"] = inputs["labels"][:, 1:].ne(-100).sum().float()
         figures[f"distill_{self.divergence}"] = terms.detach()
         loss = self.distill_weight * step.mean(terms)
         return (loss, {}) if return_outputs else loss

@@ -14,9 +14,9 @@ from typing import Any
 from torch import Tensor
 from trl.trainer.dpo_trainer import DPOTrainer
 
-from trimtab.axis import Floor, UserError
+from trimtab.axis import Floor
 from trimtab.train.barrier import BarrierOptions, BenignRows, HeldToBase
-from trimtab.train.penalty import Figures, FloorPenalty, FloorTrainer, PenaltyOptions, stop_on_nan
+from trimtab.train.penalty import Figures, FloorPenalty, FloorTrainer, PenaltyOptions, refuse_base_target, stop_on_nan
 
 
 class FloorDPOTrainer(HeldToBase, FloorTrainer, DPOTrainer):
@@ -46,12 +46,7 @@ class FloorDPOTrainer(HeldToBase, FloorTrainer, DPOTrainer):
         self.floor = floor
         self.penalty = FloorPenalty(self.model, floor, penalty or PenaltyOptions())
         self._figures = Figures()
-        if self.penalty.options.target == "base":
-            raise UserError(
-                "the base-relative target is not available for dpo",
-                key="method.floor_target",
-                remedy="set method.floor_target=absolute",
-            )
+        refuse_base_target(self.penalty.options, "dpo")
         self.hold_to_base(floor, barrier or BarrierOptions(), benign_rows)
 
     def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:

@@ -33,8 +33,8 @@ from trimtab.axis.adapters import as_base, merged_if_quicker
 from trimtab.axis.chat import ChatFormat
 from trimtab.axis.sampling import SamplingOptions, batches_by_length, sample_batch, seed_of
 from trimtab.train.barrier import BarrierOptions, BenignRows, HeldToBase
-from trimtab.train.penalty import Figures, FloorPenalty, FloorTrainer, PenaltyOptions, stop_on_nan
-from trimtab.train.schedule import Schedule, scheduled
+from trimtab.train.penalty import Figures, FloorPenalty, FloorTrainer, PenaltyOptions, refuse_base_target, stop_on_nan
+from trimtab.train.schedule import Schedule, WithinStep, scheduled
 
 log = logging.getLogger("trimtab")
 
@@ -131,7 +131,7 @@ class FloorGRPOTrainer(HeldToBase, FloorTrainer, GRPOTrainer):
         self.sampling_batch = sampling_batch
         self._figures = Figures()
         self._warned = False
-        self._generation = (-1, 0)
+        self._generations = WithinStep()
         _check_settings(self.args, self.penalty)
         self.hold_to_base(floor, barrier or BarrierOptions(), benign_rows)
 
@@ -177,8 +177,8 @@ class FloorGRPOTrainer(HeldToBase, FloorTrainer, GRPOTrainer):
         completion_ids: list[list[int]] = [[] for _ in prompts]
         env_mask: list[list[int]] = [[] for _ in prompts]
         turns: list[list[tuple[list[dict[str, str]], str]]] = [[] for _ in prompts]
-        step = self.state.global_step  # counted within a step, so that a resumed run draws the same numbers
-        self._generation = (step, self._generation[1] + 1 if self._generation[0] == step else 0)
+        step = self.state.global_step
+        generation = self._generations.next(step)
         # all ranks play as many turns: under ZeRO-3 every forward is a collective
         longest = max(self._all_ranks(max(map(len, users))))
         with self._sampler() as model:
@@ -188,7 +188,7 @@ class FloorGRPOTrainer(HeldToBase, FloorTrainer, GRPOTrainer):
                 batches = batches_by_length([len(row) for row in rows], options.batch_size)
                 for number in range(max(self._all_ranks(len(batches)))):
                     batch = batches[number] if number < len(batches) else []
-                    seed = seed_of([self.args.seed, *self._generation, rank, turn, number])
+                    seed = seed_of([self.args.seed, step, generation, rank, turn, number])
                     answers = sample_batch(
                         model, form, [rows[k] for k in batch] or [[form.end_token]], batch, options,
                         seed=seed, floor=self.floor, strength=self.strength,
@@ -310,9 +310,4 @@ def _check_settings(arguments: Any, penalty: FloorPenalty) -> None:
                 key=f"train.{name}",
                 remedy=f"remove train.{name}; temperature is accounted for",
             )
-    if penalty.options.target == "base":
-        raise UserError(
-            "the base-relative target is not available for grpo",
-            key="method.floor_target",
-            remedy="set method.floor_target=absolute",
-        )
+    refuse_base_target(penalty.options, "grpo")

@@ -208,6 +208,20 @@ def check_reach(model: Any, floor: Floor) -> int:
     return trained[0]
 
 
+def refuse_base_target(options: PenaltyOptions, method: str) -> None:
+    """Refuse the base-relative target where a method has no forward of the base beside the learner's.
+
+    Raises:
+        UserError: if it is asked for.
+    """
+    if options.target == "base":
+        raise UserError(
+            f"the base-relative target is not available for {method}",
+            key="method.floor_target",
+            remedy="set method.floor_target=absolute",
+        )
+
+
 def stop_on_nan(loss: Tensor, tokenizer: Any, ids: Tensor, step: int) -> None:
     """Stop at a loss that is not finite.
 

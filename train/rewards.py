@@ -15,11 +15,9 @@ import torch
 
 from trimtab.axis import UserError
 from trimtab.axis.sampling import batches_by_length, pad_left
-from trimtab.axis.scoring import answer_logprobs, persona_llr
+from trimtab.axis.scoring import SCORE_BATCH, answer_logprobs, persona_llr
 
 log = logging.getLogger("trimtab")
-
-SCORE_BATCH = 16  # answers a forward
 
 Turn = tuple[list[dict[str, str]], str]
 RewardFunction = Callable[..., list[float | None]]

@@ -23,3 +23,16 @@ def scheduled(start: float, schedule: Schedule, step: int, total: int) -> float:
     if schedule == "cosine":
         return start * 0.5 * (1 + math.cos(math.pi * progress))
     return start
+
+
+class WithinStep:
+    """Counts what happens several times in an optimiser step, from 0 in each, so that a resumed run counts as the first did."""
+
+    def __init__(self) -> None:
+        self._step, self._count = -1, 0
+
+    def next(self, step: int) -> int:
+        """The number of this time within the step."""
+        self._count = self._count + 1 if step == self._step else 0
+        self._step = step
+        return self._count
