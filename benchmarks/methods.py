@@ -29,21 +29,16 @@ from trimtab.train.run import Run, open_run
 EVAL = [
     "eval.roles=68", "eval.questions=2", "eval.conversations=8", "eval.turns=4", "eval.benign=48", "eval.professional=0",
     "eval.reextract_roles=0", "eval.transcripts=3", "eval.control=false",
+    "eval.tuned_cap=false",
 ]  # fmt: skip
-# SFT with the learning rate and the barrier of distillation, for as many minutes.
-SFT = [
-    "train.learning_rate=1.0e-3", "train.max_steps=40", "data.benign_share=0.5", "method.benign_kl_weight=8.0",
-    "method.benign_axis_weight=10.0",
-]  # fmt: skip
-# To the barrier as 0.1 is in GRPO, whose barrier is a mean over benign tokens alone.
-FLOOR = ["method.floor_weight=1.0"]
+CAPPED = ["method.ce_weight=1", "method.cap_strength=1"]
 ARMS: dict[str, tuple[str, list[str]]] = {
-    "SFT": ("sft", [*SFT, "method.cap_strength=0", "method.floor_weight=0"]),
-    "capped SFT": ("sft", [*SFT, "method.floor_weight=0"]),
-    "floor only": ("sft", [*SFT, *FLOOR, "method.cap_strength=0", "method.ce_weight=0"]),
-    "capped SFT + floor": ("sft", [*SFT, *FLOOR]),
+    "SFT": ("floor", ["method.ce_weight=1", "method.floor_weight=0"]),
+    "capped SFT": ("floor", [*CAPPED, "method.floor_weight=0"]),
+    "floor only": ("floor", []),
+    "capped SFT + floor": ("floor", CAPPED),
     "distillation": ("distill", ["method.floor_weight=0"]),
-    "distillation + floor": ("distill", FLOOR),
+    "distillation + floor": ("distill", ["method.floor_weight=0.7"]),
     "GRPO": ("grpo", ["method.floor_weight=0"]),
     "GRPO + floor": ("grpo", []),
     "GRPO without the ratio": ("grpo", ["method.floor_weight=0", "method.correct_ratio=false"]),
@@ -151,7 +146,9 @@ def main() -> None:
     """Run the arms and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="where the runs go")
-    parser.add_argument("--model", default="smollm2-135m", help="folder of recipes that has sft, distill, grpo and dpo")
+    parser.add_argument(
+        "--model", default="smollm2-135m", help="folder of recipes that has floor, distill, grpo and dpo"
+    )
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), metavar="ARM")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--set", nargs="*", default=[], metavar="section.key=value", help="overrides of every arm")

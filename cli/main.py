@@ -61,8 +61,15 @@ def build_parser() -> argparse.ArgumentParser:
         )
 
     for name, summary in {"run": "run all stages, to the report", **STAGES}.items():
-        command = add(name, summary, "smollm2-135m/sft data.seed=1 --output-dir runs/second")
-        _add_recipe(command)
+        example = "smollm2-135m/sft data.seed=1 --output-dir runs/second"
+        if name == "eval":
+            example += (
+                "\n  trimtab eval --base smollm2-135m --tuned path/to/adapter --floor floor.safetensors eval.roles=40"
+            )
+        command = add(name, summary, example)
+        _add_recipe(command, optional=name == "eval")
+        if name == "eval":
+            _add_subject(command)
         command.add_argument("--output-dir", metavar="DIR", help="run folder (default: runs/<recipe name>)")
         if name in ("run", "train"):
             _add_accelerate(command)
@@ -97,9 +104,24 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_recipe(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", metavar="RECIPE", help="YAML file, or a name that `trimtab recipes` lists")
+def _add_recipe(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
+    parser.add_argument(
+        "recipe",
+        metavar="RECIPE",
+        nargs="?" if optional else None,
+        help="YAML file, or a name that `trimtab recipes` lists",
+    )
     parser.add_argument("overrides", metavar="section.key=value", nargs="*", help="override keys; values as in YAML")
+
+
+def _add_subject(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("without a recipe: any adapter or model, to its report")
+    group.add_argument("--base", metavar="M", help="the base model: hub id, folder or embedded model")
+    group.add_argument("--tuned", metavar="ADAPTER_OR_MODEL", help="PEFT adapter of the base, or a model tuned from it")
+    group.add_argument(
+        "--floor", metavar="F", help="floor.safetensors that the base is capped to (default: calibrated)"
+    )
+    group.add_argument("--axis", metavar="A", help="axis.safetensors or a published axis.pt (default: extracted)")
 
 
 def _add_accelerate(parser: argparse.ArgumentParser) -> None:
@@ -187,7 +209,11 @@ def _print_fault(error: Exception) -> None:
 def _open(arguments: argparse.Namespace) -> Any:
     from trimtab.recipes.loader import load_recipe
 
-    loaded = load_recipe(arguments.recipe, arguments.overrides)
+    loaded = (
+        load_recipe(arguments.recipe, arguments.overrides)
+        if getattr(arguments, "base", None) is None
+        else _subject_recipe(arguments)
+    )
     # A slip in this name is told before the first stage, not after hours.
     if getattr(arguments, "accelerate", None) is not None:
         from trimtab.cli.launch import resolve_accelerate_config
@@ -196,6 +222,39 @@ def _open(arguments: argparse.Namespace) -> Any:
     from trimtab.train.run import open_run
 
     return open_run(loaded, output_dir=arguments.output_dir)
+
+
+def _subject_recipe(arguments: argparse.Namespace) -> Any:
+    """The recipe behind ``trimtab eval --base M --tuned T``."""
+    from trimtab.recipes.loader import recipe_of
+
+    overrides = [*([arguments.recipe] if arguments.recipe is not None else []), *arguments.overrides]
+    sections: dict[str, dict[str, str]] = {"model": {"name": arguments.base}, "eval": {"tuned": arguments.tuned}}
+    sections |= {name: {"path": path} for name in ("axis", "floor") if (path := getattr(arguments, name)) is not None}
+    name = "-".join(["eval", *(Path(model).name for model in (arguments.base, arguments.tuned))])
+    return recipe_of(sections, name, overrides)
+
+
+def _check_subject(arguments: argparse.Namespace) -> None:
+    """A recipe, or a base and what was tuned from it: one of the two, whole."""
+    given = [name for name in ("base", "tuned", "floor", "axis") if getattr(arguments, name) is not None]
+    if arguments.recipe is None and not given:
+        raise UserError(
+            "nothing to evaluate", key="RECIPE", remedy="name a recipe, or --base M --tuned ADAPTER_OR_MODEL"
+        )
+    if given and not {"base", "tuned"} <= set(given):
+        missing = next(name for name in ("base", "tuned") if name not in given)
+        raise UserError(
+            f"--{given[0]} is given without --{missing}",
+            key=f"--{missing}",
+            remedy="give both --base M and --tuned ADAPTER_OR_MODEL, or a recipe and none of them",
+        )
+    if given and arguments.recipe is not None and "=" not in arguments.recipe:
+        raise UserError(
+            f"both a recipe, {arguments.recipe!r}, and --{given[0]} are given",
+            key="RECIPE",
+            remedy="leave out one of them; a recipe takes eval.tuned=ADAPTER_OR_MODEL as an override",
+        )
 
 
 def _run(arguments: argparse.Namespace) -> None:
@@ -213,6 +272,8 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def _stage(arguments: argparse.Namespace) -> None:
+    if arguments.command == "eval":
+        _check_subject(arguments)
     run = _open(arguments)
     if arguments.command == "train":
         _train(run, arguments)
@@ -220,8 +281,12 @@ def _stage(arguments: argparse.Namespace) -> None:
         from trimtab.eval import stages
 
         if arguments.command == "eval":
+            if run.recipe.eval.tuned is not None:
+                from trimtab.train.prepare import floor_stage
+
+                floor_stage(run)
             stages.eval_stage(run)
-        else:
+        if arguments.command == "report" or run.recipe.eval.tuned is not None:
             print(f"report: {stages.report_stage(run)}")
     else:
         from trimtab.train import prepare

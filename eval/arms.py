@@ -63,10 +63,19 @@ class Arms:
         folder: where answers are kept.
         options: sampling options.
         seed: sampling seed, the same for every arm.
+        tuned_cap: whether the tuned weights are measured under the cap as well.
     """
 
     def __init__(
-        self, weights: Weights, form: ChatFormat, floor: Floor, folder: Path, options: SamplingOptions, seed: int
+        self,
+        weights: Weights,
+        form: ChatFormat,
+        floor: Floor,
+        folder: Path,
+        options: SamplingOptions,
+        seed: int,
+        *,
+        tuned_cap: bool = True,
     ) -> None:
         self._weights = weights
         self.form = form
@@ -74,11 +83,9 @@ class Arms:
         self.folder = folder
         self.options = options
         self.seed = seed
-
-    @property
-    def names(self) -> list[str]:
-        """Arms in the order of the report."""
-        return [*ARMS, *(name for name in self._weights if name == CONTROL)]
+        known = [*ARMS, *(name for name in self._weights if name == CONTROL)]
+        #: Arms in the order of the report.
+        self.names = known if tuned_cap else [name for name in known if name != "tuned+cap"]
 
     def weights(self, arm: str) -> AbstractContextManager[Any]:
         """The model with the weights of an arm. The cap is not switched here: see :meth:`floor_of`."""

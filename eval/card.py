@@ -14,13 +14,14 @@ REQUIRED_FACTS = ("base_model", "license")
 TAGS = ["activation-capping", "assistant-axis", "persona-drift", "lora", "trimtab"]
 
 
-def model_card(report: Report, *, adapter_facts: Mapping[str, Any]) -> str:
+def model_card(report: Report, *, adapter_facts: Mapping[str, Any], trained_here: bool = True) -> str:
     """Markdown with YAML front matter for the adapter folder's ``README.md``.
 
     Args:
         report: the evaluated report.
         adapter_facts: ``base_model`` (hub id or path) and ``license`` (hub identifier) are needed; every other entry
             (``method``, ``r``, ``target_modules``, ...) is listed under *How it was made*.
+        trained_here: whether a recipe trained the weights; of weights from elsewhere the card says only what was measured.
 
     Raises:
         ValueError: if ``base_model`` or ``license`` is missing.
@@ -28,12 +29,13 @@ def model_card(report: Report, *, adapter_facts: Mapping[str, Any]) -> str:
     missing = [key for key in REQUIRED_FACTS if not adapter_facts.get(key)]
     if missing:
         raise ValueError(f"adapter_facts lacks {', '.join(missing)}")
+    facts = _bullets([f"{key}: {_plain(value)}" for key, value in adapter_facts.items() if key not in REQUIRED_FACTS])
     front = {
         "license": adapter_facts["license"],
         "base_model": adapter_facts["base_model"],
-        "library_name": "peft",
+        **({"library_name": "peft"} if trained_here else {}),
         "pipeline_tag": "text-generation",
-        "tags": TAGS,
+        "tags": TAGS if trained_here else [tag for tag in TAGS if tag != "lora"],
     }
     sections = [
         f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---",
@@ -41,6 +43,8 @@ def model_card(report: Report, *, adapter_facts: Mapping[str, Any]) -> str:
         (
             "A LoRA adapter trained with activation capping in the loop, so that the model keeps its Assistant persona "
             "**without** any hook at inference."
+            if trained_here
+            else "Weights from elsewhere, measured without any hook against their base under the Assistant-axis cap."
         ),
         f"**{report.verdict.headline}** (verdict: {report.verdict.status})",
         _bullets(report.verdict.points),
@@ -52,11 +56,17 @@ def model_card(report: Report, *, adapter_facts: Mapping[str, Any]) -> str:
         ),
         "## Side effects",
         _side_effects_table(report),
-        "## Use",
-        _usage(str(adapter_facts["base_model"])),
-        "## How it was made",
-        _bullets([f"{key}: {_plain(value)}" for key, value in adapter_facts.items() if key not in REQUIRED_FACTS]),
-        "`floor.safetensors` beside the adapter holds the floor it was trained with; nothing needs it at inference.",
+        *(
+            ["## Use", _usage(str(adapter_facts["base_model"])), "## How it was made"]
+            if trained_here
+            else ["## What it is"]
+        ),
+        facts,
+        (
+            "`floor.safetensors` beside the adapter holds the floor it was trained with; nothing needs it at inference."
+            if trained_here
+            else ""
+        ),
         "## Limits",
         "The axis is about persona drift, not about all misalignment.",
         _bullets([*report.warnings, *(f"Does not compare: {line}" for line in report.does_not_compare)]),

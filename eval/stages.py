@@ -25,6 +25,7 @@ from trimtab.eval.card import model_card
 from trimtab.eval.measure import Ruler, coloured, firing_fraction, teacher_forced
 from trimtab.eval.report import load_report, render_html, write_report
 from trimtab.eval.schema import ArmAnswer, Transcript, Turn
+from trimtab.eval.subject import ADAPTER_WEIGHTS, Subject, find_subject
 from trimtab.eval.weights import Weights, open_weights
 from trimtab.recipes import data
 from trimtab.train.prepare import Prepared, sampling_options
@@ -39,42 +40,48 @@ def eval_stage(run: Run, prepared: Prepared | None = None) -> dict[str, Any]:
     Answers are kept arm by arm in ``eval/``, so a killed evaluation goes on where it was.
 
     Raises:
-        UserError: if there is no adapter yet.
+        UserError: if there is no adapter yet, or ``eval.tuned`` is not a model tuned from this base.
     """
-    recipe = run.recipe
     prepared = prepared or Prepared(run)
-    adapters = {"tuned": run.variant(control=False).adapter}
-    if recipe.eval.control:
-        adapters[CONTROL] = run.variant(control=True).adapter
-    for name, adapter in adapters.items():
-        if not (adapter / "adapter_model.safetensors").exists():
-            raise UserError(
-                f"there is no {name} adapter to evaluate", file=adapter, remedy="train it first: trimtab train RECIPE"
-            )
-
-    _same_weights(run, adapters)
+    subjects = _subjects(run)
+    _same_weights(run, subjects)
 
     def work() -> dict[str, Any]:
         loaded, form = prepared()
-        return evaluate(run, loaded.facts, open_weights(loaded.model, adapters), form)
+        adapters = {name: subject.name for name, subject in subjects.items() if not subject.whole}
+        whole = {
+            name: subject.load_whole(run.recipe.model, loaded) for name, subject in subjects.items() if subject.whole
+        }
+        return evaluate(run, loaded.facts, open_weights(loaded.model, adapters, whole), form)
 
-    inputs = [
-        recipe.eval.model_dump(),
-        *(file_fingerprint(path / "adapter_model.safetensors") for path in adapters.values()),
-    ]
+    inputs = [run.recipe.eval.model_dump(), *(subject.fingerprint() for subject in subjects.values())]
     return run.stage("eval", inputs, work)
 
 
-def _same_weights(run: Run, adapters: dict[str, Path]) -> None:
-    """Refuse answers that are kept from another adapter or floor: they would be mixed with new ones."""
+def _subjects(run: Run) -> dict[str, Subject]:
+    """The weights behind ``tuned`` and, where there is one, ``control``."""
+    if run.recipe.eval.tuned is not None:
+        return {"tuned": find_subject(run.recipe.eval.tuned)}
+    names = {"tuned": False, CONTROL: True} if run.recipe.eval.control else {"tuned": False}
+    for name, control in names.items():
+        adapter = run.variant(control).adapter
+        if not (adapter / ADAPTER_WEIGHTS).exists():
+            raise UserError(
+                f"there is no {name} adapter to evaluate", file=adapter, remedy="train it first: trimtab train RECIPE"
+            )
+    return {name: Subject(str(run.variant(control).adapter), whole=False) for name, control in names.items()}
+
+
+def _same_weights(run: Run, subjects: dict[str, Subject]) -> None:
+    """Refuse answers that are kept from other weights or another floor: they would be mixed with new ones."""
     path = run.folder / "eval" / "weights.json"
-    found = {name: file_fingerprint(adapter / "adapter_model.safetensors") for name, adapter in adapters.items()}
+    found = {name: subject.fingerprint() for name, subject in subjects.items()}
     found["floor"] = file_fingerprint(run.variant(control=False).floor_path)
     if not path.exists():
         write_json(path, found)
     elif read_json(path) != found:
         raise UserError(
-            "the answers kept here were given by another adapter, or under another floor",
+            "the answers kept here were given by other weights, or under another floor",
             file=path.parent,
             remedy="delete this folder and stages/eval.json to evaluate anew",
         )
@@ -85,7 +92,9 @@ def evaluate(run: Run, model_facts: dict[str, Any], weights: Weights, form: Chat
     section = run.recipe.eval
     floor = Floor.load(run.variant(control=False).floor_path)
     folder = run.folder / "eval"
-    arms = Arms(weights, form, floor, folder, sampling_options(section.sampling), section.seed)
+    arms = Arms(
+        weights, form, floor, folder, sampling_options(section.sampling), section.seed, tuned_cap=section.tuned_cap
+    )
     reextracted = _reextract(run, arms, model_facts, folder)
 
     roles, defaults = role_items(section.roles, section.questions), default_items(section.roles, section.questions)
@@ -154,7 +163,9 @@ def evaluate(run: Run, model_facts: dict[str, Any], weights: Weights, form: Chat
 
 
 def report_stage(run: Run) -> Path:
-    """Write ``report.html`` and the model card beside the adapter from ``report.json``; returns the page's path.
+    """Write ``report.html`` and the model card from ``report.json``; returns the page's path.
+
+    The card lies in the adapter's folder; of weights that were tuned elsewhere it is ``model_card.md`` in the run folder.
 
     Raises:
         UserError: if there is no ``report.json`` yet.
@@ -162,15 +173,14 @@ def report_stage(run: Run) -> Path:
     report = load_report(run.folder / "report.json")
     page = run.folder / "report.html"
     write_text(page, render_html(report))
-    adapter = run.variant(control=False).adapter
+    elsewhere = run.recipe.eval.tuned
     facts = {
         "base_model": run.recipe.model.name,
-        "adapter": adapter.name,
-        "recipe": run.loaded.name,
         "license": EMBEDDED.get(run.recipe.model.name, {}).get("license", "other"),
-        "lora": run.recipe.lora,
+        **({"recipe": run.loaded.name, "lora": run.recipe.lora} if elsewhere is None else {"tuned": elsewhere}),
     }
-    write_text(adapter / "README.md", model_card(report, adapter_facts=facts))
+    card = run.variant(control=False).adapter / "README.md" if elsewhere is None else run.folder / "model_card.md"
+    write_text(card, model_card(report, adapter_facts=facts, trained_here=elsewhere is None))
     return page
 
 
@@ -351,7 +361,6 @@ def _repeat(run: Run) -> dict[str, Any]:
     files = {
         "axis.safetensors": run.axis_path,
         "floor.safetensors": run.variant(control=False).floor_path,
-        "adapter_model.safetensors": run.variant(control=False).adapter / "adapter_model.safetensors",
         **{path.name: path for path in sorted(data.FOLDER.iterdir()) if path.is_file()},
     }
     overrides = " ".join(run.loaded.overrides)
@@ -362,7 +371,10 @@ def _repeat(run: Run) -> dict[str, Any]:
         "resolved": made["resolved"],
         "versions": made["versions"],
         "git": made["git"],
-        "hashes": {name: file_fingerprint(path) for name, path in files.items()},
+        "hashes": {
+            **{name: file_fingerprint(path) for name, path in files.items()},
+            **{name: subject.fingerprint() for name, subject in _subjects(run).items()},
+        },
         "seeds": {
             "axis": run.recipe.axis.seed,
             "data": run.recipe.data.seed,

@@ -20,18 +20,22 @@ from trimtab.axis.adapters import can_merge
 Weights = Mapping[str, Callable[[], AbstractContextManager[Any]]]
 
 
-def open_weights(base: Any, adapters: Mapping[str, Path]) -> Weights:
+def open_weights(base: Any, adapters: Mapping[str, str | Path], whole: Mapping[str, Any] | None = None) -> Weights:
     """Name -> context manager that yields a model with those weights; ``base`` is always there.
 
     Args:
         base: the base model.
-        adapters: name -> PEFT adapter folder.
+        adapters: name -> PEFT adapter, a folder or a hub id.
+        whole: name -> model with weights of its own.
     """
+    held = {name: _holding(model) for name, model in (whole or {}).items()}
+    if not adapters:
+        return {"base": _holding(base), **held}
     if can_merge(base):
         models = {"base": base}
         for name, folder in adapters.items():
             models[name] = PeftModel.from_pretrained(copy.deepcopy(base), str(folder)).merge_and_unload().eval()
-        return {name: _holding(model) for name, model in models.items()}
+        return {**{name: _holding(model) for name, model in models.items()}, **held}
     model: Any = None
     for name, folder in adapters.items():
         if model is None:
@@ -39,7 +43,7 @@ def open_weights(base: Any, adapters: Mapping[str, Path]) -> Weights:
         else:
             model.load_adapter(str(folder), adapter_name=name)
     model.eval()
-    return {"base": _without_adapter(model), **{name: _with_adapter(model, name) for name in adapters}}
+    return {"base": _without_adapter(model), **{name: _with_adapter(model, name) for name in adapters}, **held}
 
 
 def _holding(model: Any) -> Callable[[], AbstractContextManager[Any]]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
+import yaml
 from pydantic import BaseModel, ValidationError
 
 from trimtab.recipes.faults import Fault, RecipeError, did_you_mean
@@ -103,6 +104,24 @@ def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Load
         raise RecipeError(
             [Fault(f"the file can't be read: {reason}", "check the path and its permissions", file=str(path))]
         ) from error
+    return _load(text, path, name, overrides)
+
+
+def recipe_of(sections: Mapping[str, Any], name: str, overrides: Sequence[str] = ()) -> LoadedRecipe:
+    """A recipe that a command makes from its options; relative paths are relative to the working directory.
+
+    Args:
+        sections: as in a file.
+        name: of the job, which names the run folder.
+        overrides: ``section.key=value``, the value as in YAML.
+
+    Raises:
+        RecipeError: with every fault, each with key and remedy.
+    """
+    return _load(yaml.safe_dump(dict(sections), sort_keys=False), Path(COMMAND_LINE), name, overrides)
+
+
+def _load(text: str, path: Path, name: str, overrides: Sequence[str]) -> LoadedRecipe:
     parsed = parse_yaml(text)
     if parsed.faults and parsed.value is None:
         raise RecipeError([replace(fault, file=str(path)) for fault in parsed.faults])

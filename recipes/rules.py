@@ -65,6 +65,12 @@ def impossible(recipe: Recipe, given: Set[str]) -> Iterator[Fault]:
     yield from _lora(recipe)
     yield from _method_and_data(recipe, given)
     yield from _shipped_data(recipe)
+    if recipe.eval.tuned is not None and recipe.eval.control:
+        yield Fault(
+            "there is no control to weights that were tuned elsewhere: eval.tuned is set",
+            "set eval.control=false, or remove eval.tuned to train and evaluate an adapter of this recipe",
+            "eval.control",
+        )
 
 
 def _train(recipe: Recipe) -> Iterator[Fault]:
@@ -77,7 +83,8 @@ def _train(recipe: Recipe) -> Iterator[Fault]:
         value = recipe.train.get(key)
         if isinstance(value, int) and not isinstance(value, bool) and value < 1:
             yield Fault(f"must be at least 1, got {value}", f"give a positive number: train.{key}=1", f"train.{key}")
-    if "max_steps" not in recipe.train and "num_train_epochs" not in recipe.train:
+    trained = recipe.eval.tuned is None
+    if trained and "max_steps" not in recipe.train and "num_train_epochs" not in recipe.train:
         yield Fault("is missing", "say how many optimiser steps to train: train.max_steps=100", "train.max_steps")
     for key in ("packing", "padding_free"):
         if recipe.train.get(key) is True:

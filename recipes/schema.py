@@ -196,8 +196,9 @@ METHODS: dict[str, type[AnyMethod]] = {
 
 
 class EvalSection(Section):
-    """How much is measured."""
+    """What is measured, and how much. ``tuned`` stands in the place of the run's own adapter: any adapter or model."""
 
+    tuned: str | None = None
     roles: Positive = 20
     questions: Positive = 6
     conversations: NotNegative = 16
@@ -208,6 +209,7 @@ class EvalSection(Section):
     reextract_roles: NotNegative = 20
     reextract_questions: Positive = 4
     control: bool = False
+    tuned_cap: bool = True
     bootstrap: Positive = 5000
     transcripts: NotNegative = 12
     seed: int = 1000

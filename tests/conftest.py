@@ -109,8 +109,8 @@ def build_floor(layers: tuple[int, ...] = (1, 2), *, tau: float = 0.5, hidden: i
 
 @contextlib.contextmanager
 def capped_by_hand(model: Any, floor: Floor) -> Iterator[None]:
-    """Cap the floor's layers by hooks that are not the package's; ``model`` is a PEFT-wrapped Llama."""
-    layers = model.get_base_model().model.layers
+    """Cap the floor's layers by hooks that are not the package's; ``model`` is a Llama, PEFT-wrapped or not."""
+    layers = getattr(model, "get_base_model", lambda: model)().model.layers
 
     def hook(position: int) -> Any:
         return lambda module, inputs, output: cap(output, floor.directions[position], floor.tau[position])

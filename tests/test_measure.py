@@ -240,6 +240,8 @@ def test_answers_are_kept_and_paired(arms: Arms) -> None:
     assert len(fewer.texts) == 2  # other items are another set of answers
     assert arms.answers("set", items, "base+cap").texts != first.texts
     assert arms.names == ["base", "base+cap", "tuned", "tuned+cap"]
+    fewer_arms = Arms(arms._weights, arms.form, arms.floor, arms.folder, arms.options, arms.seed, tuned_cap=False)
+    assert fewer_arms.names == ["base", "base+cap", "tuned"]
 
 
 def test_conversations_go_on_from_the_arms_own_answers(arms: Arms) -> None:

@@ -1,0 +1,197 @@
+"""Any adapter or model against its base, and evaluations whose outcome is known before they are made."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import CHATML, build_model, build_tokenizer, capped_by_hand
+from peft import LoraConfig, get_peft_model
+
+from trimtab.axis import Floor, UserError
+from trimtab.cli.main import main
+from trimtab.eval.report import load_report
+from trimtab.eval.schema import Report
+from trimtab.eval.stages import evaluate
+from trimtab.eval.subject import find_subject
+from trimtab.recipes.loader import RecipeError, recipe_of
+from trimtab.train.prepare import floor_stage, load_recipe_model
+from trimtab.train.run import Run, open_run
+
+SECTIONS: dict[str, dict[str, Any]] = {
+    "axis": {
+        "roles": 3, "held_out_roles": 2, "questions": 3, "default_repeats": 2,
+        "sampling": {"max_new_tokens": 6, "batch_size": 8},
+    },
+    "floor": {"layers": [1, 2], "pool": 12, "drift_rows": 4, "min_firing": 0},
+    "eval": {
+        "roles": 6, "questions": 2, "conversations": 2, "turns": 2, "benign": 4, "professional": 0, "bootstrap": 300,
+        "sampling": {"max_new_tokens": 8, "batch_size": 8}, "reextract_roles": 0, "transcripts": 3,
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    build_model("llama", max_position_embeddings=2048).save_pretrained(folder)
+    build_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Axis and floor of the tiny base; each test evaluates in a folder of its own."""
+    sections = {**SECTIONS, "model": {"name": str(base), "dtype": "float32", "device": "cpu"}}
+    sections["eval"] = {**SECTIONS["eval"], "tuned": str(base)}
+    found = open_run(recipe_of(sections, "known"), output_dir=str(tmp_path_factory.mktemp("runs") / "known"))
+    floor_stage(found)
+    return found
+
+
+def whole(model: Any) -> Any:
+    return lambda: contextlib.nullcontext(model)
+
+
+def evaluated(run: Run, make_tuned: Any) -> Report:
+    """The report of ``make_tuned(base model, floor)`` against the base."""
+    loaded, form = load_recipe_model(run.recipe.model)
+    floor = Floor.load(run.variant(control=False).floor_path)
+    tuned = make_tuned(loaded.model, floor)
+    evaluate(run, loaded.facts, {"base": whole(loaded.model), "tuned": tuned}, form)
+    report = load_report(run.folder / "report.json")
+    for path in (run.folder / "eval").iterdir():
+        path.unlink()
+    return report
+
+
+def test_base_against_base_is_never_good(run: Run) -> None:
+    report = evaluated(run, lambda model, floor: whole(copy.deepcopy(model)))
+    assert report.verdict.status in ("unclear", "bad")
+    for metric in report.metrics:
+        assert metric.tuned_effect.value == metric.tuned_effect.low == metric.tuned_effect.high == 0
+        kept = metric.retention.estimate
+        assert kept is None or (kept.low <= 0 <= kept.high and kept.value == 0)
+    effects = {effect.id: effect.estimate.value for effect in report.side_effects}
+    assert effects["benign_kl"] == effects["default_z_shift"] == effects["default_z_shift_same_text"] == 0
+
+
+def test_the_cap_against_itself_keeps_exactly_all(run: Run) -> None:
+    """The tuned weights are the base under hooks that know nothing of ours."""
+
+    with contextlib.ExitStack() as hooks:
+
+        def capped(model: Any, floor: Floor) -> Any:
+            other = copy.deepcopy(model)
+            hooks.enter_context(capped_by_hand(other, floor))
+            return whole(other)
+
+        report = evaluated(run, capped)
+    metrics = {metric.id: metric for metric in report.metrics}
+    defined = [metric for metric in report.metrics if metric.retention.estimate is not None]
+    assert {"z_training", "kl_capped_self"} <= {metric.id for metric in defined}
+    for metric in defined:
+        assert metric.retention.estimate is not None
+        assert metric.retention.estimate.value == pytest.approx(1, abs=1e-4)
+        assert metric.retention.estimate.low == pytest.approx(1, abs=1e-4)
+    assert metrics["text_llr"].tuned_effect == metrics["text_llr"].cap_effect
+
+
+def tuned_adapter(base: Path, folder: Path) -> Path:
+    """A PEFT adapter of the base that does something."""
+    from transformers import AutoModelForCausalLM
+
+    model: Any = AutoModelForCausalLM.from_pretrained(base)
+    peft: Any = get_peft_model(model, LoraConfig(r=4, target_modules=["o_proj"], init_lora_weights=False))
+    peft.save_pretrained(folder)
+    return folder
+
+
+def small() -> list[str]:
+    """The sections as overrides of the command line."""
+    pairs = [
+        (f"{section}.{key}", value)
+        for section, keys in SECTIONS.items()
+        if section != "floor"
+        for key, value in keys.items()
+    ]
+    return [f"{key}={value}" for key, value in pairs] + ["model.dtype=float32", "model.device=cpu"]
+
+
+def test_the_command_takes_an_adapter_and_the_same_weights_whole(base: Path, run: Run, tmp_path: Path) -> None:
+    """The adapter, and a model that it was merged into, measure alike."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    adapter = tuned_adapter(base, tmp_path / "adapter")
+    before = {path.name: path.stat().st_mtime_ns for path in adapter.iterdir()}
+    model: Any = AutoModelForCausalLM.from_pretrained(base)
+    merged = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    build_tokenizer().save_pretrained(tmp_path / "merged")
+    floor = run.variant(control=False).floor_path
+    reports = []
+    for tuned in (adapter, tmp_path / "merged"):
+        out = tmp_path / f"run-{tuned.name}"
+        arguments = [
+            "eval",
+            "--base",
+            str(base),
+            "--tuned",
+            str(tuned),
+            "--floor",
+            str(floor),
+            "--output-dir",
+            str(out),
+        ]
+        assert main([*arguments, *small(), "--quiet"]) == 0
+        reports.append(load_report(out / "report.json"))
+        card = (out / "model_card.md").read_text(encoding="utf-8")
+        assert "Weights from elsewhere" in card and "peft" not in card and reports[-1].verdict.headline in card
+        assert (out / "report.html").exists()
+    assert {path.name: path.stat().st_mtime_ns for path in adapter.iterdir()} == before  # nothing was written there
+    one, other = reports
+    assert one.metrics == other.metrics and one.side_effects == other.side_effects
+    assert one.metrics[0].tuned_effect.value != 0
+    assert one.repeat["hashes"]["tuned"] != other.repeat["hashes"]["tuned"]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--base", "M"], "--tuned"),
+        (["--tuned", "M"], "--base"),
+        (["tiny/sft", "--base", "M", "--tuned", "N"], "both a recipe"),
+        ([], "nothing to evaluate"),
+        (["--base", "M", "--tuned", "N", "eval.control=true"], "eval.control"),
+        (["--base", "M", "--tuned", "N", "--floor", "nowhere.safetensors"], "floor.path"),
+    ],
+)
+def test_half_a_subject_is_refused(given: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", *given]) == 2
+    printed = capsys.readouterr().err
+    assert said in printed and "remedy" in printed
+
+
+def test_what_is_no_tuned_model_is_refused(base: Path, run: Run, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="neither adapter_config"):
+        find_subject(str(tmp_path))
+    (tmp_path / "adapter_config.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(UserError, match="adapter_model"):
+        find_subject(str(tmp_path))
+    loaded, _ = load_recipe_model(run.recipe.model)
+    deeper, spoken = tmp_path / "deeper", tmp_path / "spoken"
+    for folder, changes, template in ((deeper, {"num_hidden_layers": 5}, CHATML), (spoken, {}, "{{ 'other' }}")):
+        build_model("llama", max_position_embeddings=2048, **changes).save_pretrained(folder)
+        build_tokenizer(template).save_pretrained(folder)
+    with pytest.raises(UserError, match="num_hidden_layers is 5"):
+        find_subject(str(deeper)).load_whole(run.recipe.model, loaded)
+    find_subject(str(spoken)).load_whole(run.recipe.model, loaded)  # another template is warned of
+
+
+def test_a_recipe_of_options_names_its_faults() -> None:
+    with pytest.raises(RecipeError, match=r"eval\.rols"):
+        recipe_of({"model": {"name": "m"}, "eval": {"tuned": "t", "rols": 3}}, "x")
