@@ -68,7 +68,12 @@ def merged_if_quicker(model: Any) -> contextlib.AbstractContextManager[Any]:
 
 
 def can_merge(model: Any) -> bool:
-    """Whether merging for a while is possible and worth it: whole, unquantised weights on a CPU."""
+    """Whether merging for a while is possible and worth it: whole, unquantised weights on a CPU, and a place for every delta."""
     parameters = list(model.parameters())
     whole = all(not hasattr(p, "ds_id") and not hasattr(p, "full_tensor") for p in parameters)
-    return whole and all(p.device.type == "cpu" and p.is_floating_point() for p in parameters)
+    placed = not any(
+        any(getattr(layer, "lora_bias", {}).values()) and getattr(layer.get_base_layer(), "bias", None) is None
+        for layer in model.modules()
+        if isinstance(layer, BaseTunerLayer)
+    )
+    return whole and placed and all(p.device.type == "cpu" and p.is_floating_point() for p in parameters)

@@ -31,14 +31,13 @@ EVAL = [
     "eval.reextract_roles=0", "eval.transcripts=3", "eval.control=false",
     "eval.tuned_cap=false",
 ]  # fmt: skip
-CAPPED = ["method.ce_weight=1", "method.cap_strength=1"]
 ARMS: dict[str, tuple[str, list[str]]] = {
-    "SFT": ("floor", ["method.ce_weight=1", "method.floor_weight=0"]),
-    "capped SFT": ("floor", [*CAPPED, "method.floor_weight=0"]),
+    "SFT": ("sft", ["method.cap_strength=0", "method.floor_weight=0"]),
+    "capped SFT": ("sft", ["method.floor_weight=0"]),
     "floor only": ("floor", []),
-    "capped SFT + floor": ("floor", CAPPED),
+    "capped SFT + floor": ("sft", []),
     "distillation": ("distill", ["method.floor_weight=0"]),
-    "distillation + floor": ("distill", ["method.floor_weight=0.7"]),
+    "distillation + floor": ("distill", []),
     "GRPO": ("grpo", ["method.floor_weight=0"]),
     "GRPO + floor": ("grpo", []),
     "GRPO without the ratio": ("grpo", ["method.floor_weight=0", "method.correct_ratio=false"]),
@@ -147,7 +146,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="where the runs go")
     parser.add_argument(
-        "--model", default="smollm2-135m", help="folder of recipes that has floor, distill, grpo and dpo"
+        "--model", default="smollm2-135m", help="folder of recipes that has sft, floor, distill, grpo and dpo"
     )
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), metavar="ARM")
     parser.add_argument("--seeds", type=int, default=3)

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from trimtab.eval.arms import CONTROL, Answers, Item
-from trimtab.eval.intervals import ClusterBootstrap, wilson
+from trimtab.eval.claims import make_claims
+from trimtab.eval.intervals import ClusterBootstrap, holm, wilson
 from trimtab.eval.measure import Forced, Ruler, keyword_hit, repeated_share
-from trimtab.eval.schema import Metric, Report, SideEffect, Trajectory, Transcript, TurnPoint
+from trimtab.eval.schema import Estimate, Metric, Report, Rerouting, SideEffect, Trajectory, Transcript, TurnPoint
 from trimtab.eval.verdict import make_verdict
 from trimtab.recipes.data import Conversation
 
@@ -37,6 +38,7 @@ class Measured:
     rulers: dict[str, Ruler]
     llr: dict[str, Any]
     llr_professional: dict[str, list[float]]
+    rerouting: Rerouting | None
     drift_forced: dict[str, Forced]
     benign_forced: dict[str, Forced]
     default_forced: dict[str, Forced]
@@ -57,15 +59,18 @@ def build_report(
     repeat: dict[str, Any],
 ) -> Report:
     """Assemble the report. The arguments besides ``measured`` are carried over as facts."""
-    metrics = _metrics(measured, bootstrap, seed)
+    metrics = _corrected(_metrics(measured, bootstrap, seed))
     side_effects = _side_effects(measured, bootstrap, seed)
+    claims = make_claims(metrics, side_effects, measured.rerouting)
     return Report(
         title=title,
         created=created,
-        verdict=make_verdict(metrics, side_effects),
+        verdict=make_verdict(metrics, side_effects, claims),
+        claims=claims,
         metrics=metrics,
         side_effects=side_effects,
         trajectories=_trajectories(measured, bootstrap, seed),
+        rerouting=measured.rerouting,
         persona_space=axis.pop("persona_space", {}),
         axis=axis,
         floor={**floor, "firing_fraction_by_weights": measured.firing, "default_z": 0.0},
@@ -94,7 +99,7 @@ def _metrics(measured: Measured, bootstrap: int, seed: int) -> list[Metric]:
             "base from the text alone: how much better the role explains the text than the default Assistant does.",
             "lower",
             measured.llr["arms"],
-            quality={"auc": round(measured.llr["auc"], 4)},
+            quality={} if measured.llr["auc"] is None else {"AUC": measured.llr["auc"]},
             primary=True,
         )
     ]
@@ -166,6 +171,12 @@ def _metrics(measured: Measured, bootstrap: int, seed: int) -> list[Metric]:
     return [metric for metric in found if metric is not None]
 
 
+def _corrected(metrics: Sequence[Metric]) -> list[Metric]:
+    """The metrics with their p-values corrected for their number."""
+    p_values = holm([1.0 if metric.p_holm is None else metric.p_holm for metric in metrics])
+    return [metric.model_copy(update={"p_holm": p}) for metric, p in zip(metrics, p_values, strict=True)]
+
+
 def _slopes(turns: Sequence[Sequence[float]]) -> list[float]:
     """Least-squares slope of z over turns for each conversation; NaN with fewer than 2 turns."""
     table = np.asarray(turns, dtype=float)  # [turns, conversations]
@@ -188,7 +199,7 @@ def _metric(
     toward: Any,
     values: dict[str, list[float]],
     *,
-    quality: dict[str, float] | None = None,
+    quality: dict[str, Estimate] | None = None,
     primary: bool = False,
 ) -> Metric | None:
     """One metric over the arms; None where an arm, or a pair that is compared, has no value at all."""
@@ -209,6 +220,8 @@ def _metric(
         retention=bootstrap.retention(base, capped, tuned),
         control_retention=control,
         quality=quality,
+        p_holm=bootstrap.p_value(tuned - base),
+        detectable=bootstrap.detectable(tuned - base),
         primary=primary,
     )
 
@@ -249,6 +262,12 @@ def _side_effects(measured: Measured, bootstrap: int, seed: int) -> list[SideEff
             "z under the tuned weights minus z under the base, on the base's default answers.",
             by_default.estimate_if_any(measured.default_forced[arm].z_shift), limits[1],
         )  # fmt: skip
+    add(
+        "role_z_shift_same_text", "z-shift on the same role text", "sigma",
+        "z under the tuned weights minus z under the base, on the capped self's answers to the held-out roles; it is meant to "
+        "rise, and it tells a shift of role text from one of every text.",
+        by_role.estimate_if_any(measured.drift_forced["tuned"].z_shift),
+    )  # fmt: skip
     add(
         "benign_kl_cap", "KL to the base on benign text: the cap itself", "nat/token",
         "KL(base || base+cap), for comparison: what the hook costs on benign text.",
@@ -321,12 +340,14 @@ def _trajectories(measured: Measured, bootstrap: int, seed: int) -> list[Traject
 def _warnings(measured: Measured, metrics: Sequence[Metric]) -> list[str]:
     found = []
     primary = next((metric for metric in metrics if metric.primary), None)
-    auc = measured.llr["auc"]
+    auc = None if measured.llr["auc"] is None else measured.llr["auc"].value
     if primary is None:
         found.append("An arm gave no answer at all under role prompts: text-only behaviour could not be measured.")
-    elif auc < 0.8:
+    elif auc is None or auc < 0.8:
         found.append(
-            f"The persona ratio separates role from default text with an AUC of only {auc:.2f}: read it with care."
+            "The persona ratio's AUC could not be measured: read it with care."
+            if auc is None
+            else f"The persona ratio separates role from default text with an AUC of only {auc:.2f}: read it with care."
         )
     if primary is not None and measured.llr["default"]:
         room = primary.arms["base"].value - float(np.mean(measured.llr["default"]))

@@ -12,7 +12,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from trimtab.eval.schema import ARMS, Metric, Retention, Trajectory
+from trimtab.eval.schema import ARMS, Metric, Rerouting, Retention, Trajectory
 from trimtab.eval.wording import ARM_NAMES, percent_text
 
 Figure = dict[str, Any]
@@ -175,6 +175,37 @@ def layers_figure(space: Mapping[str, Any], axis: Mapping[str, Any], window: Seq
             {"x": (left + right) / 2, "y": 0.01, "yref": "paper", "yanchor": "bottom", "text": "floor",
              "showarrow": False, "font": {"color": "$soft", "size": 12}}
         ]  # fmt: skip
+    return {"data": data, "layout": layout}
+
+
+def components_figure(rerouting: Rerouting | None) -> Figure | None:
+    """Shift along each persona component, cap and tuning side by side, with intervals."""
+    if rerouting is None or not rerouting.components:
+        return None
+    data = [
+        {
+            "type": "bar", "name": name, "x": [f"PC{c.number}" for c in rerouting.components],
+            "y": [e.value for e in effects], "marker": {"color": colour(arm)},
+            "error_y": {
+                "type": "data", "symmetric": False, "color": "$soft", "thickness": 1.2, "width": 3,
+                "array": [e.high - e.value for e in effects], "arrayminus": [e.value - e.low for e in effects],
+            },
+            "hovertemplate": "%{x} %{y:.2f} sigma",
+        }
+        for name, arm, effects in (
+            ("cap", "base+cap", [c.cap_effect for c in rerouting.components]),
+            ("tuned", "tuned", [c.tuned_effect for c in rerouting.components]),
+        )
+    ]  # fmt: skip
+    layout = {
+        "height": 290,
+        "margin": {"l": 52, "r": 10, "t": 8, "b": 34},
+        "barmode": "group",
+        "bargap": 0.35,
+        "xaxis": {"showgrid": False},
+        "yaxis": {"title": {"text": "sigma"}, "zeroline": True},
+        "hovermode": "x unified",
+    }
     return {"data": data, "layout": layout}
 
 

@@ -1,4 +1,4 @@
-"""Intervals: paired bootstrap over clusters, retention, Wilson.
+"""Intervals and tests: paired bootstrap over clusters, retention, what n items can show, Holm, Wilson.
 
 Shapes: n paired items, C clusters, S bootstrap samples.
 """
@@ -9,12 +9,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from scipy.stats import binomtest
+from scipy.stats import binomtest, norm
+from sklearn.metrics import roc_auc_score
+from statsmodels.stats.multitest import multipletests
 
 from trimtab.eval.schema import Estimate, Retention
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 LEVEL = 95.0
+POWER = 0.8
+AUC_SAMPLES = 1000  # a rank statistic is sorted anew in each resample
 
 
 class ClusterBootstrap:
@@ -60,6 +64,36 @@ class ClusterBootstrap:
         """:meth:`estimate`, or None where every value is NaN."""
         return self.estimate(values) if np.isfinite(np.asarray(values, dtype=float)).any() else None
 
+    def p_value(self, values: Sequence[float] | Array) -> float:
+        """Two-sided p of a mean of 0: twice the share of resamples beyond 0, at least 2 / (S + 1); 1 where nothing moved."""
+        samples = self.means(np.asarray(values, dtype=float))
+        samples = samples[np.isfinite(samples)]
+        beyond = min(int((samples <= 0).sum()), int((samples >= 0).sum()))
+        return min(1.0, 2 * (beyond + 1) / (len(samples) + 1))
+
+    def detectable(self, values: Sequence[float] | Array) -> float:
+        """The least true mean that so many items would show: at the 5 % level, two-sided, with 80 % power.
+
+        (z_0.975 + z_0.8) standard errors, the error being that of the cluster bootstrap; 0 where nothing varies.
+        """
+        error = float(np.nanstd(self.means(np.asarray(values, dtype=float))))
+        return float(norm.ppf(0.5 + LEVEL / 200) + norm.ppf(POWER)) * error
+
+    def auc(self, scores: Sequence[float] | Array, positive: Sequence[bool]) -> Estimate:
+        """Area under the ROC curve of ``scores`` for ``positive``, with its interval; resamples of one class are left out.
+
+        Raises:
+            ValueError: if there is one class only, or a score is NaN.
+        """
+        values, labels = np.asarray(scores, dtype=float), np.asarray(positive, dtype=bool)
+        samples = [
+            roc_auc_score(labels, values, sample_weight=weights)
+            for draw in self._weights[:AUC_SAMPLES]
+            if 0 < (weights := draw[self._index].astype(float))[labels].sum() < weights.sum()
+        ]
+        low, high = _percentiles(np.asarray(samples))
+        return Estimate(value=float(roc_auc_score(labels, values)), low=low, high=high, n=len(values))
+
     def retention(
         self, base: Sequence[float] | Array, capped: Sequence[float] | Array, tuned: Sequence[float] | Array
     ) -> Retention:
@@ -103,3 +137,8 @@ def wilson(successes: int, n: int) -> Estimate:
         raise ValueError("a rate needs at least one trial")
     interval = binomtest(successes, n).proportion_ci(confidence_level=LEVEL / 100, method="wilson")
     return Estimate(value=successes / n, low=float(interval.low), high=float(interval.high), n=n)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values after Holm's correction for their number."""
+    return [float(p) for p in multipletests(p_values, method="holm")[1]] if p_values else []

@@ -134,8 +134,29 @@ def _forward(
     """Per row: logits that predict the answer's tokens [T, V], and z of those tokens [T] (as the next layer sees them)."""
     counts = [len(tail) for tail in tails]
     rows = [[*head, *tail] for head, tail in zip(heads, tails, strict=True)]
-    logits, zs = _read(arms, arm, rows, counts, ruler, logits_to_keep=max(counts) + 1)
-    return [(logits[k, -count - 1 : -1], z) for k, (count, z) in enumerate(zip(counts, zs, strict=True))]
+    logits, states = _read(arms, arm, rows, counts, logits_to_keep=max(counts) + 1)
+    return [(logits[k, -count - 1 : -1], ruler.token_z(states[k])) for k, count in enumerate(counts)]
+
+
+@torch.no_grad()
+def read_means(arms: Arms, arm: str, given: Answers, *, batch_size: int, title: str) -> Tensor:
+    """Mean activations of given answers under an arm, over the answer's tokens and as the next layer sees them, [n, L, D].
+
+    NaN for an empty answer. The texts are read, not sampled, so that arms are compared on the same words.
+    """
+    heads = [arms.form.prompt_ids(prompt) for prompt in given.prompts]
+    tails = [arms.form.answer_ids(text) for text in given.texts]
+    found = torch.full((len(tails), len(arms.floor.layers), arms.floor.directions.shape[1]), float("nan"))
+    kept = [i for i, tail in enumerate(tails) if tail]
+    with progress_bar(title, len(kept)) as bar:
+        for batch in batches_by_length([len(heads[i]) + len(tails[i]) for i in kept], batch_size):
+            rows = [kept[k] for k in batch]
+            counts = [len(tails[i]) for i in rows]
+            _, states = _read(arms, arm, [[*heads[i], *tails[i]] for i in rows], counts, logits_to_keep=1)
+            for i, layers in zip(rows, states, strict=True):
+                found[i] = torch.stack([state.float().mean(0).cpu() for state in layers])
+            bar.advance(0, len(rows))  # type: ignore[arg-type]
+    return found
 
 
 def _read(
@@ -143,11 +164,14 @@ def _read(
     arm: str,
     rows: Sequence[Sequence[int]],
     counts: Sequence[int],
-    ruler: Ruler,
     *,
     logits_to_keep: int,
-) -> tuple[Tensor, list[Tensor]]:
-    """One forward over token rows: the last logits [B, logits_to_keep, V], and z of each row's last ``counts`` tokens."""
+) -> tuple[Tensor, list[list[Tensor]]]:
+    """One forward over token rows: the last logits, and the states of each row's last ``counts`` tokens.
+
+    Returns:
+        Logits [B, logits_to_keep, V]; for each row one state [count, D] a floor layer, as the next layer sees it.
+    """
     tokenizer: Any = arms.form.tokenizer
     states: dict[int, Tensor] = {}
     with arms.weights(arm) as model:
@@ -158,9 +182,7 @@ def _read(
             controller.capping(arms.floor, enabled=arms.floor_of(arm) is not None),
         ):
             logits: Tensor = model(input_ids=ids, attention_mask=mask, logits_to_keep=logits_to_keep).logits
-    return logits, [
-        ruler.token_z([states[layer][k, -count:] for layer in arms.floor.layers]) for k, count in enumerate(counts)
-    ]
+    return logits, [[states[layer][k, -count:] for layer in arms.floor.layers] for k, count in enumerate(counts)]
 
 
 @torch.no_grad()
@@ -200,8 +222,9 @@ def coloured(
         chosen = [holders[k] for k in batch]
         # from the first answer on: what comes before it is not coloured
         counts = [len(rows[j]) - min(len(heads[i]) for i in inside[j]) for j in chosen]
-        zs = _read(arms, arm, [rows[j] for j in chosen], counts, ruler, logits_to_keep=1)[1]
-        for j, count, z in zip(chosen, counts, zs, strict=True):
+        states = _read(arms, arm, [rows[j] for j in chosen], counts, logits_to_keep=1)[1]
+        for j, count, layers in zip(chosen, counts, states, strict=True):
+            z = ruler.token_z(layers)
             for i in inside[j]:
                 start = len(heads[i]) - (len(rows[j]) - count)
                 found[i] = _words(form, tails[i], texts[i], z[start : start + len(tails[i])].tolist())

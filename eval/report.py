@@ -22,6 +22,7 @@ from trimtab.axis.files import read_json, write_json, write_text
 from trimtab.eval import wording
 from trimtab.eval.figures import (
     ALL_ARMS,
+    components_figure,
     layers_figure,
     persona_figure,
     retention_figure,
@@ -99,6 +100,7 @@ def render_html(report: Report) -> str:
         trajectories=trajectory_figures(report.trajectories, default_z),
         persona=persona_figure(report.persona_space),
         ranked_roles=_ranked_roles(report.persona_space),
+        components=components_figure(report.rerouting),
         layers=layers_figure(report.persona_space, report.axis, report.floor.get("layers", [])),
         training=training_figures(report.training.get("log", [])),
         default_z=default_z,

@@ -50,6 +50,8 @@ class Metric(Part):
         retention: of the tuned model.
         control_retention: of the random-direction control, or None without one.
         quality: the metric's own quality, such as its AUC, or None.
+        p_holm: p of the tuned effect being 0, after Holm's correction over the metrics of the report.
+        detectable: the least tuned effect that so many items would show (5 % level, 80 % power).
         primary: the metric that the verdict is about.
     """
 
@@ -63,7 +65,9 @@ class Metric(Part):
     tuned_effect: Estimate
     retention: Retention
     control_retention: Retention | None = None
-    quality: dict[str, float] | None = None
+    quality: dict[str, Estimate] | None = None
+    p_holm: float | None = None
+    detectable: float | None = None
     primary: bool = False
 
 
@@ -92,6 +96,40 @@ class Trajectory(Part):
     domain: str
     arm: str
     points: list[TurnPoint]
+
+
+class Component(Part):
+    """How far the cap and the tuning move answers under roles along one persona component, in sigma of the base's answers.
+
+    ``cosine_axis`` is the component's cosine with the axis; the component points from role answers to default ones.
+    """
+
+    number: int
+    variance: float
+    cosine_axis: float
+    cap_effect: Estimate
+    tuned_effect: Estimate
+
+
+class Rerouting(Part):
+    """Where the persona went: ``probe`` is arm -> AUC of a linear probe for in-character text, fitted on the arm's activations.
+
+    Both at the floor's deepest layer, ``layer``.
+    """
+
+    layer: int
+    probe: dict[str, Estimate]
+    components: list[Component]
+
+
+class Claim(Part):
+    """One claim of the report, with its light and the rule that set it. ``grey``: not measured, or not to be said."""
+
+    id: str
+    name: str
+    light: Literal["green", "amber", "red", "grey"]
+    says: str
+    rule: str
 
 
 class ArmAnswer(Part):
@@ -133,9 +171,11 @@ class Report(Part):
     title: str
     created: str
     verdict: Verdict
+    claims: list[Claim] = []
     metrics: list[Metric]
     side_effects: list[SideEffect]
     trajectories: list[Trajectory]
+    rerouting: Rerouting | None = None
     persona_space: dict[str, Any]
     axis: dict[str, Any]
     floor: dict[str, Any]

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sklearn.metrics import roc_auc_score
 
 from trimtab.axis import Axis, Floor, UserError
+from trimtab.axis.calibration import spread
 from trimtab.axis.chat import ChatFormat, chat
-from trimtab.axis.extraction import extract
+from trimtab.axis.extraction import DEFAULT, extract
 from trimtab.axis.files import file_fingerprint, read_json, read_jsonl, write_json, write_text
 from trimtab.axis.models import EMBEDDED, Loaded
 from trimtab.axis.progress import progress_bar
@@ -22,12 +22,15 @@ from trimtab.axis.scoring import SCORE_BATCH, persona_llr
 from trimtab.eval.arms import CONTROL, Answers, Arms, Item
 from trimtab.eval.assemble import Measured, build_report
 from trimtab.eval.card import model_card
-from trimtab.eval.measure import Ruler, coloured, firing_fraction, teacher_forced
+from trimtab.eval.intervals import ClusterBootstrap
+from trimtab.eval.measure import Ruler, coloured, firing_fraction, read_means, teacher_forced
 from trimtab.eval.report import load_report, render_html, write_report
-from trimtab.eval.schema import ArmAnswer, Transcript, Turn
+from trimtab.eval.rerouting import components, probe_auc
+from trimtab.eval.schema import ArmAnswer, Rerouting, Transcript, Turn
 from trimtab.eval.subject import ADAPTER_WEIGHTS, Subject, find_subject
 from trimtab.eval.weights import Weights, open_weights
 from trimtab.recipes import data
+from trimtab.recipes.schema import EvalSection
 from trimtab.train.prepare import Prepared, sampling_options
 from trimtab.train.run import Run
 
@@ -126,8 +129,9 @@ def evaluate(run: Run, model_facts: dict[str, Any], weights: Weights, form: Chat
         on_professional=on_pro,
         on_talks=on_talks,
         rulers=rulers,
-        llr=_llr(arms, roles, on_roles, defaults, on_default),
+        llr=_llr(section, arms, roles, on_roles, defaults, on_default),
         llr_professional=llr_of(arms, pro_items, on_pro),
+        rerouting=_rerouting(run, arms, on_roles, on_default, roles),
         drift_forced=teacher_forced(
             arms, on_roles["base+cap"], [a for a in arms.names if a != "tuned+cap"], "base+cap", main,
             batch_size=SCORE_BATCH, title="KL to the capped self",
@@ -274,7 +278,12 @@ def llr_of(arms: Arms, items: list[Item], answers: dict[str, Answers]) -> dict[s
 
 
 def _llr(
-    arms: Arms, roles: list[Item], on_roles: dict[str, Answers], defaults: list[Item], on_default: dict[str, Answers]
+    section: EvalSection,
+    arms: Arms,
+    roles: list[Item],
+    on_roles: dict[str, Answers],
+    defaults: list[Item],
+    on_default: dict[str, Answers],
 ) -> dict[str, Any]:
     """LLR of role answers per arm, and its own AUC: base role answers against the base's default answers to the same roles.
 
@@ -288,12 +297,52 @@ def _llr(
             model, arms.form, as_roles, [[item.prompt[-1]] for item in defaults], on_default["base"].texts,
             batch_size=SCORE_BATCH,
         )  # fmt: skip
-    positive = [value for value in values["arms"]["base"] if value == value]
-    negative = [value for value in negative if value == value]
-    values["default"] = negative
-    labels = [1] * len(positive) + [0] * len(negative)
-    values["auc"] = float(roc_auc_score(labels, positive + negative)) if positive and negative else 0.5
+    scored = [
+        (value, item.cluster, in_role)
+        for items, found, in_role in ((roles, values["arms"]["base"], True), (defaults, negative, False))
+        for item, value in zip(items, found, strict=True)
+        if value == value
+    ]
+    values["default"] = [value for value, _, in_role in scored if not in_role]
+    labels = [in_role for _, _, in_role in scored]
+    resample = ClusterBootstrap([cluster for _, cluster, _ in scored], section.bootstrap, section.seed)
+    values["auc"] = resample.auc([value for value, _, _ in scored], labels) if len(set(labels)) == 2 else None
     return values
+
+
+def _rerouting(
+    run: Run, arms: Arms, on_roles: dict[str, Answers], on_default: dict[str, Answers], roles: list[Item]
+) -> Rerouting | None:
+    """Probe and components at the floor's deepest layer; the probe reads the rollouts behind the axis, one question for all."""
+    section, layer = run.recipe.eval, arms.floor.layers[-1]
+    rows = read_jsonl(run.rollouts_path) if run.rollouts_path.exists() else []
+    half = section.probe_rows // 2
+    by_question = sorted(rows, key=lambda row: (row["prompt"][-1]["content"], row["id"]))
+    default = spread([row for row in by_question if row["role"] == DEFAULT], half)
+    in_role = spread([row for row in by_question if row["role"] != DEFAULT], half)
+    given = [*default, *in_role]
+    answers = Answers(
+        [row["completion"][0]["content"] for row in given], torch.empty(0), [row["prompt"] for row in given], []
+    )
+    questions = [row["prompt"][-1]["content"] for row in given]
+    clusters = [f"default/{row['id']}" for row in default] + [row["role"] for row in in_role]
+    probe = {}
+    for arm in [name for name in arms.names if name != "tuned+cap"] if default and in_role else []:
+        means = read_means(arms, arm, answers, batch_size=SCORE_BATCH, title=f"probe: {arm}")[:, -1]
+        labels = [False] * len(default) + [True] * len(in_role)
+        auc = probe_auc(means, labels, questions, clusters, bootstrap=section.bootstrap, seed=section.seed)
+        if auc is not None:
+            probe[arm] = auc
+    found = components(
+        Axis.load(run.axis_path),
+        layer,
+        {arm: answers.means[:, -1] for arm, answers in on_roles.items()},
+        on_default["base"].means[:, -1],
+        [item.cluster for item in roles],
+        bootstrap=section.bootstrap,
+        seed=section.seed,
+    )
+    return Rerouting(layer=layer, probe=probe, components=found) if probe or found else None
 
 
 def _transcripts(

@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from trimtab.eval.schema import Estimate, Metric, SideEffect, Verdict
+from trimtab.eval.schema import Claim, Estimate, Metric, SideEffect, Verdict
 from trimtab.eval.wording import ARM_NAMES, estimate_text, inline_name, number, percent_text, value_text
 
 Status = Literal["good", "mixed", "bad", "unclear"]
@@ -28,12 +28,15 @@ BAD_BELOW = 0.3
 HALF = 0.5
 
 
-def make_verdict(metrics: Sequence[Metric], side_effects: Sequence[SideEffect]) -> Verdict:
+def make_verdict(
+    metrics: Sequence[Metric], side_effects: Sequence[SideEffect], claims: Sequence[Claim] = ()
+) -> Verdict:
     """Judge the tuned model by the rules of this module.
 
     Args:
         metrics: all metrics; those with ``primary`` are judged, the others are mentioned where they disagree.
         side_effects: prices; those with a ``limit`` must be ``ok``.
+        claims: a red one keeps the verdict from being good, and its sentence is said first.
     """
     primary = [metric for metric in metrics if metric.primary]
     if not primary:
@@ -42,7 +45,7 @@ def make_verdict(metrics: Sequence[Metric], side_effects: Sequence[SideEffect]) 
             *_side_effect_points(side_effects),
         ]
         return Verdict(status="unclear", headline="Nothing can be said: no primary metric was measured.", points=points)
-    status = _combined([_grade(metric) for metric in primary])
+    status = _combined([grade(metric) for metric in primary])
     headline = _headline(primary)
     limited = [effect for effect in side_effects if effect.limit is not None]
     over = [effect for effect in side_effects if effect.ok is False]
@@ -51,14 +54,19 @@ def make_verdict(metrics: Sequence[Metric], side_effects: Sequence[SideEffect]) 
     if over:
         count = "one side effect is" if len(over) == 1 else f"{len(over)} side effects are"
         headline = f"{headline[:-1]}; {count} over the limit."
-    points = [point for metric in primary for point in _metric_points(metric)]
+    red = [claim for claim in claims if claim.light == "red" and claim.id != "kept"]
+    if status == "good" and red:
+        status = "mixed"
+    points = [f"{claim.name}: no. {claim.says}" for claim in red if claim.id == "projections"]
+    points += [point for metric in primary for point in _metric_points(metric)]
     others = [metric for metric in metrics if not metric.primary]
     return Verdict(
         status=status, headline=headline, points=[*points, *_other_points(others), *_side_effect_points(side_effects)]
     )
 
 
-def _grade(metric: Metric) -> Status:
+def grade(metric: Metric) -> Status:
+    """The grade of one metric by the rules of this module."""
     kept = metric.retention.estimate
     if kept is None or (kept.low < HALF and kept.high >= GOOD_FROM):
         return "unclear"
@@ -67,7 +75,7 @@ def _grade(metric: Metric) -> Status:
     if kept.low <= 0:
         return "unclear"
     moved = _moves_toward_assistant(metric, metric.cap_effect) and _moves_toward_assistant(metric, metric.tuned_effect)
-    if kept.value >= GOOD_FROM and kept.low > HALF and moved and not _control_keeps_as_much(metric):
+    if kept.value >= GOOD_FROM and kept.low > HALF and moved and not control_keeps_as_much(metric):
         return "good"
     return "mixed"
 
@@ -83,7 +91,8 @@ def _moves_toward_assistant(metric: Metric, effect: Estimate) -> bool:
     return effect.low > 0 if metric.toward_assistant == "higher" else effect.high < 0
 
 
-def _control_keeps_as_much(metric: Metric) -> bool:
+def control_keeps_as_much(metric: Metric) -> bool:
+    """Whether the random-direction control can't be told from the tuned model."""
     kept = metric.retention.estimate
     control = metric.control_retention.estimate if metric.control_retention else None
     return kept is not None and control is not None and control.high >= kept.value
@@ -115,7 +124,7 @@ def _metric_points(metric: Metric) -> list[str]:
         points.append(f"{metric.name} ({metric.unit}; {metric.toward_assistant} is more Assistant): {arms}{count}.")
     if kept is None:
         points.append(f"Retention is undefined for {inline_name(metric.name)}: {_reason(metric.retention.why)}")
-    elif _grade(metric) == "unclear":
+    elif grade(metric) == "unclear":
         points.append("The interval is too wide to tell little from much of the effect: measure more prompts.")
     if kept is not None and not _moves_toward_assistant(metric, metric.cap_effect):
         points.append(
@@ -136,7 +145,7 @@ def _control_point(metric: Metric) -> str:
     kept = metric.retention.estimate
     if kept is None:
         return f"{start}."
-    if _control_keeps_as_much(metric):
+    if control_keeps_as_much(metric):
         return f"{start}: it cannot be told from the tuned model, so the effect is not shown to belong to the axis."
     if control.high < kept.low and kept.low > 0:
         return f"{start}: the effect belongs to the axis, not to fine-tuning as such."

@@ -208,6 +208,7 @@ class EvalSection(Section):
     sampling: Sampling = Sampling()
     reextract_roles: NotNegative = 20
     reextract_questions: Positive = 4
+    probe_rows: NotNegative = 128
     control: bool = False
     tuned_cap: bool = True
     bootstrap: Positive = 5000

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from trimtab.eval.intervals import ClusterBootstrap, wilson
+from trimtab.eval.intervals import ClusterBootstrap, holm, wilson
 
 NAN = float("nan")
 
@@ -159,3 +159,42 @@ def test_wilson_by_its_formula(successes: int, n: int) -> None:
 def test_a_rate_of_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one trial"):
         wilson(0, 0)
+
+
+def test_p_values_are_uniform_where_nothing_moves_and_small_where_something_does() -> None:
+    generator = np.random.default_rng(5)
+    clusters = [f"c{i // 2}" for i in range(80)]
+    null = [ClusterBootstrap(clusters, 400, seed).p_value(generator.normal(size=80)) for seed in range(60)]
+    assert 0.3 < float(np.mean(null)) < 0.7 and sum(p < 0.05 for p in null) <= 8
+    boot = ClusterBootstrap(clusters, 400, 0)
+    assert boot.p_value(generator.normal(1.0, 1.0, 80)) == pytest.approx(2 / 401)
+    assert boot.p_value(np.zeros(80)) == 1.0
+
+
+def test_the_least_effect_that_shows_does_so_four_times_in_five() -> None:
+    """Draw samples with a true mean of that size: about 80 % of the intervals leave out 0."""
+    generator = np.random.default_rng(6)
+    clusters = [f"c{i // 2}" for i in range(100)]
+    least = float(
+        np.mean([ClusterBootstrap(clusters, 300, s).detectable(generator.normal(size=100)) for s in range(20)])
+    )
+    assert least == pytest.approx(2.8 / 10, rel=0.1)  # independent draws: 2.8 standard errors of 1 / sqrt(100)
+    shown = [ClusterBootstrap(clusters, 300, s).estimate(generator.normal(least, 1, 100)).low > 0 for s in range(200)]
+    assert 0.7 < float(np.mean(shown)) < 0.9
+    assert ClusterBootstrap(clusters, 50, 0).detectable(np.zeros(100)) == 0
+
+
+def test_holm_by_hand() -> None:
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([]) == []
+
+
+def test_auc_with_its_interval() -> None:
+    generator = np.random.default_rng(7)
+    labels = [True] * 50 + [False] * 50
+    scores = np.concatenate([generator.normal(1, 1, 50), generator.normal(0, 1, 50)])
+    found = ClusterBootstrap([f"c{i}" for i in range(100)], 500, 0).auc(scores, labels)
+    by_pairs = np.mean([a > b for a in scores[:50] for b in scores[50:]])
+    assert found.value == pytest.approx(by_pairs) and found.low < found.value < found.high and found.n == 100
+    shuffled = ClusterBootstrap([f"c{i}" for i in range(100)], 500, 0).auc(generator.permutation(scores), labels)
+    assert shuffled.low < 0.5 < shuffled.high

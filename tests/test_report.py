@@ -17,13 +17,16 @@ import yaml
 from trimtab.axis.errors import UserError
 from trimtab.eval import report as report_module
 from trimtab.eval.card import model_card
+from trimtab.eval.claims import make_claims
 from trimtab.eval.figures import layers_figure, persona_figure, retention_figure, training_figures, trajectory_figures
 from trimtab.eval.report import TEMPLATES, Scale, load_report, render_html, write_report
 from trimtab.eval.schema import (
     ArmAnswer,
+    Component,
     Estimate,
     Metric,
     Report,
+    Rerouting,
     Retention,
     SideEffect,
     Trajectory,
@@ -82,7 +85,7 @@ def build_report(*, transcripts: int = 9) -> Report:
             "text_llr", "Text-only behaviour", "nat/token", "lower", [0.091, 0.012, 0.018, 0.004, 0.086], 0.013,
             Retention(estimate=Estimate(value=0.93, low=0.85, high=1.01, n=96)),
             control_retention=Retention(estimate=Estimate(value=0.04, low=-0.1, high=0.18, n=96)),
-            quality={"AUC": 0.98}, primary=True,
+            quality={"AUC": estimate(0.98, 0.01, 164)}, primary=True, p_holm=0.0004, detectable=0.011,
             meaning="Persona log-likelihood ratio of the text, scored by the frozen base.",
         ),
         metric(
@@ -119,10 +122,27 @@ def build_report(*, transcripts: int = 9) -> Report:
     ]
     coordinates = [[-9 + 15 * index / len(ROLES), float(random.normal(0, 3)), 0.0] for index in range(len(ROLES))]
     layers = np.linspace(0, 1, 30)
+    rerouting = Rerouting(
+        layer=26,
+        probe={"base": estimate(0.97, 0.02, 128), "tuned": estimate(0.95, 0.03, 128)},
+        components=[
+            Component(
+                number=k,
+                variance=round(0.4 / k, 3),
+                cosine_axis=round(0.8 / k, 3),
+                cap_effect=estimate(1.2 / k, 0.2),
+                tuned_effect=estimate(1.0 / k, 0.25),
+            )
+            for k in range(1, 11)
+        ],
+    )
+    claims = make_claims(metrics, side_effects, rerouting)
     return Report(
         title="SmolLM2-135M-Instruct, axis floor SFT",
         created="2026-02-03T10:20:30Z",
-        verdict=make_verdict(metrics, side_effects),
+        verdict=make_verdict(metrics, side_effects, claims),
+        claims=claims,
+        rerouting=rerouting,
         metrics=metrics,
         side_effects=side_effects,
         trajectories=trajectories,
@@ -274,7 +294,18 @@ def test_load_names_every_fault(report: Report, tmp_path: Path) -> None:
 
 
 def test_sections_come_in_order_with_the_verdict_first(report: Report, page: Page) -> None:
-    wanted = ["verdict", "retention", "drift", "persona", "prices", "transcripts", "training", "repeat", "warnings"]
+    wanted = [
+        "verdict",
+        "claims",
+        "retention",
+        "drift",
+        "persona",
+        "prices",
+        "transcripts",
+        "training",
+        "repeat",
+        "warnings",
+    ]
     assert page.ids("section") == wanted
     assert page.text.index(report.verdict.headline) < page.text.index("How much of the cap survives")
     links = {attributes["href"] for tag, attributes in page.tags if tag == "a"}
@@ -319,7 +350,7 @@ def test_what_models_say_cannot_become_markup(report: Report) -> None:
 
 def test_figures_are_valid_plotly_and_their_colours_are_defined(page: Page) -> None:
     css = (TEMPLATES / "report.css").read_text()
-    assert len(page.figures) == 1 + 4 + 2 + 4
+    assert len(page.figures) == 1 + 4 + 3 + 4
     names = set()
     for figure in page.figures:
         names |= set(re.findall(r'"\$([\w-]+)"', json.dumps(figure)))
@@ -498,5 +529,5 @@ def test_a_real_browser_draws_every_plot_without_a_fault(report: Report, tmp_pat
         capture_output=True, text=True, timeout=120, check=True, env={**os.environ, "HOME": str(tmp_path)},
     )  # fmt: skip
     assert f"<title>{report.title}" in done.stdout
-    assert done.stdout.count('class="plot js-plotly-plot"') == 11
+    assert done.stdout.count('class="plot js-plotly-plot"') == 12
     assert "9 of 9 shown" in done.stdout

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import CHATML, build_model, build_tokenizer, capped_by_hand
 from peft import LoraConfig, get_peft_model
 
@@ -17,6 +18,7 @@ from trimtab.eval.report import load_report
 from trimtab.eval.schema import Report
 from trimtab.eval.stages import evaluate
 from trimtab.eval.subject import find_subject
+from trimtab.eval.weights import open_weights
 from trimtab.recipes.loader import RecipeError, recipe_of
 from trimtab.train.prepare import floor_stage, load_recipe_model
 from trimtab.train.run import Run, open_run
@@ -71,7 +73,9 @@ def evaluated(run: Run, make_tuned: Any) -> Report:
 def test_base_against_base_is_never_good(run: Run) -> None:
     report = evaluated(run, lambda model, floor: whole(copy.deepcopy(model)))
     assert report.verdict.status in ("unclear", "bad")
+    assert "green" not in {claim.light for claim in report.claims if claim.id not in ("benign", "default")}
     for metric in report.metrics:
+        assert metric.p_holm == 1 and metric.detectable == 0
         assert metric.tuned_effect.value == metric.tuned_effect.low == metric.tuned_effect.high == 0
         kept = metric.retention.estimate
         assert kept is None or (kept.low <= 0 <= kept.high and kept.value == 0)
@@ -98,6 +102,38 @@ def test_the_cap_against_itself_keeps_exactly_all(run: Run) -> None:
         assert metric.retention.estimate.value == pytest.approx(1, abs=1e-4)
         assert metric.retention.estimate.low == pytest.approx(1, abs=1e-4)
     assert metrics["text_llr"].tuned_effect == metrics["text_llr"].cap_effect
+
+
+def shifting_adapter(base: Path, floor: Floor, folder: Path, *, sigmas: float = 2.0) -> Path:
+    """A cheat: biases that lift every token's projection at the floor's layers, and take the lift away behind them."""
+    from transformers import AutoModelForCausalLM
+
+    model: Any = AutoModelForCausalLM.from_pretrained(base)
+    layers = [*floor.layers, floor.layers[-1] + 1]
+    config = LoraConfig(r=1, lora_alpha=1, target_modules=["down_proj"], layers_to_transform=layers, lora_bias=True)
+    peft: Any = get_peft_model(model, config)
+    before = torch.zeros(floor.directions.shape[1])
+    for i, layer in enumerate(layers):
+        wanted = sigmas * floor.sigma[i] * floor.directions[i] if i < len(floor.layers) else torch.zeros_like(before)
+        target = peft.get_base_model().model.layers[layer].mlp.down_proj.lora_B["default"].bias
+        with torch.no_grad():
+            target.copy_(wanted - before)
+        before = wanted
+    peft.save_pretrained(folder)
+    return folder
+
+
+def test_an_adapter_that_only_shifts_along_the_axis_is_caught_and_named(base: Path, run: Run, tmp_path: Path) -> None:
+    def cheating(model: Any, floor: Floor) -> Any:
+        adapter = shifting_adapter(base, floor, tmp_path / "cheat")
+        return open_weights(model, {"tuned": adapter})["tuned"]
+
+    report = evaluated(run, cheating)
+    claim = next(claim for claim in report.claims if claim.id == "projections")
+    assert claim.light == "red" and "shift of every text alike" in claim.says
+    assert report.verdict.status != "good" and report.verdict.points[0].endswith(claim.says)
+    z = next(metric for metric in report.metrics if metric.id == "z_training")
+    assert z.tuned_effect.low > 1  # by projections alone it would pass for a success
 
 
 def tuned_adapter(base: Path, folder: Path) -> Path:

@@ -153,3 +153,17 @@ def test_can_merge() -> None:
     sharded = build_model("llama")
     next(sharded.parameters()).ds_id = 0  # as ZeRO-3 marks a parameter
     assert not can_merge(sharded)
+
+
+def test_a_bias_without_a_place_is_left_beside_the_base(tmp_path: Path) -> None:
+    """PEFT can't merge a LoRA bias into a layer that has none."""
+    model = add_adapter(build_model("llama"), target_modules=["down_proj"], lora_bias=True)
+    assert not can_merge(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name and name.endswith("bias"):
+                parameter.fill_(0.5)
+    model.save_pretrained(tmp_path)
+    with open_weights(build_model("llama"), {"tuned": tmp_path})["tuned"]() as opened:
+        assert torch.equal(logits(opened), logits(model))
+    assert not torch.equal(logits(model), logits(build_model("llama")))

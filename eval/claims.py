@@ -1,0 +1,182 @@
+"""The claims of a report, each with a light and the rule that sets it, from the numbers alone.
+
+A light is green only where an interval, not just a value, supports it; grey says that nothing can be said.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from trimtab.eval.schema import Claim, Estimate, Metric, Rerouting, SideEffect
+from trimtab.eval.verdict import HALF, control_keeps_as_much, grade
+from trimtab.eval.wording import estimate_text, inline_name, number, percent_text
+
+Light = Literal["green", "amber", "red", "grey"]
+GRADES: dict[str, Light] = {"good": "green", "mixed": "amber", "bad": "red", "unclear": "grey"}
+
+
+def make_claims(
+    metrics: Sequence[Metric], side_effects: Sequence[SideEffect], rerouting: Rerouting | None
+) -> list[Claim]:
+    """Judge each claim by its rule."""
+    by_id = {metric.id: metric for metric in metrics}
+    effects = {effect.id: effect for effect in side_effects}
+    primary = next((metric for metric in metrics if metric.primary), None)
+    found = [_kept(primary), _axis(primary), _projections(primary, by_id.get("z_training"), effects)]
+    found.append(_within("benign", "Ordinary answers stay as they were", [effects.get("benign_kl")]))
+    found.append(
+        _within(
+            "default",
+            "The default Assistant stays where it was",
+            [effects.get("default_z_shift"), effects.get("default_z_shift_same_text")],
+        )
+    )
+    found.append(_conversations(by_id.get("z_conversations")))
+    found.append(_rerouted(by_id.get("z_training"), by_id.get("z_reextracted_tuned"), rerouting))
+    return found
+
+
+def _kept(primary: Metric | None) -> Claim:
+    says = "Not measured."
+    light: Light = "grey"
+    if primary is not None:
+        light = GRADES[grade(primary)]
+        kept = primary.retention.estimate
+        says = (
+            f"{percent_text(kept)} of the cap's effect on {inline_name(primary.name)} is kept, n = {kept.n}."
+            if kept
+            else f"Undefined: {primary.retention.why}."
+        )
+    rule = (
+        "Green: 80 % or more, its interval above 50 %, cap and tuning beyond their noise, the control below. Red: the interval "
+        "below 50 %, or less than 30 %. Grey: the interval reaches from below 50 % to 80 %, or to 0."
+    )
+    return Claim(
+        id="kept", name="Uncapped inference keeps the cap's effect on the text", light=light, says=says, rule=rule
+    )
+
+
+def _axis(primary: Metric | None) -> Claim:
+    light: Light = "grey"
+    says = "No random-direction control was run."
+    if primary is not None and primary.control_retention is not None:
+        kept, control = primary.retention.estimate, primary.control_retention.estimate
+        if kept is None or control is None:
+            says = "Retention is undefined for the tuned model or for the control."
+        else:
+            light = "red" if control_keeps_as_much(primary) else "green" if control.high < kept.low else "amber"
+            says = f"Trained along a random direction, the same recipe keeps {percent_text(control)}."
+    rule = "Green: the control's interval lies below the tuned model's. Red: it reaches the tuned model's value. Amber: between."
+    return Claim(
+        id="axis", name="The effect belongs to the axis, not to fine-tuning", light=light, says=says, rule=rule
+    )
+
+
+def _projections(text: Metric | None, z: Metric | None, effects: dict[str, SideEffect]) -> Claim:
+    """Whether the projections rose because the text changed, or by a shift that changes nothing."""
+    neutral, in_role = effects.get("default_z_shift_same_text"), effects.get("role_z_shift_same_text")
+    light: Light = "grey"
+    says = "Not measured."
+    if z is not None and neutral is not None and in_role is not None and neutral.limit is not None:
+        everywhere, where_due = neutral.estimate, in_role.estimate
+        constant = everywhere.low > neutral.limit and everywhere.value >= HALF * where_due.value
+        kept = text.retention.estimate if text is not None else None
+        moved = z.tuned_effect.low > 0
+        along = z.retention.estimate
+        hollow = moved and kept is not None and along is not None and kept.high < min(HALF, along.low)
+        shifts = (
+            f"on the same words the projections rise by {estimate_text(where_due)} sigma under roles and by "
+            f"{estimate_text(everywhere)} on default text"
+        )
+        if constant:
+            light = "amber" if kept is not None and kept.low > HALF else "red"
+            says = (
+                f"A shift of every text alike: {shifts}. Such a shift lifts projections without changing what is said."
+            )
+        elif hollow and kept is not None:
+            light = "red"
+            says = f"The projections moved and the text did not: {shifts}, and the text keeps {percent_text(kept)}."
+        elif moved:
+            light = "green" if kept is not None and kept.low > 0 else "amber"
+            says = f"{shifts[0].upper()}{shifts[1:]}."
+        else:
+            says = f"The projections did not rise beyond their noise; {shifts}."
+    rule = (
+        "Red: default text is lifted beyond its limit and at least half as far as role text (a constant shift) while the text is "
+        "not shown to keep half of the effect; or the projections keep more than the text, of which less than half is kept. "
+        "Green: the projections rise, and so does the text's interval above 0."
+    )
+    return Claim(id="projections", name="Projections moved because behaviour did", light=light, says=says, rule=rule)
+
+
+def _within(identifier: str, name: str, effects: Sequence[SideEffect | None]) -> Claim:
+    judged = [effect for effect in effects if effect is not None and effect.limit is not None]
+    lights: list[Light] = []
+    for effect in judged:
+        e, limit = effect.estimate, effect.limit or 0.0
+        inside = max(abs(e.low), abs(e.high)) <= limit
+        lights.append("green" if inside else "amber" if abs(e.value) <= limit else "red")
+    order: tuple[Light, ...] = ("red", "amber", "green")
+    light: Light = min(lights, key=order.index) if lights else "grey"
+    said = "; ".join(
+        f"{inline_name(effect.name)} {estimate_text(effect.estimate)} {effect.unit}, limit {number(effect.limit or 0.0)}"
+        for effect in judged
+    )
+    rule = "Green: the whole interval lies within the limit. Amber: the value does. Red: it does not."
+    return Claim(
+        id=identifier,
+        name=name,
+        light=light,
+        says=f"{said[:1].upper()}{said[1:]}." if said else "Not measured.",
+        rule=rule,
+    )
+
+
+def _share(kept: Estimate) -> Light:
+    return "green" if kept.low > HALF else "red" if kept.high < HALF or kept.value < 0.3 else "amber"
+
+
+def _conversations(metric: Metric | None) -> Claim:
+    light: Light = "grey"
+    says = "Not measured."
+    if metric is not None:
+        kept = metric.retention.estimate
+        light = _share(kept) if kept else "grey"
+        says = (
+            f"{percent_text(kept)} of the cap's effect on the projections over conversations is kept, n = {kept.n} turns."
+            if kept
+            else f"Undefined: {metric.retention.why}."
+        )
+    rule = "Green: the interval lies above 50 %. Red: it lies below, or less than 30 % is kept. Amber: between."
+    return Claim(
+        id="conversations", name="It holds over the turns of a conversation", light=light, says=says, rule=rule
+    )
+
+
+def _rerouted(z: Metric | None, anew: Metric | None, rerouting: Rerouting | None) -> Claim:
+    light: Light = "grey"
+    says = []
+    if anew is not None and anew.retention.estimate is not None:
+        light = _share(anew.retention.estimate)
+        says.append(
+            f"Along the axis extracted anew from the tuned model {percent_text(anew.retention.estimate)} is kept"
+            + (f", along the training axis {percent_text(z.retention.estimate)}" if z and z.retention.estimate else "")
+        )
+    if rerouting is not None and {"base", "tuned"} <= rerouting.probe.keys():
+        tuned, base = rerouting.probe["tuned"], rerouting.probe["base"]
+        says.append(
+            f"a probe fitted anew still reads in-character text with AUC {estimate_text(tuned)} (base {estimate_text(base)})"
+        )
+    text = "; ".join(says)
+    rule = (
+        "Of the retention along the re-extracted axis. Green: the interval lies above 50 %. Red: it lies below, or less than "
+        "30 % is kept. Amber: between. The probe is not judged: a model may know that a text is in character and not act on it."
+    )
+    return Claim(
+        id="rerouting",
+        name="The persona was not moved to another direction",
+        light=light,
+        says=f"{text[0].upper()}{text[1:]}." if text else "Not measured.",
+        rule=rule,
+    )

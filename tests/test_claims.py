@@ -1,0 +1,119 @@
+"""The lights of the claims: each rule from numbers made for it, and a shift along the axis that changes no behaviour."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from trimtab.eval.claims import make_claims
+from trimtab.eval.schema import Claim, Estimate, Metric, Rerouting, Retention, SideEffect
+from trimtab.eval.verdict import make_verdict
+
+
+def estimate(value: float, half: float = 0.05, n: int = 100) -> Estimate:
+    return Estimate(value=value, low=value - half, high=value + half, n=n)
+
+
+def metric(identifier: str, kept: Estimate | None, effect: Estimate, **rest: Any) -> Metric:
+    toward = "lower" if identifier == "text_llr" else "higher"
+    cap = estimate(-0.1 if toward == "lower" else 1.0)
+    arms = {"base": estimate(0.2), "base+cap": estimate(0.1), "tuned": estimate(0.1)}
+    return Metric(
+        id=identifier, name=identifier, unit="u", meaning="m.", toward_assistant=toward, arms=arms, cap_effect=cap,
+        tuned_effect=effect, retention=Retention(estimate=kept, why="" if kept else "within its noise"),
+        primary=identifier == "text_llr", **rest,
+    )  # fmt: skip
+
+
+def side(identifier: str, value: Estimate, limit: float | None = None) -> SideEffect:
+    ok = None if limit is None else abs(value.value) <= limit
+    return SideEffect(id=identifier, name=identifier, unit="u", meaning="m.", estimate=value, limit=limit, ok=ok)
+
+
+def claims(
+    text: Estimate | None,
+    *,
+    z: Estimate | None = None,
+    z_effect: Estimate | None = None,
+    neutral: Estimate | None = None,
+    in_role: Estimate | None = None,
+    control: Estimate | None = None,
+    more: tuple[Metric, ...] = (),
+    rerouting: Rerouting | None = None,
+) -> dict[str, Claim]:
+    kept = {} if control is None else {"control_retention": Retention(estimate=control)}
+    metrics = [
+        metric("text_llr", text, estimate(-0.1), **kept),
+        metric("z_training", z or estimate(0.9), z_effect or estimate(0.9)),
+        *more,
+    ]
+    effects = [
+        side("benign_kl", estimate(0.02, 0.01), 0.05),
+        side("default_z_shift", estimate(0.1), 0.3),
+        side("default_z_shift_same_text", neutral or estimate(0.05), 0.3),
+        side("role_z_shift_same_text", in_role or estimate(1.0)),
+    ]
+    found = make_claims(metrics, effects, rerouting)
+    assert len({claim.id for claim in found}) == len(found) and all(claim.rule and claim.says for claim in found)
+    return {claim.id: claim for claim in found}
+
+
+@pytest.mark.parametrize(
+    ("text", "z", "z_effect", "neutral", "light"),
+    [
+        (estimate(0.95), estimate(0.9), estimate(0.9), estimate(0.05), "green"),
+        (estimate(0.02, 0.1), estimate(0.9), estimate(0.9), estimate(0.9), "red"),  # every text is lifted, none changes
+        (None, estimate(0.9), estimate(0.9), estimate(0.9), "red"),
+        (
+            estimate(0.95),
+            estimate(0.9),
+            estimate(0.9),
+            estimate(0.9),
+            "amber",
+        ),  # lifted alike, and yet the text changes
+        (
+            estimate(0.02, 0.1),
+            estimate(0.9),
+            estimate(0.9),
+            estimate(0.05),
+            "red",
+        ),  # under roles alone, and none changes
+        (estimate(0.02, 0.1), estimate(0.0), estimate(0.0), estimate(0.0), "grey"),  # nothing moved at all
+        (None, estimate(0.9), estimate(0.9), estimate(0.05), "amber"),
+    ],
+)
+def test_projections_that_rise_without_the_text_are_named(
+    text: Estimate | None, z: Estimate, z_effect: Estimate, neutral: Estimate, light: str
+) -> None:
+    claim = claims(text, z=z, z_effect=z_effect, neutral=neutral)["projections"]
+    assert claim.light == light, claim.says
+    if neutral.value > 0.5:
+        assert "shift of every text alike" in claim.says
+
+
+def test_a_red_claim_keeps_the_verdict_from_being_good() -> None:
+    text = metric("text_llr", estimate(0.95), estimate(-0.1))
+    limited = [side("benign_kl", estimate(0.01, 0.001), 0.05)]
+    assert make_verdict([text], limited).status == "good"
+    red = Claim(id="projections", name="Moved by behaviour", light="red", says="It was a shift.", rule="r")
+    judged = make_verdict([text], limited, [red])
+    assert judged.status == "mixed" and judged.points[0] == "Moved by behaviour: no. It was a shift."
+
+
+def test_the_other_lights() -> None:
+    good = claims(estimate(0.95), control=estimate(0.0))
+    assert [good[name].light for name in ("kept", "axis", "benign", "default")] == ["green"] * 4
+    assert good["conversations"].light == good["rerouting"].light == "grey"
+    assert claims(estimate(0.95))["axis"].light == "grey"
+    assert claims(estimate(0.95), control=estimate(0.94))["axis"].light == "red"
+    assert claims(estimate(0.95), control=estimate(0.85))["axis"].light == "amber"
+    assert claims(estimate(0.2))["kept"].light == "red" and claims(None)["kept"].light == "grey"
+    assert claims(estimate(0.95), neutral=estimate(0.28))["default"].light == "amber"
+    assert claims(estimate(0.95), neutral=estimate(-0.4))["default"].light == "red"
+    talks = metric("z_conversations", estimate(0.7), estimate(0.7))
+    assert claims(estimate(0.95), more=(talks,))["conversations"].light == "green"
+    lost = metric("z_reextracted_tuned", estimate(0.2), estimate(0.2))
+    probe = Rerouting(layer=3, probe={"base": estimate(0.97, 0.01), "tuned": estimate(0.96, 0.01)}, components=[])
+    rerouted = claims(estimate(0.95), more=(lost,), rerouting=probe)["rerouting"]
+    assert rerouted.light == "red" and "AUC 0.960" in rerouted.says and "training axis 90" in rerouted.says
