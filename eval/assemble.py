@@ -9,10 +9,21 @@ from typing import Any
 import numpy as np
 
 from trimtab.eval.arms import CONTROL, Answers, Item
+from trimtab.eval.capability import Scores
 from trimtab.eval.claims import make_claims
 from trimtab.eval.intervals import ClusterBootstrap, holm, wilson
 from trimtab.eval.measure import Forced, Ruler, keyword_hit, repeated_share
-from trimtab.eval.schema import Estimate, Metric, Report, Rerouting, SideEffect, Trajectory, Transcript, TurnPoint
+from trimtab.eval.schema import (
+    Capability,
+    Estimate,
+    Metric,
+    Report,
+    Rerouting,
+    SideEffect,
+    Trajectory,
+    Transcript,
+    TurnPoint,
+)
 from trimtab.eval.verdict import make_verdict
 from trimtab.recipes.data import Conversation
 
@@ -39,6 +50,7 @@ class Measured:
     llr: dict[str, Any]
     llr_professional: dict[str, list[float]]
     rerouting: Rerouting | None
+    capability: list[Scores]
     drift_forced: dict[str, Forced]
     benign_forced: dict[str, Forced]
     default_forced: dict[str, Forced]
@@ -61,7 +73,8 @@ def build_report(
     """Assemble the report. The arguments besides ``measured`` are carried over as facts."""
     metrics = _corrected(_metrics(measured, bootstrap, seed))
     side_effects = _side_effects(measured, bootstrap, seed)
-    claims = make_claims(metrics, side_effects, measured.rerouting)
+    capability = _capability(measured.capability, bootstrap, seed)
+    claims = make_claims(metrics, side_effects, measured.rerouting, capability)
     return Report(
         title=title,
         created=created,
@@ -69,6 +82,7 @@ def build_report(
         claims=claims,
         metrics=metrics,
         side_effects=side_effects,
+        capability=capability,
         trajectories=_trajectories(measured, bootstrap, seed),
         rerouting=measured.rerouting,
         persona_space=axis.pop("persona_space", {}),
@@ -319,6 +333,29 @@ def _side_effects(measured: Measured, bootstrap: int, seed: int) -> list[SideEff
             by_probe.estimate_if_any(llr["tuned"] - llr["base"]),
         )  # fmt: skip
     return found
+
+
+def _capability(scores: Sequence[Scores], bootstrap: int, seed: int) -> list[Capability]:
+    found = []
+    for row in scores:
+        resample = ClusterBootstrap(row.ids, bootstrap, seed)
+        arrays = {arm: np.asarray(values) for arm, values in row.by_arm.items()}
+        difference = arrays["tuned"] - arrays["base"]
+        found.append(
+            Capability(
+                task=row.task.name,
+                metric=row.metric,
+                chance=row.task.chance,
+                scale=row.task.scale,
+                arms={arm: resample.estimate(values) for arm, values in arrays.items()},
+                difference=resample.estimate(difference),
+                cap_difference=resample.estimate(arrays["base+cap"] - arrays["base"]),
+                p_holm=resample.p_value(difference),
+                detectable=resample.detectable(difference),
+            )
+        )
+    corrected = holm([row.p_holm for row in found])
+    return [row.model_copy(update={"p_holm": p}) for row, p in zip(found, corrected, strict=True)]
 
 
 def _trajectories(measured: Measured, bootstrap: int, seed: int) -> list[Trajectory]:

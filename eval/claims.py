@@ -8,16 +8,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from trimtab.eval.schema import Claim, Estimate, Metric, Rerouting, SideEffect
+from trimtab.eval.schema import Capability, Claim, Estimate, Metric, Rerouting, SideEffect
 from trimtab.eval.verdict import HALF, control_keeps_as_much, grade
 from trimtab.eval.wording import estimate_text, inline_name, number, percent_text
 
 Light = Literal["green", "amber", "red", "grey"]
+MARGIN = 0.05  # of a task's highest score: what capability may lose
 GRADES: dict[str, Light] = {"good": "green", "mixed": "amber", "bad": "red", "unclear": "grey"}
 
 
 def make_claims(
-    metrics: Sequence[Metric], side_effects: Sequence[SideEffect], rerouting: Rerouting | None
+    metrics: Sequence[Metric],
+    side_effects: Sequence[SideEffect],
+    rerouting: Rerouting | None,
+    capability: Sequence[Capability] = (),
 ) -> list[Claim]:
     """Judge each claim by its rule."""
     by_id = {metric.id: metric for metric in metrics}
@@ -33,6 +37,7 @@ def make_claims(
         )
     )
     found.append(_conversations(by_id.get("z_conversations")))
+    found.append(_capable(capability))
     found.append(_rerouted(by_id.get("z_training"), by_id.get("z_reextracted_tuned"), rerouting))
     return found
 
@@ -90,10 +95,10 @@ def _projections(text: Metric | None, z: Metric | None, effects: dict[str, SideE
             f"{estimate_text(everywhere)} on default text"
         )
         if constant:
-            light = "amber" if kept is not None and kept.low > HALF else "red"
-            says = (
-                f"A shift of every text alike: {shifts}. Such a shift lifts projections without changing what is said."
-            )
+            steered = kept is not None and kept.low > HALF
+            light = "amber" if steered else "red"
+            what = "constant steering, always on" if steered else "it changes no behaviour that was measured"
+            says = f"A shift of every text alike: {shifts}; {what}."
         elif hollow and kept is not None:
             light = "red"
             says = f"The projections moved and the text did not: {shifts}, and the text keeps {percent_text(kept)}."
@@ -151,6 +156,36 @@ def _conversations(metric: Metric | None) -> Claim:
     rule = "Green: the interval lies above 50 %. Red: it lies below, or less than 30 % is kept. Amber: between."
     return Claim(
         id="conversations", name="It holds over the turns of a conversation", light=light, says=says, rule=rule
+    )
+
+
+def _capable(tasks: Sequence[Capability]) -> Claim:
+    """Non-inferiority by the margin, on the tasks that the base does better than by guessing."""
+    judged = [task for task in tasks if task.chance is None or task.arms["base"].low > task.chance]
+    lights: list[Light] = []
+    for task in judged:
+        lost = task.difference.value / task.scale
+        inside = task.difference.low / task.scale > -MARGIN
+        lights.append("green" if inside else "amber" if lost > -MARGIN else "red")
+    order: tuple[Light, ...] = ("red", "amber", "green")
+    said = [
+        f"{task.task} {estimate_text(task.difference)} (base {number(task.arms['base'].value, 3)}, n = {task.difference.n})"
+        for task in judged
+    ]
+    guessed = [task.task for task in tasks if task not in judged]
+    says = f"Tuned minus base: {'; '.join(said)}." if said else "Not measured." if not tasks else ""
+    if guessed:
+        says = f"{says} Not judged, since the base is not above guessing: {', '.join(guessed)}.".strip()
+    rule = (
+        f"Green: on every task the interval of tuned minus base lies above a loss of {MARGIN:.0%} of the highest score. "
+        "Amber: the value does. Red: it does not."
+    ).replace("5%", "5 %")
+    return Claim(
+        id="capability",
+        name="Capability is kept",
+        light=min(lights, key=order.index) if lights else "grey",
+        says=says,
+        rule=rule,
     )
 
 

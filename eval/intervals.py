@@ -18,7 +18,6 @@ from trimtab.eval.schema import Estimate, Retention
 Array = np.ndarray[Any, np.dtype[np.float64]]
 LEVEL = 95.0
 POWER = 0.8
-AUC_SAMPLES = 1000  # a rank statistic is sorted anew in each resample
 
 
 class ClusterBootstrap:
@@ -86,13 +85,16 @@ class ClusterBootstrap:
             ValueError: if there is one class only, or a score is NaN.
         """
         values, labels = np.asarray(scores, dtype=float), np.asarray(positive, dtype=bool)
-        samples = [
-            roc_auc_score(labels, values, sample_weight=weights)
-            for draw in self._weights[:AUC_SAMPLES]
-            if 0 < (weights := draw[self._index].astype(float))[labels].sum() < weights.sum()
-        ]
-        low, high = _percentiles(np.asarray(samples))
-        return Estimate(value=float(roc_auc_score(labels, values)), low=low, high=high, n=len(values))
+        point = float(roc_auc_score(labels, values))
+        # Mann and Whitney's form: of all pairs of one answer of each class, the weighted share in the right order.
+        gaps = np.sign(values[labels][:, None] - values[~labels][None, :])
+        ordered = (gaps + 1) / 2
+        weights = self._weights[:, self._index].astype(float)  # [S, n]
+        above, below = weights[:, labels], weights[:, ~labels]
+        pairs = above.sum(1) * below.sum(1)
+        samples = np.divide(((above @ ordered) * below).sum(1), pairs, out=np.full(len(pairs), np.nan), where=pairs > 0)
+        low, high = _percentiles(samples)
+        return Estimate(value=point, low=low, high=high, n=len(values))
 
     def retention(
         self, base: Sequence[float] | Array, capped: Sequence[float] | Array, tuned: Sequence[float] | Array

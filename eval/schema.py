@@ -83,6 +83,32 @@ class SideEffect(Part):
     ok: bool | None = None
 
 
+class Capability(Part):
+    """Scores of the arms on one task of lm-eval.
+
+    Attributes:
+        task: its name.
+        metric: which of its metrics; higher is better.
+        chance: score of guessing, or None.
+        scale: highest score.
+        arms: arm -> estimate.
+        difference: tuned minus base, paired by document.
+        cap_difference: base+cap minus base.
+        p_holm: p of the difference being 0, after Holm's correction over the tasks.
+        detectable: the least difference that so many documents would show (5 % level, 80 % power).
+    """
+
+    task: str
+    metric: str
+    chance: float | None
+    scale: float
+    arms: dict[str, Estimate]
+    difference: Estimate
+    cap_difference: Estimate
+    p_holm: float
+    detectable: float
+
+
 class TurnPoint(Part):
     """Mean z of one turn."""
 
@@ -174,6 +200,7 @@ class Report(Part):
     claims: list[Claim] = []
     metrics: list[Metric]
     side_effects: list[SideEffect]
+    capability: list[Capability] = []
     trajectories: list[Trajectory]
     rerouting: Rerouting | None = None
     persona_space: dict[str, Any]

@@ -21,6 +21,7 @@ from trimtab.axis.progress import progress_bar
 from trimtab.axis.scoring import SCORE_BATCH, persona_llr
 from trimtab.eval.arms import CONTROL, Answers, Arms, Item
 from trimtab.eval.assemble import Measured, build_report
+from trimtab.eval.capability import measure_capability, tasks_of
 from trimtab.eval.card import model_card
 from trimtab.eval.intervals import ClusterBootstrap
 from trimtab.eval.measure import Ruler, coloured, firing_fraction, read_means, teacher_forced
@@ -132,6 +133,12 @@ def evaluate(run: Run, model_facts: dict[str, Any], weights: Weights, form: Chat
         llr=_llr(section, arms, roles, on_roles, defaults, on_default),
         llr_professional=llr_of(arms, pro_items, on_pro),
         rerouting=_rerouting(run, arms, on_roles, on_default, roles),
+        capability=measure_capability(
+            arms,
+            tasks_of(section.capability, section.capability_limit),
+            batch_size=section.capability_batch,
+            task_folder=Path(section.capability_folder) if section.capability_folder else None,
+        ),
         drift_forced=teacher_forced(
             arms, on_roles["base+cap"], [a for a in arms.names if a != "tuned+cap"], "base+cap", main,
             batch_size=SCORE_BATCH, title="KL to the capped self",

@@ -209,6 +209,10 @@ class EvalSection(Section):
     reextract_roles: NotNegative = 20
     reextract_questions: Positive = 4
     probe_rows: NotNegative = 128
+    capability: list[str] = []
+    capability_limit: Positive | None = None
+    capability_folder: str | None = None
+    capability_batch: Positive = 16
     control: bool = False
     tuned_cap: bool = True
     bootstrap: Positive = 5000

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from trimtab.eval.claims import make_claims
-from trimtab.eval.schema import Claim, Estimate, Metric, Rerouting, Retention, SideEffect
+from trimtab.eval.schema import Capability, Claim, Estimate, Metric, Rerouting, Retention, SideEffect
 from trimtab.eval.verdict import make_verdict
 
 
@@ -117,3 +117,26 @@ def test_the_other_lights() -> None:
     probe = Rerouting(layer=3, probe={"base": estimate(0.97, 0.01), "tuned": estimate(0.96, 0.01)}, components=[])
     rerouted = claims(estimate(0.95), more=(lost,), rerouting=probe)["rerouting"]
     assert rerouted.light == "red" and "AUC 0.960" in rerouted.says and "training axis 90" in rerouted.says
+
+
+def task(low: float, value: float, high: float, base: float = 0.8) -> Capability:
+    return Capability(
+        task="t", metric="acc", chance=0.25, scale=1.0, arms={"base": estimate(base)}, p_holm=1.0, detectable=0.02,
+        difference=Estimate(value=value, low=low, high=high, n=200), cap_difference=estimate(0.0),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("tasks", "light"),
+    [
+        ([task(-0.02, 0.0, 0.02)], "green"),
+        ([task(-0.08, -0.02, 0.04)], "amber"),
+        ([task(-0.02, 0.0, 0.02), task(-0.12, -0.08, -0.04)], "red"),
+        ([task(-0.02, 0.0, 0.02, base=0.27)], "grey"),  # the base guesses: nothing could be lost
+        ([], "grey"),
+    ],
+)
+def test_capability_is_kept_within_a_margin(tasks: list[Capability], light: str) -> None:
+    claim = next(claim for claim in make_claims([], [], None, tasks) if claim.id == "capability")
+    assert claim.light == light
+    assert ("guessing" in claim.says) == (bool(tasks) and light == "grey")

@@ -8,6 +8,7 @@ import warnings
 import numpy as np
 import pytest
 from scipy import stats
+from sklearn.metrics import roc_auc_score
 
 from trimtab.eval.intervals import ClusterBootstrap, holm, wilson
 
@@ -194,6 +195,10 @@ def test_auc_with_its_interval() -> None:
     labels = [True] * 50 + [False] * 50
     scores = np.concatenate([generator.normal(1, 1, 50), generator.normal(0, 1, 50)])
     found = ClusterBootstrap([f"c{i}" for i in range(100)], 500, 0).auc(scores, labels)
+    plain = ClusterBootstrap([f"c{i}" for i in range(100)], 500, 0)
+    draws = [draw[plain._index] for draw in plain._weights]
+    by_library = [roc_auc_score(labels, scores, sample_weight=draw) for draw in draws]
+    assert (found.low, found.high) == pytest.approx(tuple(np.percentile(by_library, [2.5, 97.5])))
     by_pairs = np.mean([a > b for a in scores[:50] for b in scores[50:]])
     assert found.value == pytest.approx(by_pairs) and found.low < found.value < found.high and found.n == 100
     shuffled = ClusterBootstrap([f"c{i}" for i in range(100)], 500, 0).auc(generator.permutation(scores), labels)

@@ -42,6 +42,8 @@ EVAL = {
     "sampling": {"max_new_tokens": 8, "batch_size": 8},
     "reextract_roles": 2,
     "reextract_questions": 1,
+    "capability": ["instructions"],
+    "capability_limit": 2,
     "control": True,
     "bootstrap": 200,
     "transcripts": 4,
@@ -127,6 +129,7 @@ def test_the_report_is_whole(job: Job) -> None:
     effects = {effect.id: effect for effect in report.side_effects}
     assert {"benign_kl", "default_z_shift", "default_z_shift_same_text", "benign_kl_control"} <= effects.keys()
     assert effects["benign_kl"].estimate.value > 0 and effects["benign_kl"].ok is not None
+    assert [(row.task, row.difference.n) for row in report.capability] == [("instructions", 2)]
     assert len(report.transcripts) == 4
     assert {row["step"] for row in report.training["log"]} == {1, 2, 3, 4}
     for transcript in report.transcripts:
@@ -201,7 +204,7 @@ def test_answers_of_another_adapter_are_refused(job: Job, tmp_path: Path) -> Non
     shutil.copytree(job.folder, folder)
     (folder / "stages" / "eval.json").unlink()
     shutil.copy(folder / "control/adapter/adapter_model.safetensors", folder / "adapter/adapter_model.safetensors")
-    with pytest.raises(UserError, match="another adapter"):
+    with pytest.raises(UserError, match="other weights"):
         eval_stage(open_run(load_recipe(str(job.recipe)), output_dir=str(folder)))
 
 

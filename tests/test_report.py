@@ -22,6 +22,7 @@ from trimtab.eval.figures import layers_figure, persona_figure, retention_figure
 from trimtab.eval.report import TEMPLATES, Scale, load_report, render_html, write_report
 from trimtab.eval.schema import (
     ArmAnswer,
+    Capability,
     Component,
     Estimate,
     Metric,
@@ -136,13 +137,21 @@ def build_report(*, transcripts: int = 9) -> Report:
             for k in range(1, 11)
         ],
     )
-    claims = make_claims(metrics, side_effects, rerouting)
+    capability = [
+        Capability(
+            task="everyday_choice", metric="acc", chance=0.25, scale=1.0,
+            arms={arm: estimate(0.85, 0.04, 240) for arm in ARMS}, difference=estimate(0.0, 0.02, 240),
+            cap_difference=estimate(-0.01, 0.02, 240), p_holm=0.9, detectable=0.03,
+        )
+    ]  # fmt: skip
+    claims = make_claims(metrics, side_effects, rerouting, capability)
     return Report(
         title="SmolLM2-135M-Instruct, axis floor SFT",
         created="2026-02-03T10:20:30Z",
         verdict=make_verdict(metrics, side_effects, claims),
         claims=claims,
         rerouting=rerouting,
+        capability=capability,
         metrics=metrics,
         side_effects=side_effects,
         trajectories=trajectories,
@@ -301,6 +310,7 @@ def test_sections_come_in_order_with_the_verdict_first(report: Report, page: Pag
         "drift",
         "persona",
         "prices",
+        "capability",
         "transcripts",
         "training",
         "repeat",

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from conftest import CHATML, build_model, build_tokenizer, capped_by_hand
 from peft import LoraConfig, get_peft_model
 
@@ -22,6 +23,10 @@ from trimtab.eval.weights import open_weights
 from trimtab.recipes.loader import RecipeError, recipe_of
 from trimtab.train.prepare import floor_stage, load_recipe_model
 from trimtab.train.run import Run, open_run
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+cheats = importlib.import_module("cheating_adapter")
 
 SECTIONS: dict[str, dict[str, Any]] = {
     "axis": {
@@ -104,28 +109,12 @@ def test_the_cap_against_itself_keeps_exactly_all(run: Run) -> None:
     assert metrics["text_llr"].tuned_effect == metrics["text_llr"].cap_effect
 
 
-def shifting_adapter(base: Path, floor: Floor, folder: Path, *, sigmas: float = 2.0) -> Path:
-    """A cheat: biases that lift every token's projection at the floor's layers, and take the lift away behind them."""
-    from transformers import AutoModelForCausalLM
-
-    model: Any = AutoModelForCausalLM.from_pretrained(base)
-    layers = [*floor.layers, floor.layers[-1] + 1]
-    config = LoraConfig(r=1, lora_alpha=1, target_modules=["down_proj"], layers_to_transform=layers, lora_bias=True)
-    peft: Any = get_peft_model(model, config)
-    before = torch.zeros(floor.directions.shape[1])
-    for i, layer in enumerate(layers):
-        wanted = sigmas * floor.sigma[i] * floor.directions[i] if i < len(floor.layers) else torch.zeros_like(before)
-        target = peft.get_base_model().model.layers[layer].mlp.down_proj.lora_B["default"].bias
-        with torch.no_grad():
-            target.copy_(wanted - before)
-        before = wanted
-    peft.save_pretrained(folder)
-    return folder
-
-
-def test_an_adapter_that_only_shifts_along_the_axis_is_caught_and_named(base: Path, run: Run, tmp_path: Path) -> None:
+@pytest.mark.parametrize("blind", [False, True])
+def test_an_adapter_that_only_shifts_along_the_axis_is_caught_and_named(
+    blind: bool, base: Path, run: Run, tmp_path: Path
+) -> None:
     def cheating(model: Any, floor: Floor) -> Any:
-        adapter = shifting_adapter(base, floor, tmp_path / "cheat")
+        adapter = cheats.make_adapter(str(base), floor, tmp_path / "cheat", sigmas=2.0, blind=blind)
         return open_weights(model, {"tuned": adapter})["tuned"]
 
     report = evaluated(run, cheating)

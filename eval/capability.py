@@ -1,0 +1,226 @@
+"""Capability of every arm by lm-eval: what the tuning must not cost. Capped arms run under the hooks.
+
+Two tasks of our own need no network: ``everyday_choice`` (multiple choice by likelihood) and ``instructions`` (rules that a
+program checks). ``paper`` stands for the four tasks of arXiv 2601.10387, with its metrics and sample counts; any other name is
+lm-eval's.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from trimtab.axis import ActivationController, UserError
+from trimtab.axis.files import fingerprint, read_json, read_jsonl, write_json
+from trimtab.eval.arms import Arms
+from trimtab.eval.instruction_rules import follows
+from trimtab.recipes.data import FOLDER
+
+log = logging.getLogger("trimtab")
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task and how it is scored.
+
+    Attributes:
+        name: lm-eval's, or one of our own.
+        metric: which of the task's metrics; None takes its first.
+        limit: documents, for a group of tasks in each of them; None takes all.
+        chat: whether the chat template is put round the prompts.
+        chance: score of guessing, or None.
+        scale: highest score.
+        filter: which of the task's answer filters; None takes its first.
+    """
+
+    name: str
+    metric: str | None = None
+    limit: int | None = None
+    chat: bool = True
+    chance: float | None = None
+    scale: float = 1.0
+    filter: str | None = None
+
+
+OWN = {
+    "everyday_choice": Task("everyday_choice", metric="acc", chat=False, chance=0.25),
+    "instructions": Task("instructions", metric="strict_acc"),
+}
+# 541, 1,400, 1,000 and 171 documents, no examples in the prompt; MMLU-Pro is a group of 14 tasks.
+PAPER = {
+    "ifeval": Task("ifeval", metric="inst_level_strict_acc"),
+    "mmlu_pro": Task("mmlu_pro", metric="exact_match", limit=100, chance=0.1),
+    "gsm8k": Task("gsm8k", metric="exact_match", limit=1000, filter="flexible-extract"),
+    "eq_bench": Task("eq_bench", metric="eqbench", scale=100.0),
+}
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores of one task, one a document, by arm.
+
+    Attributes:
+        task: the task.
+        metric: the metric's name.
+        ids: the documents.
+        by_arm: arm -> score of each document, in the order of ``ids``.
+    """
+
+    task: Task
+    metric: str
+    ids: list[str]
+    by_arm: dict[str, list[float]]
+
+
+def tasks_of(names: Sequence[str], limit: int | None) -> list[Task]:
+    """The tasks that a recipe names.
+
+    Args:
+        names: names, or ``paper`` for the paper's four.
+        limit: most documents of each task; None leaves each task's own.
+    """
+    found: list[Task] = []
+    for name in names:
+        known = [*PAPER.values()] if name == "paper" else [OWN.get(name) or PAPER.get(name) or Task(name)]
+        found += [task if limit is None else replace(task, limit=min(limit, task.limit or limit)) for task in known]
+    return list({task.name: task for task in found}.values())
+
+
+def measure_capability(arms: Arms, tasks: Sequence[Task], *, batch_size: int, task_folder: Path | None) -> list[Scores]:
+    """Run every task in every arm; what is done is kept in the evaluation's folder.
+
+    Args:
+        arms: the arms.
+        tasks: see :func:`tasks_of`.
+        batch_size: rows a forward.
+        task_folder: lm-eval task files of the user's own.
+
+    Raises:
+        UserError: if lm-eval is missing, does not know a task, or can't get its documents.
+    """
+    found = []
+    for task in tasks:
+        by_arm = {arm: _kept(arms, arm, task, batch_size, task_folder) for arm in arms.names}
+        first = by_arm["base"]
+        found.append(Scores(task, first["metric"], first["ids"], {arm: row["scores"] for arm, row in by_arm.items()}))
+    return found
+
+
+def _kept(arms: Arms, arm: str, task: Task, batch_size: int, task_folder: Path | None) -> dict[str, Any]:
+    path = arms.folder / f"capability-{task.name.replace('/', '-')}-{arm.replace('+', '-')}.json"
+    identity = fingerprint([task.__dict__, str(task_folder)])
+    if path.exists() and (kept := read_json(path))["identity"] == identity:
+        found: dict[str, Any] = kept
+        return found
+    log.info("capability: %s, %s", task.name, arm)
+    ids, scores, metric = _run(arms, arm, task, batch_size, task_folder)
+    found = {"identity": identity, "metric": metric, "ids": ids, "scores": scores}
+    write_json(path, found)
+    return found
+
+
+def _run(
+    arms: Arms, arm: str, task: Task, batch_size: int, task_folder: Path | None
+) -> tuple[list[str], list[float], str]:
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+    except ImportError as error:
+        raise UserError(
+            "capability needs lm-eval", key="eval.capability", remedy="pip install 'trimtab[eval]'"
+        ) from error
+    own = task.name in OWN
+    with arms.weights(arm) as model:
+        harness = HFLM(pretrained=model, tokenizer=arms.form.tokenizer, batch_size=batch_size)
+        capped = ActivationController.of(model).capping(arms.floor, enabled=arms.floor_of(arm) is not None)
+        try:
+            with capped:
+                result: Any = simple_evaluate(
+                    harness,
+                    tasks=[_own_task(task.name) if own else task.name],
+                    num_fewshot=0,
+                    limit=task.limit,
+                    apply_chat_template=task.chat,
+                    task_manager=_task_manager(None if own else task_folder, own),
+                    bootstrap_iters=0,
+                    verbosity="ERROR",
+                )
+        except (KeyError, ValueError, OSError, ConnectionError) as error:
+            raise UserError(
+                f"lm-eval can't run {task.name!r}: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
+                key="eval.capability",
+                remedy=f"name a task that `lm-eval ls tasks` lists and whose documents can be reached, or {', '.join(OWN)}",
+            ) from error
+    metric = task.metric or _first_metric(result)
+    rows = list(_samples(result, task))
+    return [name for name, _ in rows], [_score(row[metric]) for _, row in rows], metric
+
+
+@functools.cache
+def _task_manager(folder: Path | None, own: bool) -> Any:
+    """lm-eval's index of tasks, which takes seconds to make; our own tasks need none."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=None if folder is None else str(folder), include_defaults=not own)
+
+
+def _samples(result: Any, task: Task) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each document's name and logged row, of all subtasks, through one answer filter."""
+    for name, rows in sorted(result["samples"].items()):
+        filters = dict.fromkeys(row.get("filter", "none") for row in rows)
+        chosen = task.filter if task.filter in filters else next(iter(filters), "none")
+        for row in sorted(rows, key=lambda row: row["doc_id"]):
+            if row.get("filter", "none") == chosen:
+                yield f"{name}/{row['doc_id']}", row
+
+
+def _first_metric(result: Any) -> str:
+    config = next(iter(result["configs"].values()))
+    return str(config["metric_list"][0]["metric"])
+
+
+def _score(value: Any) -> float:
+    """A document's score; of a list, such as one truth value an instruction, the mean."""
+    if isinstance(value, list | tuple):
+        return sum(map(float, value)) / len(value) if value else 0.0
+    return float(value)
+
+
+def _own_task(name: str) -> dict[str, Any]:
+    """lm-eval's configuration of a task of our own."""
+    rows = read_jsonl(FOLDER / "capability" / f"{name}.jsonl")
+
+    def documents(**_: Any) -> dict[str, Any]:
+        from datasets import Dataset
+
+        # Rules are of several kinds, with keys of their own, which one table can't hold.
+        return {"test": Dataset.from_list([{**row, "rules": None} for row in rows])}
+
+    common = {"task": name, "custom_dataset": documents, "test_split": "test"}
+    if name == "everyday_choice":
+        return {
+            **common,
+            "output_type": "multiple_choice",
+            "doc_to_text": "Question: {{question}}\nAnswer:",
+            "doc_to_choice": "{{choices}}",
+            "doc_to_target": "answer",
+            "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+        }
+    rules = {row["id"]: row["rules"] for row in rows}
+
+    def check(doc: dict[str, Any], results: Sequence[str]) -> dict[str, float]:
+        return {"strict_acc": float(follows(results[0], rules[doc["id"]]))}
+
+    return {
+        **common,
+        "output_type": "generate_until",
+        "doc_to_text": "{{prompt}}",
+        "doc_to_target": "",
+        "generation_kwargs": {"until": [], "do_sample": False, "max_gen_toks": 96},
+        "process_results": check,
+        "metric_list": [{"metric": "strict_acc", "aggregation": "mean", "higher_is_better": True}],
+    }

@@ -1,0 +1,122 @@
+"""Capability: the rules one by one, and lm-eval itself on a tiny model, with and without the cap."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import build_floor, build_model
+
+from trimtab.axis import UserError
+from trimtab.axis.chat import ChatFormat
+from trimtab.axis.files import read_jsonl
+from trimtab.axis.sampling import SamplingOptions
+from trimtab.eval.arms import Arms
+from trimtab.eval.capability import PAPER, Task, measure_capability, tasks_of
+from trimtab.eval.instruction_rules import CHECKS, follows
+from trimtab.recipes.data import FOLDER
+
+KEPT_AND_BROKEN: list[tuple[dict[str, Any], str, str]] = [
+    ({"kind": "max_words", "n": 3}, "two small words", "these are four words"),
+    ({"kind": "min_words", "n": 3}, "It's well-made bread", "no bread"),
+    ({"kind": "includes", "words": ["Oven", "bread"]}, "Bread from the oven.", "Breadth of ovens"),
+    ({"kind": "excludes", "words": ["oven"]}, "Ovens are many.", "The oven!"),
+    ({"kind": "bullets", "n": 2}, "Here:\n- one\n* two", "- one\n**two**"),
+    ({"kind": "numbered", "n": 2}, "Plan:\n1. one\n2. two", "1. one\n3. two"),
+    ({"kind": "ends_with", "text": "Good night."}, "Sleep. Good night.", "Good night. Sleep."),
+    ({"kind": "starts_with", "text": "Dear"}, "  Dear Anna", "My dear"),
+    ({"kind": "lowercase"}, "all small, 3 of them", "One capital"),
+    ({"kind": "lowercase"}, "a", "123"),
+    ({"kind": "uppercase"}, "LOUD!", "LOUd"),
+    ({"kind": "one_line"}, "one line", "two\nlines"),
+    ({"kind": "json_keys", "keys": ["a", "b"]}, '```json\n{"a": 1, "b": 2}\n```', '{"a": 1, "b": 2, "c": 3}'),
+    ({"kind": "json_keys", "keys": ["a"]}, '{"a": []}', "a: 1"),
+    ({"kind": "questions", "n": 2}, "Who? Why?", "Who?"),
+    ({"kind": "no_digits"}, "three", "3"),
+]
+
+
+@pytest.mark.parametrize(("rule", "kept", "broken"), KEPT_AND_BROKEN)
+def test_rules_by_example(rule: dict[str, Any], kept: str, broken: str) -> None:
+    assert follows(kept, [rule]) and not follows(broken, [rule])
+    assert not follows("  ", [rule])  # no answer follows nothing
+
+
+def test_every_rule_of_the_task_is_known_and_tried_here() -> None:
+    rows = read_jsonl(FOLDER / "capability" / "instructions.jsonl")
+    used = {rule["kind"] for row in rows for rule in row["rules"]}
+    assert used == set(CHECKS) == {rule["kind"] for rule, _, _ in KEPT_AND_BROKEN}
+    assert len({row["id"] for row in rows}) == len({row["prompt"] for row in rows}) == len(rows) == 80
+    with pytest.raises(ValueError, match="rhymes"):
+        follows("text", [{"kind": "rhymes"}])
+
+
+def test_the_multiple_choice_task_is_balanced() -> None:
+    rows = read_jsonl(FOLDER / "capability" / "everyday_choice.jsonl")
+    assert len({row["question"] for row in rows}) == len(rows) == 240
+    assert all(len(set(row["choices"])) == 4 for row in rows)
+    assert [sum(row["answer"] == k for row in rows) for k in range(4)] == [60] * 4
+
+
+def test_names_become_tasks() -> None:
+    assert [task.name for task in tasks_of(["paper", "gsm8k", "arc_easy"], None)] == [*PAPER, "arc_easy"]
+    assert [task.limit for task in tasks_of(["gsm8k", "instructions"], 7)] == [7, 7]
+    assert tasks_of(["mmlu_pro"], 500)[0].limit == 100  # the paper's own, of each of its 14 subjects
+    assert tasks_of(["ifeval"], None)[0].metric == "inst_level_strict_acc"
+
+
+@pytest.fixture
+def arms(form: ChatFormat, tmp_path: Path) -> Arms:
+    models = {
+        name: build_model("llama", seed=seed, max_position_embeddings=2048)
+        for seed, name in enumerate(("base", "tuned"))
+    }
+    weights = {name: (lambda model=model: contextlib.nullcontext(model)) for name, model in models.items()}
+    return Arms(
+        weights, form, build_floor(tau=1.0), tmp_path / "eval", SamplingOptions(max_new_tokens=8, batch_size=3), seed=5
+    )
+
+
+def test_own_tasks_in_every_arm_and_kept(arms: Arms) -> None:
+    tasks = tasks_of(["everyday_choice", "instructions"], 8)
+    choice, instructions = measure_capability(arms, tasks, batch_size=4, task_folder=None)
+    assert choice.metric == "acc" and instructions.metric == "strict_acc"
+    for scores in (choice, instructions):
+        assert set(scores.by_arm) == set(arms.names) and len(scores.ids) == len(set(scores.ids)) == 8
+        assert all(len(values) == 8 and set(values) <= {0.0, 1.0} for values in scores.by_arm.values())
+    stamps = {path.name: path.stat().st_mtime_ns for path in arms.folder.iterdir()}
+    again = measure_capability(arms, tasks, batch_size=4, task_folder=None)
+    assert again == [choice, instructions]
+    assert stamps == {path.name: path.stat().st_mtime_ns for path in arms.folder.iterdir()}
+    longer = measure_capability(arms, tasks_of(["everyday_choice"], 9), batch_size=4, task_folder=None)
+    assert len(longer[0].ids) == 9
+
+
+def test_a_task_of_the_users_own_sees_the_cap(arms: Arms, tmp_path: Path) -> None:
+    """The score is the log-likelihood itself, so a cap that acts shows in every document."""
+    documents = [{"id": str(i), "text": text} for i, text in enumerate(["bread", "the sea", "a ship"])]
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in documents), encoding="utf-8")
+    (folder / "utils.py").write_text("def score(doc, results):\n    return {'ll': results[0][0]}\n", encoding="utf-8")
+    (folder / "mine.yaml").write_text(
+        "task: mine\ndataset_path: json\n"
+        f"dataset_kwargs:\n  data_files:\n    test: {folder / 'rows.jsonl'}\n"
+        "test_split: test\noutput_type: loglikelihood\ndoc_to_text: 'Tell me about'\ndoc_to_target: '{{text}}'\n"
+        "process_results: !function utils.score\n"
+        "metric_list:\n  - metric: ll\n    aggregation: mean\n    higher_is_better: true\n",
+        encoding="utf-8",
+    )
+    scores = measure_capability(arms, [Task("mine", chat=False)], batch_size=2, task_folder=folder)[0]
+    assert scores.metric == "ll" and len(scores.ids) == 3
+    for one, other in (("base", "base+cap"), ("tuned", "tuned+cap"), ("base", "tuned")):
+        assert all(a != b for a, b in zip(scores.by_arm[one], scores.by_arm[other], strict=True))
+
+
+def test_a_task_that_is_not_there_names_the_key(arms: Arms) -> None:
+    with pytest.raises(UserError, match="no_such_task") as caught:
+        measure_capability(arms, [Task("no_such_task")], batch_size=2, task_folder=None)
+    assert "eval.capability" in str(caught.value) and "everyday_choice" in str(caught.value)
