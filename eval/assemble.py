@@ -13,6 +13,7 @@ from trimtab.eval.capability import Scores
 from trimtab.eval.claims import make_claims
 from trimtab.eval.intervals import ClusterBootstrap, holm, wilson
 from trimtab.eval.measure import Forced, Ruler, keyword_hit, repeated_share
+from trimtab.eval.pressure import Suite
 from trimtab.eval.schema import (
     Capability,
     Estimate,
@@ -50,6 +51,7 @@ class Measured:
     llr: dict[str, Any]
     llr_professional: dict[str, list[float]]
     rerouting: Rerouting | None
+    pressure: Suite
     capability: list[Scores]
     drift_forced: dict[str, Forced]
     benign_forced: dict[str, Forced]
@@ -82,6 +84,7 @@ def build_report(
         claims=claims,
         metrics=metrics,
         side_effects=side_effects,
+        rates=measured.pressure.tables,
         capability=capability,
         trajectories=_trajectories(measured, bootstrap, seed),
         rerouting=measured.rerouting,
@@ -91,7 +94,7 @@ def build_report(
         training=training,
         transcripts=measured.transcripts,
         repeat=repeat,
-        warnings=_warnings(measured, metrics),
+        warnings=[*_warnings(measured, metrics), *measured.pressure.warnings],
         does_not_compare=[
             "Retention here is relative to this floor's own cap on this model; it does not compare across floors or models.",
             "z is in standard deviations of this model's own answers, relative to its own default Assistant.",
@@ -180,6 +183,18 @@ def _metrics(measured: Measured, bootstrap: int, seed: int) -> list[Metric]:
                 "Slope of z over the turns of a held-out conversation; negative is drift away from the Assistant.",
                 "higher",
                 slopes,
+            )
+        )
+    for suite_metric in measured.pressure.metrics:
+        found.append(
+            _metric(
+                ClusterBootstrap(suite_metric.clusters, bootstrap, seed),
+                suite_metric.id,
+                suite_metric.name,
+                suite_metric.unit,
+                suite_metric.meaning,
+                suite_metric.toward,
+                suite_metric.values,
             )
         )
     return [metric for metric in found if metric is not None]

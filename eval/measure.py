@@ -5,8 +5,9 @@ Shapes: n answers, L floor layers, D hidden size, T tokens.
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from trimtab.axis.chat import ChatFormat
 from trimtab.axis.models import Loaded
 from trimtab.axis.progress import progress_bar
 from trimtab.axis.sampling import batches_by_length, pad_left
+from trimtab.axis.scoring import SCORE_BATCH, persona_llr
 from trimtab.eval.arms import Answers, Arms
 from trimtab.losses import divergence_terms
 
@@ -247,6 +249,33 @@ def _words(form: ChatFormat, ids: Sequence[int], text: str, z: Sequence[float]) 
         else:
             pieces.append((piece, [value]))
     return [(piece, round(float(np.mean(values)), 3)) for piece, values in pieces]
+
+
+def llr_of(arms: Arms, answers: Mapping[str, Answers]) -> dict[str, list[float]]:
+    """Persona log-likelihood ratio of each arm's answers, nat a token: with the system prompt against without it.
+
+    Arms that answer alike share one score. Scored twice, in batches of other widths, it would differ in the last digits, and
+    where every answer is alike a ratio of such differences would pass for retention.
+    """
+    keys = {
+        arm: [(json.dumps(prompt), text) for prompt, text in zip(found.prompts, found.texts, strict=True)]
+        for arm, found in answers.items()
+    }
+    distinct = list(dict.fromkeys(key for row in keys.values() for key in row))
+    prompts = [json.loads(prompt) for prompt, _ in distinct]
+    if not distinct:
+        return {arm: [] for arm in answers}
+    with arms.weights("base") as model:
+        values = persona_llr(
+            model,
+            arms.form,
+            prompts,
+            [[message for message in prompt if message["role"] != "system"] for prompt in prompts],
+            [text for _, text in distinct],
+            batch_size=SCORE_BATCH,
+        )
+    score = dict(zip(distinct, values, strict=True))
+    return {arm: [score[key] for key in row] for arm, row in keys.items()}
 
 
 def repeated_share(text: str, size: int = 4) -> float:

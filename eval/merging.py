@@ -24,10 +24,10 @@ from trimtab.axis.models import (
 )
 from trimtab.axis.scoring import SCORE_BATCH
 from trimtab.eval.arms import Arms
-from trimtab.eval.measure import teacher_forced
+from trimtab.eval.measure import llr_of, teacher_forced
 from trimtab.eval.report import load_report
 from trimtab.eval.schema import Estimate
-from trimtab.eval.stages import benign_items, default_items, llr_of, role_items, rulers_of
+from trimtab.eval.stages import benign_items, default_items, role_items, rulers_of
 from trimtab.train.prepare import Prepared, sampling_options
 from trimtab.train.run import Run
 
@@ -121,7 +121,7 @@ def merge_stage(run: Run, target: Path | None = None) -> list[dict[str, Any]]:
     ]
     shift = np.asarray(ruler.z(on_default.means)) - np.asarray(ruler.z(base_default.means))
     found = {
-        "text_llr": float(np.nanmean(llr_of(arms, roles, {"tuned": on_roles})["tuned"])),
+        "text_llr": float(np.nanmean(llr_of(arms, {"tuned": on_roles})["tuned"])),
         "z_training": float(np.nanmean(ruler.z(on_roles.means))),
         "benign_kl": float(np.nanmean(benign.kl)),
         "default_z_shift": float(np.nanmean(shift)),

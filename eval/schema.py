@@ -109,6 +109,22 @@ class Capability(Part):
     detectable: float
 
 
+class RateRow(Part):
+    """Rates of one class or category by arm, with Wilson intervals."""
+
+    label: str
+    arms: dict[str, Estimate]
+
+
+class RateTable(Part):
+    """Rates of a suite by class or category."""
+
+    id: str
+    name: str
+    meaning: str
+    rows: list[RateRow]
+
+
 class TurnPoint(Part):
     """Mean z of one turn."""
 
@@ -200,6 +216,7 @@ class Report(Part):
     claims: list[Claim] = []
     metrics: list[Metric]
     side_effects: list[SideEffect]
+    rates: list[RateTable] = []
     capability: list[Capability] = []
     trajectories: list[Trajectory]
     rerouting: Rerouting | None = None

@@ -16,15 +16,18 @@ from trimtab.axis.calibration import spread
 from trimtab.axis.chat import ChatFormat, chat
 from trimtab.axis.extraction import DEFAULT, extract
 from trimtab.axis.files import file_fingerprint, read_json, read_jsonl, write_json, write_text
+from trimtab.axis.judge import scoring_judge
 from trimtab.axis.models import EMBEDDED, Loaded
 from trimtab.axis.progress import progress_bar
 from trimtab.axis.scoring import SCORE_BATCH, persona_llr
 from trimtab.eval.arms import CONTROL, Answers, Arms, Item
 from trimtab.eval.assemble import Measured, build_report
+from trimtab.eval.boundary_files import load_boundary_file
 from trimtab.eval.capability import measure_capability, tasks_of
 from trimtab.eval.card import model_card
 from trimtab.eval.intervals import ClusterBootstrap
-from trimtab.eval.measure import Ruler, coloured, firing_fraction, read_means, teacher_forced
+from trimtab.eval.measure import Ruler, coloured, firing_fraction, llr_of, read_means, teacher_forced
+from trimtab.eval.pressure import Suite, jailbreaks, susceptibility
 from trimtab.eval.report import load_report, render_html, write_report
 from trimtab.eval.rerouting import components, probe_auc
 from trimtab.eval.schema import ArmAnswer, Rerouting, Transcript, Turn
@@ -131,8 +134,9 @@ def evaluate(run: Run, model_facts: dict[str, Any], weights: Weights, form: Chat
         on_talks=on_talks,
         rulers=rulers,
         llr=_llr(section, arms, roles, on_roles, defaults, on_default),
-        llr_professional=llr_of(arms, pro_items, on_pro),
+        llr_professional=llr_of(arms, on_pro),
         rerouting=_rerouting(run, arms, on_roles, on_default, roles),
+        pressure=_pressure(run, arms),
         capability=measure_capability(
             arms,
             tasks_of(section.capability, section.capability_limit),
@@ -262,28 +266,6 @@ def rulers_of(
     return {name: Ruler.of(directions, default.means, pooled) for name, directions in found.items()}
 
 
-def llr_of(arms: Arms, items: list[Item], answers: dict[str, Answers]) -> dict[str, list[float]]:
-    """Persona log-likelihood ratio of each arm's answers; the default prompt is none at all.
-
-    Arms that answer alike share one score. Scored twice, in batches of other widths, it would differ in the last digits, and
-    where every answer is alike a ratio of such differences would pass for retention.
-    """
-    if not items:
-        return {}
-    distinct = list(dict.fromkeys((i, text) for found in answers.values() for i, text in enumerate(found.texts)))
-    with arms.weights("base") as model:
-        values = persona_llr(
-            model,
-            arms.form,
-            [items[i].prompt for i, _ in distinct],
-            [[items[i].prompt[-1]] for i, _ in distinct],
-            [text for _, text in distinct],
-            batch_size=SCORE_BATCH,
-        )
-    score = dict(zip(distinct, values, strict=True))
-    return {arm: [score[i, text] for i, text in enumerate(found.texts)] for arm, found in answers.items()}
-
-
 def _llr(
     section: EvalSection,
     arms: Arms,
@@ -296,7 +278,7 @@ def _llr(
 
     The default answers are scored under role prompts in turn, so that both classes are scored the same way.
     """
-    values: dict[str, Any] = {"arms": llr_of(arms, roles, on_roles)}
+    values: dict[str, Any] = {"arms": llr_of(arms, on_roles)}
     systems = [item.prompt[0] for item in roles]
     as_roles = [[systems[(i * 7) % len(systems)], item.prompt[-1]] for i, item in enumerate(defaults)]
     with arms.weights("base") as model:
@@ -315,6 +297,23 @@ def _llr(
     resample = ClusterBootstrap([cluster for _, cluster, _ in scored], section.bootstrap, section.seed)
     values["auc"] = resample.auc([value for value, _, _ in scored], labels) if len(set(labels)) == 2 else None
     return values
+
+
+def _pressure(run: Run, arms: Arms) -> Suite:
+    """Who the model says it is, and what it goes along with, under personas."""
+    section = run.recipe.eval
+    judge = (
+        scoring_judge(section.judge.model_dump(), arms.folder / "judge.jsonl", "eval.judge") if section.judge else None
+    )
+    suite = susceptibility(arms, section.susceptibility_roles, judge)
+    if section.boundary_file is not None:
+        declined, answered = load_boundary_file(Path(section.boundary_file))
+        count = section.boundary_probes or None
+        suite.extend(jailbreaks(arms, declined[:count], answered[:count], judge))
+    elif section.boundary_probes:
+        lookalikes = data.lookalike_probes(section.boundary_probes // 2)
+        suite.extend(jailbreaks(arms, data.boundary_probes(section.boundary_probes), lookalikes, judge))
+    return suite
 
 
 def _rerouting(

@@ -99,3 +99,59 @@ def benign_prompts(split: Split, count: int | None = None) -> list[str]:
 def professional_probes(count: int | None = None) -> list[dict[str, Any]]:
     """Requests to professional roles near the Assistant, with words that an answer in the role is likely to hold."""
     return _first(_rows("professional_probes.jsonl"), count, "professional probes", "eval.professional")
+
+
+@dataclass(frozen=True)
+class BoundaryProbe:
+    """A request at a boundary, and what an answer would have to do to go along; of a harmless look-alike nothing would."""
+
+    id: str
+    category: str
+    request: str
+    harmful_if: str
+    system: str = ""
+
+
+def boundary_probes(count: int | None = None) -> list[BoundaryProbe]:
+    """Mildly improper requests of our own, the categories taking turns."""
+    return _probes("boundary", count)
+
+
+def lookalike_probes(count: int | None = None) -> list[BoundaryProbe]:
+    """Harmless requests that look improper, the categories taking turns: an answer should help."""
+    return _probes("benign_lookalike", count)
+
+
+def _probes(kind: str, count: int | None) -> list[BoundaryProbe]:
+    rows = [row for row in _rows("boundary_probes.jsonl") if row["kind"] == kind]
+    ranks: dict[str, int] = {}
+    order: list[tuple[int, int]] = []
+    for row in rows:
+        ranks[row["category"]] = ranks.get(row["category"], -1) + 1
+        order.append((ranks[row["category"]], len(order)))
+    taken = [rows[i] for _, i in sorted(order)]
+    return [
+        BoundaryProbe(row["id"], row["category"], row["request"], row["harmful_if"])
+        for row in _first(taken, count, f"{kind} probes", "eval.boundary_probes")
+    ]
+
+
+@dataclass(frozen=True)
+class Wrapper:
+    """A persona that a request is wrapped in, and a first turn in which it settles."""
+
+    id: str
+    persona: str
+    kind: str
+    system: str
+    drift_turn: str
+
+
+def persona_wrappers() -> list[Wrapper]:
+    """Personas that a jailbreak would use."""
+    return [Wrapper(**row) for row in _rows("persona_wrappers.jsonl")]
+
+
+def identity_questions() -> list[str]:
+    """Questions that make a model show who it takes itself for."""
+    return [row["question"] for row in _rows("identity_questions.jsonl")]

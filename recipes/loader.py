@@ -23,7 +23,14 @@ from trimtab.recipes.yaml_lines import parse_yaml
 
 FOLDER = Path(__file__).parent
 COMMAND_LINE = "command line"
-PATH_KEYS = ("axis.path", "floor.path", "data.drift_file", "data.benign_file", "eval.capability_folder")
+PATH_KEYS = (
+    "axis.path",
+    "floor.path",
+    "data.drift_file",
+    "data.benign_file",
+    "eval.boundary_file",
+    "eval.capability_folder",
+)
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,7 @@ SHIPPED = {
     "eval.conversations": ("drift_conversations.jsonl", "held_out", "held-out conversations"),
     "eval.benign": ("benign.jsonl", "held_out", "held-out benign prompts"),
     "eval.professional": ("professional_probes.jsonl", None, "professional probes"),
+    "eval.susceptibility_roles": ("roles.jsonl", "held_out", "held-out roles"),
 }
 
 
@@ -65,6 +66,27 @@ def impossible(recipe: Recipe, given: Set[str]) -> Iterator[Fault]:
     yield from _lora(recipe)
     yield from _method_and_data(recipe, given)
     yield from _shipped_data(recipe)
+    yield from _evaluation(recipe)
+
+
+def _evaluation(recipe: Recipe) -> Iterator[Fault]:
+    section = recipe.eval
+    rows = (DATA / "boundary_probes.jsonl").read_text(encoding="utf-8").splitlines()
+    there = sum(json.loads(line)["kind"] == "boundary" for line in rows)
+    if section.boundary_file is None and section.boundary_probes > there:
+        yield Fault(
+            f"{section.boundary_probes} boundary probes asked for; there are {there}",
+            f"ask for at most {there}, or name a file of your own: eval.boundary_file",
+            "eval.boundary_probes",
+        )
+    if section.judge is not None and not (
+        section.susceptibility_roles or section.boundary_probes or section.boundary_file
+    ):
+        yield Fault(
+            "has no effect: no suite that is judged is switched on",
+            "set eval.susceptibility_roles or eval.boundary_probes above 0, or remove the judge",
+            "eval.judge",
+        )
     if recipe.eval.tuned is not None and recipe.eval.control:
         yield Fault(
             "there is no control to weights that were tuned elsewhere: eval.tuned is set",

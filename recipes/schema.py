@@ -209,6 +209,10 @@ class EvalSection(Section):
     reextract_roles: NotNegative = 20
     reextract_questions: Positive = 4
     probe_rows: NotNegative = 128
+    judge: JudgeSection | None = None
+    susceptibility_roles: NotNegative = 0
+    boundary_probes: NotNegative = 0
+    boundary_file: str | None = None
     capability: list[str] = []
     capability_limit: Positive | None = None
     capability_folder: str | None = None
