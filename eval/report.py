@@ -191,6 +191,7 @@ def _transcript_view(transcript: Transcript, scale: Scale) -> dict[str, Any]:
         "id": transcript.id,
         "kind": transcript.kind,
         "system": transcript.system,
+        "note": transcript.note,
         "opening": opening if len(opening) <= 110 else opening[:109].rstrip() + "…",
         "means": means,
         "turns": turns,

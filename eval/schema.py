@@ -190,12 +190,13 @@ class Turn(Part):
 
 
 class Transcript(Part):
-    """One prompt or conversation, side by side."""
+    """One prompt or conversation, side by side; ``note`` says what to watch for."""
 
     id: str
     kind: str
     system: str
     turns: list[Turn]
+    note: str = ""
 
 
 class Verdict(Part):

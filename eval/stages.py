@@ -119,6 +119,14 @@ def evaluate(run: Run, model_facts: dict[str, Any], weights: Weights, form: Chat
         {arm: arms.conversations("conversations", talk_items, scripts, arm) for arm in arms.names} if scripts else {}
     )
 
+    cases = data.case_studies(section.case_studies) if section.case_studies else []
+    case_items = [Item(case.id, case.id, chat(case.system, "")[:-1]) for case in cases]
+    on_cases = (
+        {arm: arms.conversations("cases", case_items, [case.turns for case in cases], arm) for arm in arms.names}
+        if cases
+        else {}
+    )
+
     rulers = rulers_of(run, floor, reextracted, on_roles["base"], on_default["base"])
     main = rulers["training"]
     measured = Measured(
@@ -156,7 +164,10 @@ def evaluate(run: Run, model_facts: dict[str, Any], weights: Weights, form: Chat
             batch_size=SCORE_BATCH, title="default text",
         ),
         firing={arm: firing_fraction(arms, arm, on_roles["base"], batch_size=SCORE_BATCH) for arm in ("base", "tuned")},
-        transcripts=_transcripts(run, arms, main, roles, on_roles, conversations, on_talks),
+        transcripts=[
+            *_case_transcripts(arms, main, cases, on_cases),
+            *_transcripts(run, arms, main, roles, on_roles, conversations, on_talks),
+        ],
     )  # fmt: skip
     axis_facts = dict((run.stage_record("axis") or {"facts": {}})["facts"])
     for arm, again in reextracted.items():
@@ -385,16 +396,48 @@ def _transcripts(
             for talk in conversations[:talks]
         ),
     ]
+    said = {
+        arm: [
+            *((on_roles[arm], i) for i in chosen),
+            *((on_talks[arm][turn], i) for i in range(talks) for turn in range(turns)),
+        ]
+        for arm in arms.names
+    }
+    return _filled(found, arms, ruler, said)
+
+
+def _case_transcripts(
+    arms: Arms, ruler: Ruler, cases: list[data.CaseStudy], on_cases: dict[str, list[Answers]]
+) -> list[Transcript]:
+    """Case studies in full: whoever reads the report should read them."""
+    found = [
+        Transcript(
+            id=case.title,
+            kind=f"case study: {case.id.replace('_', ' ')}",
+            system=case.system,
+            turns=[Turn(user=user, answers={}) for user in case.turns],
+            note=case.what_to_watch,
+        )
+        for case in cases
+    ]
+    said = {
+        arm: [(turns[k], i) for i, case in enumerate(cases) for k in range(len(case.turns))]
+        for arm, turns in on_cases.items()
+    }
+    return _filled(found, arms, ruler, said) if found else []
+
+
+def _filled(
+    found: list[Transcript], arms: Arms, ruler: Ruler, said: dict[str, list[tuple[Answers, int]]]
+) -> list[Transcript]:
+    """Transcripts with each arm's answers, coloured: ``said`` holds, turn by turn, a set of answers and the place in it."""
     places = [turn for transcript in found for turn in transcript.turns]
-    with progress_bar("colouring transcripts", len(arms.names)) as bar:
-        for arm in arms.names:
-            said = [(on_roles[arm], i) for i in chosen]
-            said += [(on_talks[arm][t], i) for i in range(talks) for t in range(turns)]
-            texts = [answers.texts[i] for answers, i in said]
-            pieces = coloured(
-                arms, arm, [answers.prompts[i] for answers, i in said], texts, ruler, batch_size=SCORE_BATCH
-            )
-            zs = ruler.z(torch.stack([answers.means[i] for answers, i in said])) if said else []
+    with progress_bar("colouring transcripts", len(said)) as bar:
+        for arm, given in said.items():
+            texts = [answers.texts[i] for answers, i in given]
+            prompts = [answers.prompts[i] for answers, i in given]
+            pieces = coloured(arms, arm, prompts, texts, ruler, batch_size=SCORE_BATCH)
+            zs = ruler.z(torch.stack([answers.means[i] for answers, i in given])) if given else []
             for place, text, z, words in zip(places, texts, zs, pieces, strict=True):
                 place.answers[arm] = ArmAnswer(text=text, z=round(z, 3) if z == z else 0.0, pieces=words)
             bar.advance(0, 1)  # type: ignore[arg-type]

@@ -155,3 +155,19 @@ def persona_wrappers() -> list[Wrapper]:
 def identity_questions() -> list[str]:
     """Questions that make a model show who it takes itself for."""
     return [row["question"] for row in _rows("identity_questions.jsonl")]
+
+
+@dataclass(frozen=True)
+class CaseStudy:
+    """User turns that are replayed word for word to every arm, to be read side by side."""
+
+    id: str
+    title: str
+    system: str
+    what_to_watch: str
+    turns: list[str]
+
+
+def case_studies(count: int | None = None) -> list[CaseStudy]:
+    """Delusion reinforcement, isolation, romantic attachment and a persona jailbreak, eight turns each."""
+    return [CaseStudy(**row) for row in _first(_rows("case_studies.jsonl"), count, "case studies", "eval.case_studies")]

@@ -50,6 +50,7 @@ SHIPPED = {
     "eval.conversations": ("drift_conversations.jsonl", "held_out", "held-out conversations"),
     "eval.benign": ("benign.jsonl", "held_out", "held-out benign prompts"),
     "eval.professional": ("professional_probes.jsonl", None, "professional probes"),
+    "eval.case_studies": ("case_studies.jsonl", None, "case studies"),
     "eval.susceptibility_roles": ("roles.jsonl", "held_out", "held-out roles"),
 }
 

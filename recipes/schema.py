@@ -221,6 +221,7 @@ class EvalSection(Section):
     tuned_cap: bool = True
     bootstrap: Positive = 5000
     transcripts: NotNegative = 12
+    case_studies: NotNegative = 0
     seed: int = 1000
 
 

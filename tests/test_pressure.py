@@ -135,7 +135,7 @@ def table(path: Path, rows: list[dict[str, Any]]) -> Path:
 @pytest.mark.parametrize(
     ("name", "row", "category"),
     [
-        ("HarmBench", {"Behavior": "Do it,\nnow", "FunctionalCategory": "standard", "SemanticCategory": "c", "BehaviorID": "x"}, "c"),
+        ("HarmBench", {"Behavior": "Do it,\nnow", "FunctionalCategory": "standard", "SemanticCategory": "c"}, "c"),
         ("StrongREJECT", {"category": "c", "source": "s", "forbidden_prompt": "Do it,\nnow"}, "c"),
         ("JailbreakBench", {"Index": 0, "Goal": "Do it,\nnow", "Target": "Sure", "Behavior": "b", "Category": "c"}, "c"),
     ],

@@ -36,7 +36,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
     "floor": {"layers": [1, 2], "pool": 12, "drift_rows": 4, "min_firing": 0},
     "eval": {
         "roles": 6, "questions": 2, "conversations": 2, "turns": 2, "benign": 4, "professional": 0, "bootstrap": 300,
-        "sampling": {"max_new_tokens": 8, "batch_size": 8}, "reextract_roles": 0, "transcripts": 3,
+        "sampling": {"max_new_tokens": 8, "batch_size": 8}, "reextract_roles": 0, "transcripts": 3, "case_studies": 2, "susceptibility_roles": 2, "boundary_probes": 3,
     },
 }  # fmt: skip
 
@@ -84,6 +84,12 @@ def test_base_against_base_is_never_good(run: Run) -> None:
         assert metric.tuned_effect.value == metric.tuned_effect.low == metric.tuned_effect.high == 0
         kept = metric.retention.estimate
         assert kept is None or (kept.low <= 0 <= kept.high and kept.value == 0)
+    cases = [transcript for transcript in report.transcripts if transcript.kind.startswith("case study")]
+    assert len(cases) == 2 and all(len(case.turns) == 8 and case.note for case in cases)
+    for turn in (turn for case in cases for turn in case.turns):
+        assert set(turn.answers) == {"base", "base+cap", "tuned", "tuned+cap"}
+        assert turn.answers["base"] == turn.answers["tuned"]
+    assert {"identity_llr", "jailbreak_llr"} <= {metric.id for metric in report.metrics}
     effects = {effect.id: effect.estimate.value for effect in report.side_effects}
     assert effects["benign_kl"] == effects["default_z_shift"] == effects["default_z_shift_same_text"] == 0
 
