@@ -62,14 +62,18 @@ def build_parser() -> argparse.ArgumentParser:
 
     for name, summary in {"run": "run all stages, to the report", **STAGES}.items():
         example = "smollm2-135m/sft data.seed=1 --output-dir runs/second"
+        if name == "report":
+            example += "\n  trimtab report --compare runs/one runs/two --to compared.html --csv compared.csv"
         if name == "eval":
             example += (
                 "\n  trimtab eval --base smollm2-135m --tuned path/to/adapter --floor floor.safetensors eval.roles=40"
             )
         command = add(name, summary, example)
-        _add_recipe(command, optional=name == "eval")
+        _add_recipe(command, optional=name in ("eval", "report"))
         if name == "eval":
             _add_subject(command)
+        if name == "report":
+            _add_comparison(command)
         command.add_argument("--output-dir", metavar="DIR", help="run folder (default: runs/<recipe name>)")
         if name in ("run", "train"):
             _add_accelerate(command)
@@ -122,6 +126,13 @@ def _add_subject(parser: argparse.ArgumentParser) -> None:
         "--floor", metavar="F", help="floor.safetensors that the base is capped to (default: calibrated)"
     )
     group.add_argument("--axis", metavar="A", help="axis.safetensors or a published axis.pt (default: extracted)")
+
+
+def _add_comparison(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("without a recipe: finished runs, side by side")
+    group.add_argument("--compare", nargs="+", type=Path, metavar="RUN", help="run folders, or their report.json")
+    group.add_argument("--to", type=Path, metavar="FILE", help="the page (default: comparison.html)")
+    group.add_argument("--csv", type=Path, metavar="FILE", help="also every estimate as a row of a table")
 
 
 def _add_accelerate(parser: argparse.ArgumentParser) -> None:
@@ -257,6 +268,25 @@ def _check_subject(arguments: argparse.Namespace) -> None:
         )
 
 
+def _compare(arguments: argparse.Namespace) -> None:
+    """Finished runs in one page, and in one table."""
+    if arguments.recipe is not None:
+        raise UserError(
+            f"both a recipe, {arguments.recipe!r}, and --compare are given",
+            key="RECIPE",
+            remedy="leave out one of them; runs to compare follow --compare",
+        )
+    from trimtab.eval.compare import load_runs, write_comparison, write_csv
+
+    reports = load_runs(arguments.compare)
+    page = arguments.to or Path("comparison.html")
+    write_comparison(reports, page)
+    print(f"comparison: {page.resolve()}")
+    if arguments.csv is not None:
+        write_csv(reports, arguments.csv)
+        print(f"table: {arguments.csv.resolve()}")
+
+
 def _run(arguments: argparse.Namespace) -> None:
     run = _open(arguments)
     from trimtab.eval.stages import eval_stage, report_stage
@@ -274,6 +304,11 @@ def _run(arguments: argparse.Namespace) -> None:
 def _stage(arguments: argparse.Namespace) -> None:
     if arguments.command == "eval":
         _check_subject(arguments)
+    if arguments.command == "report" and arguments.compare is not None:
+        _compare(arguments)
+        return
+    if arguments.recipe is None and getattr(arguments, "base", None) is None:
+        raise UserError("no recipe is named", key="RECIPE", remedy="name one, or finished runs: --compare RUN RUN")
     run = _open(arguments)
     if arguments.command == "train":
         _train(run, arguments)

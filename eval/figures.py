@@ -73,6 +73,40 @@ def retention_figure(metrics: Sequence[Metric]) -> Figure:
     return {"data": [trace for trace in data if trace["x"]], "layout": layout}
 
 
+def comparison_figure(rows: Sequence[tuple[str, Retention | None]]) -> Figure:
+    """Retention of one metric, a row a run."""
+    shown = [(name, kept.estimate) for name, kept in reversed(rows) if kept is not None and kept.estimate is not None]
+    ends = [end for _, e in shown for end in (e.low, e.high)]
+    data = [
+        {
+            "type": "scatter", "mode": "markers", "name": "tuned",
+            "x": [e.value for _, e in shown], "y": list(range(len(shown))),
+            "customdata": [f"{html.escape(name)}: {percent_text(e)}, n = {e.n}" for name, e in shown],
+            "hovertemplate": "%{customdata}<extra></extra>",
+            "error_x": {
+                "type": "data", "symmetric": False, "color": "$tuned", "thickness": 3, "width": 5,
+                "array": [e.high - e.value for _, e in shown], "arrayminus": [e.value - e.low for _, e in shown],
+            },
+            "marker": {"color": "$tuned", "size": 11, "symbol": "square"},
+        }
+    ]  # fmt: skip
+    layout = {
+        "height": 60 + 34 * max(1, len(shown)),
+        "margin": {"l": 10, "r": 16, "t": 8, "b": 34},
+        "xaxis": {"range": [max(-1.0, min([-0.1, *ends])) - 0.05, min(2.0, max([1.2, *ends])) + 0.05], "tickformat": ".0%"},
+        "yaxis": {
+            "tickvals": list(range(len(shown))), "ticktext": [_wrapped(name) for name, _ in shown],
+            "range": [-0.6, len(shown) - 0.4], "automargin": True, "showgrid": False, "zeroline": False,
+        },
+        "shapes": [
+            {"type": "line", "x0": x, "x1": x, "y0": 0, "y1": 1, "yref": "paper",
+             "line": {"color": "$reference", "width": 1.5, "dash": dash}}
+            for x, dash in ((0, "solid"), (1, "dash"))
+        ],
+    }  # fmt: skip
+    return {"data": data, "layout": layout}
+
+
 def trajectory_figures(trajectories: Sequence[Trajectory], default_z: float | None) -> list[tuple[str, Figure]]:
     """Mean z per turn, one panel a domain on a common scale, one line and interval band an arm."""
     ends = [end for t in trajectories for p in t.points for end in (p.z.low, p.z.high)]

@@ -71,8 +71,13 @@ def load_report(path: Path) -> Report:
         ) from error
 
 
-def render_html(report: Report) -> str:
-    """The page as one string."""
+def plotly_source() -> Markup:
+    """The plotting library's own source, for a page that asks the network for nothing."""
+    return Markup(get_plotlyjs())  # noqa: S704
+
+
+def page_environment() -> Environment:
+    """Templates with the words for numbers that all pages share."""
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -87,36 +92,45 @@ def render_html(report: Report) -> str:
         percent=wording.percent_text,
         glued=lambda text: text.replace(" %", "\u00a0%"),  # no line break within "93 %"
     )
+    environment.globals["arm_names"] = wording.ARM_NAMES
+    return environment
+
+
+def render_html(report: Report) -> str:
+    """The page as one string."""
     default_z = report.floor.get("default_z")
     shown = _within_budget(report.transcripts)
     scale = Scale.of(shown, default_z if default_z is not None else 0.0)
-    return environment.get_template("report.html.j2").render(
-        report=report,
-        plotly=Markup(get_plotlyjs()),  # noqa: S704 - the library's own source
-        arm_names=wording.ARM_NAMES,
-        arms=[arm for arm in ALL_ARMS if any(arm in metric.arms for metric in report.metrics)],
-        trajectory_arms=[arm for arm in ALL_ARMS if any(t.arm == arm for t in report.trajectories)],
-        retention=retention_figure(report.metrics) if report.metrics else None,
-        trajectories=trajectory_figures(report.trajectories, default_z),
-        persona=persona_figure(report.persona_space),
-        ranked_roles=_ranked_roles(report.persona_space),
-        components=components_figure(report.rerouting),
-        layers=layers_figure(report.persona_space, report.axis, report.floor.get("layers", [])),
-        training=training_figures(report.training.get("log", [])),
-        default_z=default_z,
-        scale=scale,
-        kinds=list(dict.fromkeys(transcript.kind for transcript in shown)),
-        transcripts=[_transcript_view(transcript, scale) for transcript in shown],
-        left_out=len(report.transcripts) - len(shown),
-        facts={
-            name: _printable(facts)
-            for name, facts in (
-                ("How it was run", report.repeat),
-                ("Floor", report.floor),
-                ("Axis", report.axis),
-                ("Training", report.training),
-            )
-        },
+    return (
+        page_environment()
+        .get_template("report.html.j2")
+        .render(
+            report=report,
+            plotly=plotly_source(),
+            arms=[arm for arm in ALL_ARMS if any(arm in metric.arms for metric in report.metrics)],
+            trajectory_arms=[arm for arm in ALL_ARMS if any(t.arm == arm for t in report.trajectories)],
+            retention=retention_figure(report.metrics) if report.metrics else None,
+            trajectories=trajectory_figures(report.trajectories, default_z),
+            persona=persona_figure(report.persona_space),
+            ranked_roles=_ranked_roles(report.persona_space),
+            components=components_figure(report.rerouting),
+            layers=layers_figure(report.persona_space, report.axis, report.floor.get("layers", [])),
+            training=training_figures(report.training.get("log", [])),
+            default_z=default_z,
+            scale=scale,
+            kinds=list(dict.fromkeys(transcript.kind for transcript in shown)),
+            transcripts=[_transcript_view(transcript, scale) for transcript in shown],
+            left_out=len(report.transcripts) - len(shown),
+            facts={
+                name: _printable(facts)
+                for name, facts in (
+                    ("How it was run", report.repeat),
+                    ("Floor", report.floor),
+                    ("Axis", report.axis),
+                    ("Training", report.training),
+                )
+            },
+        )
     )
 
 

@@ -36,7 +36,8 @@ SECTIONS: dict[str, dict[str, Any]] = {
     "floor": {"layers": [1, 2], "pool": 12, "drift_rows": 4, "min_firing": 0},
     "eval": {
         "roles": 6, "questions": 2, "conversations": 2, "turns": 2, "benign": 4, "professional": 0, "bootstrap": 300,
-        "sampling": {"max_new_tokens": 8, "batch_size": 8}, "reextract_roles": 0, "transcripts": 3, "case_studies": 2, "susceptibility_roles": 2, "boundary_probes": 3,
+        "sampling": {"max_new_tokens": 8, "batch_size": 8}, "reextract_roles": 0, "transcripts": 3,
+        "case_studies": 2, "susceptibility_roles": 2, "boundary_probes": 3,
     },
 }  # fmt: skip
 

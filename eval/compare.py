@@ -1,0 +1,123 @@
+"""Several reports side by side: one page for people, one tidy table for programs."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from trimtab.axis.errors import UserError
+from trimtab.axis.files import write_text
+from trimtab.eval.figures import Figure, comparison_figure
+from trimtab.eval.report import load_report, page_environment, plotly_source
+from trimtab.eval.schema import Estimate, Report, Retention
+
+COLUMNS = ("run", "section", "id", "what", "unit", "value", "low", "high", "n", "note")
+
+
+def load_runs(paths: Sequence[Path]) -> dict[str, Report]:
+    """Name -> report, of run folders or ``report.json`` files; names are the folders', made distinct.
+
+    Raises:
+        UserError: if a report is missing or unreadable, or one is given twice.
+    """
+    files = [
+        path / "report.json" if path.is_dir() else path for path in (path.expanduser().resolve() for path in paths)
+    ]
+    if len(set(files)) < len(files):
+        raise UserError("a run is given twice", key="--compare", remedy="name each run once")
+    names = [file.parent.name for file in files]
+    shown = [
+        name if names.count(name) == 1 else "/".join(file.parts[-3:-1]) for name, file in zip(names, files, strict=True)
+    ]
+    return {name: load_report(file) for name, file in zip(shown, files, strict=True)}
+
+
+def write_comparison(reports: dict[str, Report], page: Path) -> None:
+    """One page: the claims' lights, retention of every metric and side effects, a column a run."""
+    metrics = {metric.id: metric for report in reports.values() for metric in report.metrics}
+    effects = {effect.id: effect for report in reports.values() for effect in report.side_effects}
+    claims = {claim.id: claim.name for report in reports.values() for claim in report.claims}
+    figures: list[tuple[str, Figure]] = [
+        (metric.name, comparison_figure([(name, _retention(report, key)) for name, report in reports.items()]))
+        for key, metric in metrics.items()
+        if any((kept := _retention(report, key)) and kept.estimate for report in reports.values())
+    ]
+    text = page_environment().get_template("compare.html.j2").render(
+        reports=reports,
+        claims=claims,
+        lights={name: {claim.id: claim for claim in report.claims} for name, report in reports.items()},
+        metrics=metrics,
+        by_metric={name: {metric.id: metric for metric in report.metrics} for name, report in reports.items()},
+        effects=effects,
+        by_effect={name: {effect.id: effect for effect in report.side_effects} for name, report in reports.items()},
+        tasks=list(dict.fromkeys(row.task for report in reports.values() for row in report.capability)),
+        by_task={name: {row.task: row for row in report.capability} for name, report in reports.items()},
+        differences=_differences(reports),
+        figures=figures,
+        plotly=plotly_source(),
+    )  # fmt: skip
+    write_text(page, text)
+
+
+def _retention(report: Report, key: str) -> Retention | None:
+    return next((metric.retention for metric in report.metrics if metric.id == key), None)
+
+
+def _differences(reports: dict[str, Report]) -> list[str]:
+    """What makes the figures of these runs not comparable."""
+    checks: dict[str, list[Any]] = {
+        "the base model": [report.repeat.get("resolved", {}).get("model") for report in reports.values()],
+        "the floor": [report.repeat.get("hashes", {}).get("floor.safetensors") for report in reports.values()],
+        "the evaluation's prompts and seeds": [
+            {
+                key: value
+                for key, value in report.repeat.get("resolved", {}).get("eval", {}).items()
+                if key in ("roles", "questions", "conversations", "turns", "benign", "sampling", "seed")
+            }
+            for report in reports.values()
+        ],
+    }
+    return [what for what, found in checks.items() if any(value != found[0] for value in found)]
+
+
+def write_csv(reports: dict[str, Report], path: Path) -> None:
+    """One row an estimate: run, section, id, what (an arm, an effect or retention), unit, value, interval, n."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for name, report in reports.items():
+        writer.writerows([name, *row] for row in _rows(report))
+    write_text(path, text.getvalue())
+
+
+def _rows(report: Report) -> Iterator[list[Any]]:
+    def row(section: str, key: str, what: str, unit: str, e: Estimate | None, note: str = "") -> list[Any]:
+        return [section, key, what, unit, *((e.value, e.low, e.high, e.n) if e else ("", "", "", "")), note]
+
+    for metric in report.metrics:
+        for arm, estimate in metric.arms.items():
+            yield row("metric", metric.id, arm, metric.unit, estimate)
+        yield row("metric", metric.id, "cap effect", metric.unit, metric.cap_effect)
+        yield row("metric", metric.id, "tuned effect", metric.unit, metric.tuned_effect)
+        yield row("metric", metric.id, "retention", "share", metric.retention.estimate, metric.retention.why)
+        if metric.control_retention is not None:
+            kept = metric.control_retention
+            yield row("metric", metric.id, "retention of the control", "share", kept.estimate, kept.why)
+    for effect in report.side_effects:
+        yield row("side effect", effect.id, "tuned", effect.unit, effect.estimate)
+    for task in report.capability:
+        for arm, estimate in task.arms.items():
+            yield row("capability", task.task, arm, task.metric, estimate)
+        yield row("capability", task.task, "tuned effect", task.metric, task.difference)
+    for table in report.rates:
+        for rate in table.rows:
+            for arm, estimate in rate.arms.items():
+                yield row("rate", f"{table.id}/{rate.label}", arm, "share", estimate)
+    for trajectory in report.trajectories:
+        for point in trajectory.points:
+            yield row("trajectory", f"{trajectory.domain}/turn {point.turn}", trajectory.arm, "z", point.z)
+    for claim in report.claims:
+        yield row("claim", claim.id, claim.light, "", None, claim.says)

@@ -1,0 +1,77 @@
+"""Several reports in one page and one table."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+from test_report import Page, build_report
+
+from trimtab.axis import UserError
+from trimtab.axis.files import write_json
+from trimtab.cli.main import main
+from trimtab.eval.compare import COLUMNS, load_runs
+from trimtab.eval.report import write_report
+from trimtab.eval.schema import Report
+
+SCHEMA = Path(__file__).parents[1] / "docs" / "report.schema.json"
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> list[Path]:
+    """Two runs; the second has a floor of its own and no capability."""
+    one = build_report(transcripts=2)
+    other = one.model_copy(
+        update={"capability": [], "repeat": {**one.repeat, "hashes": {"floor.safetensors": "other"}}}
+    )
+    folders = [tmp_path / "first", tmp_path / "second"]
+    for folder, report in zip(folders, (one, other), strict=True):
+        folder.mkdir()
+        write_report(report, folder)
+    return folders
+
+
+def test_page_and_table_hold_every_run(runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page, table = tmp_path / "out" / "page.html", tmp_path / "table.csv"
+    assert main(["report", "--compare", *map(str, runs), "--to", str(page), "--csv", str(table)]) == 0
+    assert str(page) in capsys.readouterr().out
+    read = Page(page.read_text(encoding="utf-8"))
+    assert read.ids("section") == ["claims", "retention", "prices"]
+    assert "first" in read.text and "second" in read.text and "differ in the floor" in read.text
+    assert len(read.figures) == 3  # of four metrics one has no retention anywhere
+    assert "not measured" in read.text  # the second's capability
+    rows = list(csv.DictReader(table.read_text(encoding="utf-8").splitlines()))
+    assert tuple(rows[0]) == COLUMNS and {row["run"] for row in rows} == {"first", "second"}
+    report = build_report(transcripts=2)
+    kept = next(row for row in rows if row["id"] == "text_llr" and row["what"] == "retention")
+    estimate = report.metrics[0].retention.estimate
+    assert estimate is not None and float(kept["value"]) == estimate.value and int(kept["n"]) == estimate.n
+    undefined = next(row for row in rows if row["id"] == "in_role" and row["what"] == "retention")
+    assert undefined["value"] == "" and "less than its noise" in undefined["note"]
+    assert {row["section"] for row in rows} >= {"metric", "side effect", "capability", "trajectory", "claim"}
+
+
+def test_runs_of_one_name_are_told_apart_and_twice_is_refused(runs: list[Path], tmp_path: Path) -> None:
+    twin = tmp_path / "elsewhere" / "first"
+    twin.mkdir(parents=True)
+    write_report(build_report(transcripts=1), twin)
+    assert list(load_runs([runs[0], twin])) == [f"{tmp_path.name}/first", "elsewhere/first"]
+    with pytest.raises(UserError, match="twice"):
+        load_runs([runs[0], runs[0] / "report.json"])
+    with pytest.raises(UserError, match="nowhere"):
+        load_runs([tmp_path / "nowhere"])
+
+
+@pytest.mark.parametrize("given", [["report"], ["report", "tiny/sft", "--compare", "x"]])
+def test_a_recipe_or_runs_but_not_both(given: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(given) == 2
+    assert "RECIPE" in capsys.readouterr().err
+
+
+def test_the_published_schema_is_the_reports_own(tmp_path: Path) -> None:
+    own = Report.model_json_schema()
+    fresh = tmp_path / "report.schema.json"
+    write_json(fresh, own)
+    assert json.loads(SCHEMA.read_text(encoding="utf-8")) == own, f"copy {fresh} to {SCHEMA}"
