@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from trimtab.axis import Floor
 from trimtab.eval.arms import CONTROL, Answers, Item
 from trimtab.eval.capability import Scores
 from trimtab.eval.claims import make_claims
 from trimtab.eval.intervals import ClusterBootstrap, holm, wilson
-from trimtab.eval.measure import Forced, Ruler, keyword_hit, repeated_share
+from trimtab.eval.measure import Forced, Ruler, below_floor, keyword_hit, repeated_share
 from trimtab.eval.pressure import Suite
 from trimtab.eval.schema import (
     Capability,
@@ -47,6 +48,7 @@ class Measured:
     on_default: dict[str, Answers]
     on_professional: dict[str, Answers]
     on_talks: dict[str, list[Answers]]
+    floor: Floor
     rulers: dict[str, Ruler]
     llr: dict[str, Any]
     llr_professional: dict[str, list[float]]
@@ -170,6 +172,23 @@ def _metrics(measured: Measured, bootstrap: int, seed: int) -> list[Metric]:
                 "Mean z over all turns of the held-out scripted conversations, training axis.",
                 "higher",
                 values,
+            )
+        )
+        below = {
+            arm: [
+                b for row in zip(*(below_floor(measured.floor, turn.means) for turn in turns), strict=True) for b in row
+            ]
+            for arm, turns in measured.on_talks.items()
+        }
+        found.append(
+            _metric(
+                by_talk,
+                "turns_below_floor",
+                "Turns below the floor",
+                "rate",
+                "Share of the turns of the held-out scripted conversations whose mean projection lies below the floor.",
+                "lower",
+                below,
             )
         )
         slopes = {arm: _slopes([ruler.z(turn.means) for turn in turns]) for arm, turns in measured.on_talks.items()}

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trimtab.axis import ActivationController, project
+from trimtab.axis import ActivationController, Floor, project
 from trimtab.axis.calibration import response_projections
 from trimtab.axis.chat import ChatFormat
 from trimtab.axis.models import Loaded
@@ -56,6 +56,17 @@ class Ruler:
         """Mean over layers of z of each token, [T], from one state [T, D] a layer."""
         rows = [(project(state, self.directions[i]) - self.origin[i]) / self.sigma[i] for i, state in enumerate(states)]
         return torch.stack(rows).mean(0)
+
+
+def below_floor(floor: Floor, means: Tensor) -> list[float]:
+    """Whether each answer's mean projection lies below the floor, in sigma over the floor's layers: 1, 0, or NaN if empty.
+
+    Args:
+        floor: the floor.
+        means: mean activations over each answer's tokens at the floor's layers, [n, L, D].
+    """
+    above = ((torch.einsum("nld,ld->nl", means, floor.directions) - floor.tau) / floor.sigma).mean(1)
+    return [float("nan") if value != value else float(value < 0) for value in above.tolist()]
 
 
 def _nanmean(values: Tensor) -> Tensor:

@@ -140,6 +140,7 @@ def evaluate(run: Run, model_facts: dict[str, Any], weights: Weights, form: Chat
         on_default=on_default,
         on_professional=on_pro,
         on_talks=on_talks,
+        floor=floor,
         rulers=rulers,
         llr=_llr(section, arms, roles, on_roles, defaults, on_default),
         llr_professional=llr_of(arms, on_pro),

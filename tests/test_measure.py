@@ -19,7 +19,15 @@ from trimtab.axis.models import Loaded
 from trimtab.axis.sampling import SamplingOptions
 from trimtab.eval import measure
 from trimtab.eval.arms import Answers, Arms, Item
-from trimtab.eval.measure import Ruler, coloured, firing_fraction, keyword_hit, repeated_share, teacher_forced
+from trimtab.eval.measure import (
+    Ruler,
+    below_floor,
+    coloured,
+    firing_fraction,
+    keyword_hit,
+    repeated_share,
+    teacher_forced,
+)
 
 TEXTS = ["Arr, the oven be small.", "", "The sky is blue, dear child: étoile 🙂 and so on.", "B"]
 PROMPTS = [
@@ -256,3 +264,13 @@ def test_conversations_go_on_from_the_arms_own_answers(arms: Arms) -> None:
             {"role": "assistant", "content": turns[0].texts[k]},
             {"role": "user", "content": scripts[k][1]},
         ]
+
+
+def test_below_the_floor_by_hand(floor: Floor) -> None:
+    """At the height itself an answer is not below; a layer far above makes up for one that is a little below."""
+    at = floor.tau[:, None] * floor.directions
+    step = floor.sigma[:, None] * floor.directions
+    mixed = at + torch.tensor([[2.0], [-1.0]]) * step
+    rows = torch.stack([at + 0.01 * step, at - 0.1 * step, mixed, torch.full_like(at, float("nan"))])
+    found = below_floor(floor, rows)
+    assert found[:3] == [0.0, 1.0, 0.0] and found[3] != found[3]
