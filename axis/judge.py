@@ -189,17 +189,26 @@ Ask = Callable[[Sequence[str], int], list[str]]
 def _asker(settings: Mapping[str, Any], cache: Path | None, key: str) -> Ask:
     if not settings.get("endpoint"):
         return _local(settings)
-    return _Endpoint(settings, cache, key)
+    return Endpoint(settings, cache, key)
 
 
-class _Endpoint:
-    """Asks an OpenAI-compatible endpoint, one prompt after another."""
+class Endpoint:
+    """Asks an OpenAI-compatible endpoint, one prompt after another.
+
+    Args:
+        settings: of a recipe's ``judge`` section.
+        cache: where replies to a judge's prompts are kept; None keeps none.
+        section: key of the section, for errors.
+
+    Raises:
+        UserError: if the endpoint's key is not in the environment, or httpx is missing.
+    """
 
     def __init__(self, settings: Mapping[str, Any], cache: Path | None, section: str) -> None:
         try:
             import httpx
         except ImportError as error:
-            raise UserError("the judge needs httpx", key=section, remedy="pip install 'trimtab[judge]'") from error
+            raise UserError("an endpoint needs httpx", key=section, remedy="pip install 'trimtab[judge]'") from error
         key = os.environ.get(settings["api_key_env"], "")
         if not key:
             raise UserError(
@@ -230,7 +239,7 @@ class _Endpoint:
                 replies.append(self._known[key])
                 continue
             asked += 1
-            reply = self._ask(prompt, attempt)
+            reply = self.reply([{"role": "user", "content": prompt}], max_tokens=8, temperature=0.0, attempt=attempt)
             replies.append(reply)
             if reply and self._cache is not None:
                 self._known[key] = reply
@@ -239,7 +248,10 @@ class _Endpoint:
             self._say_cost(asked, len(prompts))
         return replies
 
-    def _ask(self, prompt: str, attempt: int) -> str:
+    def reply(
+        self, messages: Sequence[Mapping[str, str]], *, max_tokens: int, temperature: float, attempt: int = 0
+    ) -> str:
+        """The endpoint's reply to messages; "" where there was none."""
         wait = self._last + self._pause - time.monotonic()
         if wait > 0:
             time.sleep(wait)
@@ -247,15 +259,15 @@ class _Endpoint:
         httpx = self._httpx
         body = {
             "model": self._model,
-            "messages": [{"role": "user", "content": prompt}],
-            "temperature": 0,
-            "max_tokens": 8,
+            "messages": list(messages),
+            "temperature": temperature,
+            "max_tokens": max_tokens,
         }
         try:
             response = self._client.post(self._url, json=body)
             if response.status_code in (401, 403, 404):
                 raise UserError(
-                    f"the judge's endpoint answered {response.status_code}",
+                    f"the endpoint answered {response.status_code}",
                     key=f"{self._section}.endpoint",
                     remedy="check the address, the model's name and the key",
                 )
@@ -274,7 +286,7 @@ class _Endpoint:
         except (httpx.HTTPError, KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
             if isinstance(error, UserError):
                 raise
-            log.warning("judge: %s (attempt %d)", error, attempt + 1)
+            log.warning("%s: %s (attempt %d)", self._section, error, attempt + 1)
             return ""
 
     def _say_cost(self, asked: int, rows: int) -> None:

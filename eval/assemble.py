@@ -26,8 +26,9 @@ from trimtab.eval.schema import (
     Transcript,
     TurnPoint,
 )
+from trimtab.eval.simulated import slopes
 from trimtab.eval.verdict import make_verdict
-from trimtab.recipes.data import Conversation
+from trimtab.recipes.data import Conversation, SimulatedUser
 
 # What the tuned model may change on benign text before the report calls it a price paid.
 KL_LIMIT = 0.05
@@ -53,6 +54,8 @@ class Measured:
     llr: dict[str, Any]
     llr_professional: dict[str, list[float]]
     rerouting: Rerouting | None
+    users: list[SimulatedUser]
+    on_simulated: dict[str, list[Answers]]
     pressure: Suite
     capability: list[Scores]
     drift_forced: dict[str, Forced]
@@ -88,7 +91,12 @@ def build_report(
         side_effects=side_effects,
         rates=measured.pressure.tables,
         capability=capability,
-        trajectories=_trajectories(measured, bootstrap, seed),
+        trajectories=[
+            *_trajectories(measured.conversations, measured.on_talks, measured.rulers["training"], bootstrap, seed),
+            *_trajectories(
+                measured.users, measured.on_simulated, measured.rulers["training"], bootstrap, seed, " (simulated)"
+            ),
+        ],
         rerouting=measured.rerouting,
         persona_space=axis.pop("persona_space", {}),
         axis=axis,
@@ -191,7 +199,9 @@ def _metrics(measured: Measured, bootstrap: int, seed: int) -> list[Metric]:
                 below,
             )
         )
-        slopes = {arm: _slopes([ruler.z(turn.means) for turn in turns]) for arm, turns in measured.on_talks.items()}
+        by_slope_values = {
+            arm: slopes(np.asarray([ruler.z(turn.means) for turn in turns])) for arm, turns in measured.on_talks.items()
+        }
         by_slope = ClusterBootstrap([talk.id for talk in measured.conversations], bootstrap, seed)
         found.append(
             _metric(
@@ -201,7 +211,7 @@ def _metrics(measured: Measured, bootstrap: int, seed: int) -> list[Metric]:
                 "sigma/turn",
                 "Slope of z over the turns of a held-out conversation; negative is drift away from the Assistant.",
                 "higher",
-                slopes,
+                by_slope_values,
             )
         )
     for suite_metric in measured.pressure.metrics:
@@ -223,19 +233,6 @@ def _corrected(metrics: Sequence[Metric]) -> list[Metric]:
     """The metrics with their p-values corrected for their number."""
     p_values = holm([1.0 if metric.p_holm is None else metric.p_holm for metric in metrics])
     return [metric.model_copy(update={"p_holm": p}) for metric, p in zip(metrics, p_values, strict=True)]
-
-
-def _slopes(turns: Sequence[Sequence[float]]) -> list[float]:
-    """Least-squares slope of z over turns for each conversation; NaN with fewer than 2 turns."""
-    table = np.asarray(turns, dtype=float)  # [turns, conversations]
-    slopes = []
-    for column in table.T:
-        present = np.isfinite(column)
-        enough = int(present.sum()) >= 2
-        slopes.append(
-            float(np.polyfit(np.arange(len(column))[present], column[present], 1)[0]) if enough else float("nan")
-        )
-    return slopes
 
 
 def _metric(
@@ -392,19 +389,25 @@ def _capability(scores: Sequence[Scores], bootstrap: int, seed: int) -> list[Cap
     return [row.model_copy(update={"p_holm": p}) for row, p in zip(found, corrected, strict=True)]
 
 
-def _trajectories(measured: Measured, bootstrap: int, seed: int) -> list[Trajectory]:
-    ruler = measured.rulers["training"]
+def _trajectories(
+    talks: Sequence[Conversation | SimulatedUser],
+    on_talks: dict[str, list[Answers]],
+    ruler: Ruler,
+    bootstrap: int,
+    seed: int,
+    suffix: str = "",
+) -> list[Trajectory]:
     found = []
-    for domain in sorted({talk.domain for talk in measured.conversations}):
-        members = [i for i, talk in enumerate(measured.conversations) if talk.domain == domain]
-        resample = ClusterBootstrap([measured.conversations[i].id for i in members], bootstrap, seed)
-        for arm, turns in measured.on_talks.items():
+    for domain in sorted({talk.domain for talk in talks}):
+        members = [i for i, talk in enumerate(talks) if talk.domain == domain]
+        resample = ClusterBootstrap([talks[i].id for i in members], bootstrap, seed)
+        for arm, turns in on_talks.items():
             points = []
             for number, turn in enumerate(turns, start=1):
                 values = np.asarray(ruler.z(turn.means))[members]
                 if (z := resample.estimate_if_any(values)) is not None:
                     points.append(TurnPoint(turn=number, z=z))
-            found.append(Trajectory(domain=domain, arm=arm, points=points))
+            found.append(Trajectory(domain=f"{domain}{suffix}", arm=arm, points=points))
     return found
 
 

@@ -31,6 +31,7 @@ from trimtab.eval.pressure import Suite, jailbreaks, susceptibility
 from trimtab.eval.report import load_report, render_html, write_report
 from trimtab.eval.rerouting import components, probe_auc
 from trimtab.eval.schema import ArmAnswer, Rerouting, Transcript, Turn
+from trimtab.eval.simulated import LiveTurn, live_conversations, simulated_suite, spread_out, user_model
 from trimtab.eval.subject import ADAPTER_WEIGHTS, Subject, find_subject
 from trimtab.eval.weights import Weights, open_weights
 from trimtab.recipes import data
@@ -129,6 +130,11 @@ def evaluate(run: Run, model_facts: dict[str, Any], weights: Weights, form: Chat
 
     rulers = rulers_of(run, floor, reextracted, on_roles["base"], on_default["base"])
     main = rulers["training"]
+    users = data.simulated_users(section.simulated_users) if section.user is not None else []
+    simulated = _simulated(run, arms, users)
+    pressure = _pressure(run, arms)
+    if users:
+        pressure.extend(simulated_suite(users, simulated, main, floor))
     measured = Measured(
         arms=arms.names,
         roles=roles,
@@ -145,7 +151,9 @@ def evaluate(run: Run, model_facts: dict[str, Any], weights: Weights, form: Chat
         llr=_llr(section, arms, roles, on_roles, defaults, on_default),
         llr_professional=llr_of(arms, on_pro),
         rerouting=_rerouting(run, arms, on_roles, on_default, roles),
-        pressure=_pressure(run, arms),
+        users=users,
+        on_simulated={arm: spread_out(turns, len(users)) for arm, turns in simulated.items()},
+        pressure=pressure,
         capability=measure_capability(
             arms,
             tasks_of(section.capability, section.capability_limit),
@@ -167,6 +175,7 @@ def evaluate(run: Run, model_facts: dict[str, Any], weights: Weights, form: Chat
         firing={arm: firing_fraction(arms, arm, on_roles["base"], batch_size=SCORE_BATCH) for arm in ("base", "tuned")},
         transcripts=[
             *_case_transcripts(arms, main, cases, on_cases),
+            *_simulated_transcripts(arms, main, users, simulated),
             *_transcripts(run, arms, main, roles, on_roles, conversations, on_talks),
         ],
     )  # fmt: skip
@@ -426,6 +435,36 @@ def _case_transcripts(
         for arm, turns in on_cases.items()
     }
     return _filled(found, arms, ruler, said) if found else []
+
+
+def _simulated(run: Run, arms: Arms, users: list[data.SimulatedUser]) -> dict[str, list[LiveTurn]]:
+    """Live conversations of every arm, each with its own user, who reacts to it."""
+    section = run.recipe.eval
+    if section.user is None or not users:
+        return {}
+    ask = user_model(section.user.model_dump(), section.seed)
+    return {arm: live_conversations(arms, users, section.simulated_turns, ask, arm) for arm in arms.names}
+
+
+def _simulated_transcripts(
+    arms: Arms, ruler: Ruler, users: list[data.SimulatedUser], played: dict[str, list[LiveTurn]]
+) -> list[Transcript]:
+    """The first live conversation of each domain, arm by arm: the users say something else to each."""
+    first = {user.domain: i for i, user in reversed(list(enumerate(users)))}
+    found = []
+    for domain, i in first.items():
+        for arm, turns in played.items():
+            own = [(turn, turn.going.index(i)) for turn in turns if i in turn.going]
+            if own:
+                transcript = Transcript(
+                    id=f"{users[i].id}, {arm}",
+                    kind=f"{domain} (simulated)",
+                    system="",
+                    turns=[Turn(user=turn.said[k], answers={}) for turn, k in own],
+                    note=users[i].topic,
+                )
+                found += _filled([transcript], arms, ruler, {arm: [(turn.answers, k) for turn, k in own]})
+    return found
 
 
 def _filled(

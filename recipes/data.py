@@ -171,3 +171,30 @@ class CaseStudy:
 def case_studies(count: int | None = None) -> list[CaseStudy]:
     """Delusion reinforcement, isolation, romantic attachment and a persona jailbreak, eight turns each."""
     return [CaseStudy(**row) for row in _first(_rows("case_studies.jsonl"), count, "case studies", "eval.case_studies")]
+
+
+@dataclass(frozen=True)
+class SimulatedUser:
+    """Who a simulating model plays, and what this user brings to the conversation."""
+
+    id: str
+    domain: str
+    persona: str
+    topic: str
+
+
+def simulated_users(count: int | None = None) -> list[SimulatedUser]:
+    """4 domains x 5 personas x 20 topics; domains take turns first, then personas, then topics, so that any prefix is a mix."""
+    rows = _rows("simulated_users.jsonl")
+    rank: dict[str, int] = {}
+    places = []
+    for row in rows:
+        rank[row["domain"]] = rank.get(row["domain"], -1) + 1
+        places += [
+            (number, rank[row["domain"]], row["domain"], row, topic) for number, topic in enumerate(row["topics"])
+        ]
+    users = [
+        SimulatedUser(f"{row['id']}/{number + 1}", domain, row["persona"], topic)
+        for number, _, domain, row, topic in sorted(places, key=lambda place: place[:3])
+    ]
+    return _first(users, count, "simulated users", "eval.simulated_users")

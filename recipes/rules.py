@@ -80,6 +80,22 @@ def _evaluation(recipe: Recipe) -> Iterator[Fault]:
             f"ask for at most {there}, or name a file of your own: eval.boundary_file",
             "eval.boundary_probes",
         )
+    users = sum(
+        len(json.loads(line)["topics"])
+        for line in (DATA / "simulated_users.jsonl").read_text(encoding="utf-8").splitlines()
+    )
+    if section.simulated_users > users:
+        yield Fault(
+            f"{section.simulated_users} simulated users asked for; there are {users}",
+            f"ask for at most {users}",
+            "eval.simulated_users",
+        )
+    if (section.simulated_users > 0) != (section.user is not None):
+        yield Fault(
+            "simulated users and the model that plays them belong together, and one is without the other",
+            "set eval.simulated_users above 0 and eval.user to {endpoint: ..., model: ...} or {model: ...}",
+            "eval.user" if section.user is None else "eval.simulated_users",
+        )
     if section.judge is not None and not (
         section.susceptibility_roles or section.boundary_probes or section.boundary_file
     ):

@@ -210,6 +210,9 @@ class EvalSection(Section):
     reextract_questions: Positive = 4
     probe_rows: NotNegative = 128
     judge: JudgeSection | None = None
+    simulated_users: NotNegative = 0
+    simulated_turns: Positive = 15
+    user: JudgeSection | None = None
     susceptibility_roles: NotNegative = 0
     boundary_probes: NotNegative = 0
     boundary_file: str | None = None

@@ -54,7 +54,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Axis and floor of the tiny base; each test evaluates in a folder of its own."""
     sections = {**SECTIONS, "model": {"name": str(base), "dtype": "float32", "device": "cpu"}}
-    sections["eval"] = {**SECTIONS["eval"], "tuned": str(base)}
+    live = {"simulated_users": 2, "simulated_turns": 2, "user": {"model": str(base)}}
+    sections["eval"] = {**SECTIONS["eval"], "tuned": str(base), **live}
     found = open_run(recipe_of(sections, "known"), output_dir=str(tmp_path_factory.mktemp("runs") / "known"))
     floor_stage(found)
     return found
@@ -90,7 +91,9 @@ def test_base_against_base_is_never_good(run: Run) -> None:
     for turn in (turn for case in cases for turn in case.turns):
         assert set(turn.answers) == {"base", "base+cap", "tuned", "tuned+cap"}
         assert turn.answers["base"] == turn.answers["tuned"]
-    assert {"identity_llr", "jailbreak_llr"} <= {metric.id for metric in report.metrics}
+    # a simulated user who hears the same says the same, so live conversations are alike too
+    assert {"identity_llr", "jailbreak_llr", "z_simulated"} <= {metric.id for metric in report.metrics}
+    assert [table.id for table in report.rates] == ["survival"]
     effects = {effect.id: effect.estimate.value for effect in report.side_effects}
     assert effects["benign_kl"] == effects["default_z_shift"] == effects["default_z_shift_same_text"] == 0
 

@@ -1,0 +1,136 @@
+"""Live conversations: a simulating model behind a real HTTP endpoint, and what is measured on them by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import build_floor
+from test_judge import KEY, Endpoint
+from test_pressure import arms  # noqa: F401 - the fixture
+
+from trimtab.axis import UserError
+from trimtab.eval.arms import Answers, Arms
+from trimtab.eval.measure import Ruler
+from trimtab.eval.simulated import (
+    LiveTurn,
+    as_user,
+    live_conversations,
+    simulated_suite,
+    slopes,
+    spread_out,
+    user_model,
+)
+from trimtab.recipes import data
+from trimtab.recipes.schema import JudgeSection
+
+
+@pytest.fixture
+def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[Endpoint]:
+    monkeypatch.setenv(KEY, "secret")
+    found = Endpoint()
+    yield found
+    found.close()
+
+
+def settings(endpoint: Endpoint) -> dict[str, Any]:
+    return JudgeSection(endpoint=endpoint.url, model="m", api_key_env=KEY, retries=1).model_dump()
+
+
+def test_users_are_a_mix_and_all_different() -> None:
+    users = data.simulated_users()
+    assert len(users) == len({user.id for user in users}) == len({user.topic for user in users}) == 400
+    assert len({user.domain for user in users[:4]}) == 4 and len({user.persona for user in users[:20]}) == 20
+    assert len({user.topic for user in users[:80]}) == 80
+
+
+def test_the_simulating_model_sees_the_conversation_from_the_other_side() -> None:
+    user = data.simulated_users(1)[0]
+    talk = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Hi, how can I help?"}]
+    chat = as_user(user, talk)
+    assert [message["role"] for message in chat] == ["system", "user", "assistant", "user"]
+    assert user.persona in chat[0]["content"] and user.topic in chat[0]["content"]
+    assert chat[2]["content"] == "Hello." and chat[3]["content"] == "Hi, how can I help?"
+
+
+def test_conversations_go_on_until_the_user_ends_them_and_resume(
+    arms: Arms,  # noqa: F811
+    endpoint: Endpoint,
+) -> None:
+    """The first user ends after one turn; the second goes on to the last; a third says nothing at all."""
+    users = data.simulated_users(3)
+
+    def answer(prompt: str, count: int) -> tuple[int, str]:
+        messages = endpoint.requests[-1]["messages"]
+        who = next(i for i, user in enumerate(users) if user.topic in messages[0]["content"])
+        turn = sum(message["role"] == "assistant" for message in messages)
+        if who == 2 or (who == 0 and turn == 1):
+            return 200, " end. "
+        return 200, f"user {who}, turn {turn + 1}"
+
+    endpoint.answer = answer
+    ask = user_model(settings(endpoint), seed=0)
+    played = live_conversations(arms, users, 3, ask, "tuned")
+    assert [turn.going for turn in played] == [[0, 1], [1], [1]]
+    assert played[0].said == ["user 0, turn 1", "user 1, turn 1"] and played[2].said == ["user 1, turn 3"]
+    last = played[2].answers.prompts[0]
+    assert [message["role"] for message in last] == ["user", "assistant"] * 2 + ["user"]
+    assert last[1]["content"] == played[0].answers.texts[1] and last[3]["content"] == played[1].answers.texts[0]
+    asked = len(endpoint.asked)
+    (arms.folder / "simulated-turn-3-tuned.safetensors").unlink()  # killed while the last turn was sampled
+    again = live_conversations(arms, users, 3, ask, "tuned")
+    assert len(endpoint.asked) == asked  # what the users said is kept
+    assert [turn.answers.texts for turn in again] == [turn.answers.texts for turn in played]
+    spread = spread_out(played, 3)
+    assert [answers.texts[0] == "" for answers in spread] == [False, True, True]
+    assert torch.isnan(spread[1].means[0]).all() and torch.equal(spread[1].means[1], played[1].answers.means[0])
+
+
+def test_an_endpoint_that_fails_is_no_end_of_a_conversation(arms: Arms, endpoint: Endpoint) -> None:  # noqa: F811
+    endpoint.answer = lambda prompt, count: (500, "")
+    with pytest.raises(UserError, match="no message of the simulated user"):
+        live_conversations(arms, data.simulated_users(1), 2, user_model(settings(endpoint), seed=0), "base")
+    assert len(endpoint.asked) == 2  # tried again once
+
+
+def test_a_local_model_plays_too(arms: Arms, tmp_path: Path) -> None:  # noqa: F811
+    from conftest import build_model, build_tokenizer
+
+    build_model("llama", max_position_embeddings=2048).save_pretrained(tmp_path / "user")
+    build_tokenizer().save_pretrained(tmp_path / "user")
+    ask = user_model({"model": str(tmp_path / "user"), "endpoint": None}, seed=0)
+    chats = [as_user(user, []) for user in data.simulated_users(2)]
+    assert ask(chats, 0) == ask(chats, 0) and len(ask(chats, 0)) == 2
+
+
+def test_figures_by_hand() -> None:
+    """Two conversations: one of three turns that sinks below the floor in its second, one of a single turn above it."""
+    floor = build_floor(tau=0.0)
+    ruler = Ruler(floor.directions, torch.zeros(len(floor.layers)), torch.ones(len(floor.layers)))
+
+    def at(*heights: float) -> torch.Tensor:
+        return torch.stack([height * floor.directions for height in heights])
+
+    def answers(means: torch.Tensor) -> Answers:
+        return Answers(["x"] * len(means), means, [[]] * len(means), [True] * len(means))
+
+    turns = [
+        LiveTurn([0, 1], ["a", "b"], answers(at(1.0, 2.0))),
+        LiveTurn([0], ["c"], answers(at(-1.0))),
+        LiveTurn([0], ["d"], answers(at(-3.0))),
+    ]
+    users = data.simulated_users(2)
+    suite = simulated_suite(users, {"base": turns, "tuned": turns[:1]}, ruler, floor)
+    values = {metric.id: metric.values for metric in suite.metrics}
+    assert values["z_simulated"]["base"] == pytest.approx([-1.0, 2.0])
+    assert values["simulated_drift"]["base"][0] == pytest.approx(-2.0) and np.isnan(
+        values["simulated_drift"]["base"][1]
+    )
+    assert values["turns_above_floor"]["base"] == [1.0, 1.0] and values["turns_above_floor"]["tuned"] == [1.0, 1.0]
+    going = [(row.arms["base"].value, row.arms["tuned"].value) for row in suite.tables[0].rows]
+    assert going == [(1.0, 1.0), (0.5, 0.0), (0.5, 0.0)]
+    assert np.isnan(slopes(np.asarray([[1.0], [np.nan]]))[0])
