@@ -127,19 +127,22 @@ def _run(
     arms: Arms, arm: str, task: Task, batch_size: int, task_folder: Path | None
 ) -> tuple[list[str], list[float], str]:
     try:
-        from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
+        import lm_eval
+        from lm_eval.models import huggingface
     except ImportError as error:
         raise UserError(
             "capability needs lm-eval", key="eval.capability", remedy="pip install 'trimtab[eval]'"
         ) from error
     own = task.name in OWN
+    # Their decorators hide the signatures from the type checkers.
+    make_harness: Any = huggingface.HFLM
+    run_tasks: Any = lm_eval.simple_evaluate
     with arms.weights(arm) as model:
-        harness = HFLM(pretrained=model, tokenizer=arms.form.tokenizer, batch_size=batch_size)
+        harness = make_harness(pretrained=model, tokenizer=arms.form.tokenizer, batch_size=batch_size)
         capped = ActivationController.of(model).capping(arms.floor, enabled=arms.floor_of(arm) is not None)
         try:
             with capped:
-                result: Any = simple_evaluate(
+                result = run_tasks(
                     harness,
                     tasks=[_own_task(task.name) if own else task.name],
                     num_fewshot=0,

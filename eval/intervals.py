@@ -78,7 +78,7 @@ class ClusterBootstrap:
         error = float(np.nanstd(self.means(np.asarray(values, dtype=float))))
         return float(norm.ppf(0.5 + LEVEL / 200) + norm.ppf(POWER)) * error
 
-    def auc(self, scores: Sequence[float] | Array, positive: Sequence[bool]) -> Estimate:
+    def auc(self, scores: Sequence[float] | Array, positive: Sequence[bool] | np.ndarray[Any, Any]) -> Estimate:
         """Area under the ROC curve of ``scores`` for ``positive``, with its interval; resamples of one class are left out.
 
         Raises:
@@ -143,4 +143,5 @@ def wilson(successes: int, n: int) -> Estimate:
 
 def holm(p_values: Sequence[float]) -> list[float]:
     """p-values after Holm's correction for their number."""
-    return [float(p) for p in multipletests(p_values, method="holm")[1]] if p_values else []
+    corrected: Any = multipletests(p_values, method="holm")[1] if p_values else []
+    return [float(p) for p in corrected]

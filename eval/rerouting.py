@@ -59,9 +59,9 @@ def probe_auc(
         return None
     folds = StratifiedGroupKFold(min(FOLDS, fewest), shuffle=True, random_state=seed)
     probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
-    scores = cross_val_predict(probe, rows, labels, groups=groups, cv=folds, method="predict_proba")[:, 1]
+    predicted: Any = cross_val_predict(probe, rows, labels, groups=groups, cv=folds, method="predict_proba")
     resample = ClusterBootstrap(list(np.asarray(clusters)[finite]), bootstrap, seed)
-    return resample.auc(scores, labels)
+    return resample.auc(predicted[:, 1], labels)
 
 
 def components(

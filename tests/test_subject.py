@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import importlib
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ from trimtab.eval.stages import evaluate
 from trimtab.eval.subject import find_subject
 from trimtab.eval.weights import open_weights
 from trimtab.recipes.loader import RecipeError, recipe_of
+from trimtab.recipes.schema import JudgeSection
 from trimtab.train.prepare import floor_stage, load_recipe_model
 from trimtab.train.run import Run, open_run
 
@@ -37,7 +39,6 @@ SECTIONS: dict[str, dict[str, Any]] = {
     "eval": {
         "roles": 6, "questions": 2, "conversations": 2, "turns": 2, "benign": 4, "professional": 0, "bootstrap": 300,
         "sampling": {"max_new_tokens": 8, "batch_size": 8}, "reextract_roles": 0, "transcripts": 3,
-        "case_studies": 2, "susceptibility_roles": 2, "boundary_probes": 3,
     },
 }  # fmt: skip
 
@@ -54,8 +55,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Axis and floor of the tiny base; each test evaluates in a folder of its own."""
     sections = {**SECTIONS, "model": {"name": str(base), "dtype": "float32", "device": "cpu"}}
-    live = {"simulated_users": 2, "simulated_turns": 2, "user": {"model": str(base)}}
-    sections["eval"] = {**SECTIONS["eval"], "tuned": str(base), **live}
+    sections["eval"] = {**SECTIONS["eval"], "tuned": str(base)}
     found = open_run(recipe_of(sections, "known"), output_dir=str(tmp_path_factory.mktemp("runs") / "known"))
     floor_stage(found)
     return found
@@ -77,8 +77,18 @@ def evaluated(run: Run, make_tuned: Any) -> Report:
     return report
 
 
-def test_base_against_base_is_never_good(run: Run) -> None:
-    report = evaluated(run, lambda model, floor: whole(copy.deepcopy(model)))
+def test_base_against_base_is_never_good(base: Path, run: Run) -> None:
+    """With every suite switched on."""
+    suites = {
+        "case_studies": 2,
+        "susceptibility_roles": 2,
+        "boundary_probes": 3,
+        "simulated_users": 2,
+        "simulated_turns": 2,
+        "user": JudgeSection(model=str(base)),
+    }
+    recipe = run.recipe.model_copy(update={"eval": run.recipe.eval.model_copy(update=suites)})
+    report = evaluated(dataclasses.replace(run, recipe=recipe), lambda model, floor: whole(copy.deepcopy(model)))
     assert report.verdict.status in ("unclear", "bad")
     assert "green" not in {claim.light for claim in report.claims if claim.id not in ("benign", "default")}
     for metric in report.metrics:
