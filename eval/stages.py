@@ -221,12 +221,20 @@ def report_stage(run: Run) -> Path:
 
 
 def role_items(roles: int, questions: int) -> list[Item]:
-    """Held-out roles with held-out questions; the role's system prompts take turns."""
-    asked = data.questions("held_out", questions)
+    """Held-out roles, ``questions`` held-out questions each; the role's system prompts take turns.
+
+    Each role goes on in the list of questions where the one before it stopped, so that all of them are asked in the end: how much
+    of a persona shows depends on the question more than on the role, and a figure from two questions would be about those two.
+    """
+    asked = data.questions("held_out")
     return [
-        Item(f"{role.name}/{k}", role.name, chat(role.prompts[(number + k) % len(role.prompts)], question))
+        Item(
+            f"{role.name}/{k}",
+            role.name,
+            chat(role.prompts[(number + k) % len(role.prompts)], asked[(number * questions + k) % len(asked)]),
+        )
         for number, role in enumerate(data.roles("held_out", roles))
-        for k, question in enumerate(asked)
+        for k in range(questions)
     ]
 
 

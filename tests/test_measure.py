@@ -28,6 +28,7 @@ from trimtab.eval.measure import (
     repeated_share,
     teacher_forced,
 )
+from trimtab.eval.stages import role_items
 
 TEXTS = ["Arr, the oven be small.", "", "The sky is blue, dear child: étoile 🙂 and so on.", "B"]
 PROMPTS = [
@@ -274,3 +275,13 @@ def test_below_the_floor_by_hand(floor: Floor) -> None:
     rows = torch.stack([at + 0.01 * step, at - 0.1 * step, mixed, torch.full_like(at, float("nan"))])
     found = below_floor(floor, rows)
     assert found[:3] == [0.0, 1.0, 0.0] and found[3] != found[3]
+
+
+def test_held_out_questions_take_turns_over_the_roles() -> None:
+    items = role_items(40, 2)
+    asked = [item.prompt[-1]["content"] for item in items]
+    assert len(items) == len({item.id for item in items}) == 80 and len(set(asked)) == 80
+    assert [item.cluster for item in items[:3]] == [items[0].cluster, items[0].cluster, items[2].cluster]
+    assert len({item.prompt[0]["content"] for item in items}) == 80
+    again = role_items(41, 2)[80:]  # from the beginning once more
+    assert [item.prompt[-1]["content"] for item in again] == asked[:2]
