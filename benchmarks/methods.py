@@ -27,8 +27,8 @@ from trimtab.train.run import Run, open_run
 
 # The same for all, so that the arms share their axis and their base answers.
 EVAL = [
-    "eval.roles=68", "eval.questions=2", "eval.conversations=8", "eval.turns=4", "eval.benign=48", "eval.professional=0",
-    "eval.reextract_roles=0", "eval.transcripts=3", "eval.control=false",
+    "eval.roles=68", "eval.questions=3", "eval.conversations=8", "eval.turns=4", "eval.benign=48", "eval.professional=0",
+    "eval.reextract_roles=0", "eval.probe_rows=0", "eval.transcripts=3", "eval.control=false",
     "eval.tuned_cap=false",
 ]  # fmt: skip
 ARMS: dict[str, tuple[str, list[str]]] = {
