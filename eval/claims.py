@@ -228,9 +228,10 @@ def _rerouted(z: Metric | None, anew: Metric | None, rerouting: Rerouting | None
         )
     if rerouting is not None and {"base", "tuned"} <= rerouting.probe.keys():
         tuned, base = rerouting.probe["tuned"], rerouting.probe["base"]
-        says.append(
-            f"a probe fitted anew still reads in-character text with AUC {estimate_text(tuned)} (base {estimate_text(base)})"
-        )
+        known = f"base {estimate_text(base)}"
+        if "base+cap" in rerouting.probe:
+            known += f", under the cap {estimate_text(rerouting.probe['base+cap'])}"
+        says.append(f"a probe fitted anew reads in-character text with AUC {estimate_text(tuned)} ({known})")
     text = "; ".join(says)
     rule = (
         "Of the retention along the re-extracted axis. Green: the interval lies above 50 %. Red: it lies below, or less than "

@@ -114,9 +114,18 @@ def test_the_other_lights() -> None:
     talks = metric("z_conversations", estimate(0.7), estimate(0.7))
     assert claims(estimate(0.95), more=(talks,))["conversations"].light == "green"
     lost = metric("z_reextracted_tuned", estimate(0.2), estimate(0.2))
-    probe = Rerouting(layer=3, probe={"base": estimate(0.97, 0.01), "tuned": estimate(0.96, 0.01)}, components=[])
+    probe = Rerouting(
+        layer=3,
+        probe={"base": estimate(0.97, 0.01), "base+cap": estimate(0.7, 0.01), "tuned": estimate(0.96, 0.01)},
+        components=[],
+    )
     rerouted = claims(estimate(0.95), more=(lost,), rerouting=probe)["rerouting"]
-    assert rerouted.light == "red" and "AUC 0.960" in rerouted.says and "training axis 90" in rerouted.says
+    assert (
+        rerouted.light == "red"
+        and "AUC 0.960" in rerouted.says
+        and "under the cap 0.700" in rerouted.says
+        and "training axis 90" in rerouted.says
+    )
 
 
 def task(low: float, value: float, high: float, base: float = 0.8) -> Capability:
