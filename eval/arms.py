@@ -84,8 +84,9 @@ class Arms:
         self.options = options
         self.seed = seed
         known = [*ARMS, *(name for name in self._weights if name == CONTROL)]
-        #: Arms in the order of the report.
-        self.names = known if tuned_cap else [name for name in known if name != "tuned+cap"]
+        # ``names``: arms in the order of the report; ``readers``: those that read given texts, all but the tuned, capped one.
+        self.readers = [name for name in known if name != "tuned+cap"]
+        self.names = known if tuned_cap else self.readers
 
     def weights(self, arm: str) -> AbstractContextManager[Any]:
         """The model with the weights of an arm. The cap is not switched here: see :meth:`floor_of`."""
@@ -94,6 +95,10 @@ class Arms:
     def floor_of(self, arm: str) -> Floor | None:
         """The floor that an arm is capped to, or None."""
         return self.floor if arm.endswith("+cap") else None
+
+    def path(self, name: str, arm: str, suffix: str) -> Path:
+        """The file that keeps what an arm gave under a name."""
+        return self.folder / f"{name}-{arm.replace('+', '-')}{suffix}"
 
     def answers(self, name: str, items: Sequence[Item], arm: str) -> Answers:
         """Sample one arm's answers to ``items``, or read them from disk."""
@@ -132,8 +137,7 @@ class Arms:
             )  # fmt: skip
 
     def _kept(self, name: str, items: Sequence[Item], arm: str, sample: Any) -> Answers:
-        stem = self.folder / f"{name}-{arm.replace('+', '-')}"
-        rows_path, means_path = stem.with_suffix(".jsonl"), stem.with_suffix(".safetensors")
+        rows_path, means_path = self.path(name, arm, ".jsonl"), self.path(name, arm, ".safetensors")
         identity = fingerprint(
             [[item.prompt for item in items], self.seed, self.options.__dict__, list(self.floor.layers)]
         )

@@ -13,7 +13,7 @@ from trimtab.eval.arms import CONTROL, Answers, Item
 from trimtab.eval.capability import Scores
 from trimtab.eval.claims import make_claims
 from trimtab.eval.intervals import ClusterBootstrap, holm, wilson
-from trimtab.eval.measure import Forced, Ruler, below_floor, keyword_hit, repeated_share
+from trimtab.eval.measure import Forced, Ruler, below_floor, keyword_hit, repeated_share, slopes
 from trimtab.eval.pressure import Suite
 from trimtab.eval.schema import (
     Capability,
@@ -26,7 +26,6 @@ from trimtab.eval.schema import (
     Transcript,
     TurnPoint,
 )
-from trimtab.eval.simulated import slopes
 from trimtab.eval.verdict import make_verdict
 from trimtab.recipes.data import Conversation, SimulatedUser
 

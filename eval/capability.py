@@ -111,7 +111,7 @@ def measure_capability(arms: Arms, tasks: Sequence[Task], *, batch_size: int, ta
 
 
 def _kept(arms: Arms, arm: str, task: Task, batch_size: int, task_folder: Path | None) -> dict[str, Any]:
-    path = arms.folder / f"capability-{task.name.replace('/', '-')}-{arm.replace('+', '-')}.json"
+    path = arms.path(f"capability-{task.name.replace('/', '-')}", arm, ".json")
     identity = fingerprint([task.__dict__, str(task_folder)])
     if path.exists() and (kept := read_json(path))["identity"] == identity:
         found: dict[str, Any] = kept

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from trimtab.eval.schema import Capability, Claim, Estimate, Metric, Rerouting, SideEffect
-from trimtab.eval.verdict import HALF, control_keeps_as_much, grade
+from trimtab.eval.verdict import BAD_BELOW, HALF, control_keeps_as_much, grade
 from trimtab.eval.wording import estimate_text, inline_name, number, percent_text
 
 Light = Literal["green", "amber", "red", "grey"]
@@ -123,8 +123,6 @@ def _within(identifier: str, name: str, effects: Sequence[SideEffect | None]) ->
         e, limit = effect.estimate, effect.limit or 0.0
         inside = max(abs(e.low), abs(e.high)) <= limit
         lights.append("green" if inside else "amber" if abs(e.value) <= limit else "red")
-    order: tuple[Light, ...] = ("red", "amber", "green")
-    light: Light = min(lights, key=order.index) if lights else "grey"
     said = "; ".join(
         f"{inline_name(effect.name)} {estimate_text(effect.estimate)} {effect.unit}, limit {number(effect.limit or 0.0)}"
         for effect in judged
@@ -133,14 +131,19 @@ def _within(identifier: str, name: str, effects: Sequence[SideEffect | None]) ->
     return Claim(
         id=identifier,
         name=name,
-        light=light,
+        light=_worst(lights),
         says=f"{said[:1].upper()}{said[1:]}." if said else "Not measured.",
         rule=rule,
     )
 
 
+def _worst(lights: Sequence[Light]) -> Light:
+    order: tuple[Light, ...] = ("red", "amber", "green")
+    return min(lights, key=order.index) if lights else "grey"
+
+
 def _share(kept: Estimate) -> Light:
-    return "green" if kept.low > HALF else "red" if kept.high < HALF or kept.value < 0.3 else "amber"
+    return "green" if kept.low > HALF else "red" if kept.high < HALF or kept.value < BAD_BELOW else "amber"
 
 
 def _conversations(metric: Metric | None) -> Claim:
@@ -195,7 +198,6 @@ def _capable(tasks: Sequence[Capability]) -> Claim:
         lost = task.difference.value / task.scale
         inside = task.difference.low / task.scale > -MARGIN
         lights.append("green" if inside else "amber" if lost > -MARGIN else "red")
-    order: tuple[Light, ...] = ("red", "amber", "green")
     said = [
         f"{task.task} {estimate_text(task.difference)} (base {number(task.arms['base'].value, 3)}, n = {task.difference.n})"
         for task in judged
@@ -205,13 +207,13 @@ def _capable(tasks: Sequence[Capability]) -> Claim:
     if guessed:
         says = f"{says} Not judged, since the base is not above guessing: {', '.join(guessed)}.".strip()
     rule = (
-        f"Green: on every task the interval of tuned minus base lies above a loss of {MARGIN:.0%} of the highest score. "
+        f"Green: on every task the interval of tuned minus base lies above a loss of {100 * MARGIN:.0f} % of the highest score. "
         "Amber: the value does. Red: it does not."
-    ).replace("5%", "5 %")
+    )
     return Claim(
         id="capability",
         name="Capability is kept",
-        light=min(lights, key=order.index) if lights else "grey",
+        light=_worst(lights),
         says=says,
         rule=rule,
     )

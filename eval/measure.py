@@ -69,6 +69,18 @@ def below_floor(floor: Floor, means: Tensor) -> list[float]:
     return [float("nan") if value != value else float(value < 0) for value in above.tolist()]
 
 
+def slopes(table: np.ndarray[Any, Any]) -> list[float]:
+    """Least-squares slope over turns of each conversation, of [turns, conversations]; NaN with fewer than 2 turns."""
+    found = []
+    for column in table.T:
+        present = np.isfinite(column)
+        enough = int(present.sum()) >= 2
+        found.append(
+            float(np.polyfit(np.arange(len(column))[present], column[present], 1)[0]) if enough else float("nan")
+        )
+    return found
+
+
 def _nanmean(values: Tensor) -> Tensor:
     return values[torch.isfinite(values).all(1)].mean(0)
 

@@ -17,7 +17,6 @@ from trimtab.axis.files import read_json, write_json
 from trimtab.axis.models import (
     choose_device,
     choose_dtype,
-    load_model,
     load_tokenizer,
     pretrained_arguments,
     resolve_name,
@@ -28,7 +27,7 @@ from trimtab.eval.measure import llr_of, teacher_forced
 from trimtab.eval.report import load_report
 from trimtab.eval.schema import Estimate
 from trimtab.eval.stages import benign_items, default_items, role_items, rulers_of
-from trimtab.train.prepare import Prepared, sampling_options
+from trimtab.train.prepare import Prepared, load_section, sampling_options
 from trimtab.train.run import Run
 
 log = logging.getLogger("trimtab")
@@ -100,9 +99,7 @@ def merge_stage(run: Run, target: Path | None = None) -> list[dict[str, Any]]:
     folder = merge_adapter(run, target or run.folder / "merged")
     section, model = run.recipe.eval, run.recipe.model
     loaded, form = Prepared(run)()
-    merged = load_model(
-        str(folder), dtype=model.dtype, device=model.device, attn_implementation=model.attn_implementation
-    )
+    merged = load_section(model.model_copy(update={"name": str(folder), "revision": None, "quantization": None}))
     floor = Floor.load(run.variant(control=False).floor_path)
     options = sampling_options(section.sampling)
     models = {"base": loaded.model, "tuned": merged.model}

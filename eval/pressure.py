@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from trimtab.axis.chat import chat
 from trimtab.axis.judge import (
     HARM_RUBRIC,
@@ -214,8 +216,6 @@ def _is(score: int | None, wanted: int) -> float:
 
 
 def _joined(parts: Sequence[Answers]) -> Answers:
-    import torch
-
     return Answers(
         [text for part in parts for text in part.texts],
         torch.cat([part.means for part in parts]),

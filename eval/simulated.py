@@ -22,7 +22,7 @@ from trimtab.axis.models import load_model
 from trimtab.axis.sampling import SamplingOptions, sample_answers
 from trimtab.eval.arms import Answers, Arms, Item
 from trimtab.eval.intervals import wilson
-from trimtab.eval.measure import Ruler, below_floor
+from trimtab.eval.measure import Ruler, below_floor, slopes
 from trimtab.eval.pressure import Suite, SuiteMetric
 from trimtab.eval.schema import RateRow, RateTable
 from trimtab.recipes.data import SimulatedUser
@@ -136,7 +136,7 @@ def live_conversations(
 
 def _said(arms: Arms, arm: str, turn: int, chats: Sequence[Chat], ask: UserModel) -> list[str]:
     """The users' next messages, "" where one ends the conversation; asked for once and kept."""
-    path = arms.folder / f"simulated-users-{turn + 1}-{arm.replace('+', '-')}.json"
+    path = arms.path(f"simulated-users-{turn + 1}", arm, ".json")
     identity = fingerprint(list(chats))
     if path.exists() and (kept := read_json(path))["identity"] == identity:
         found: list[str] = kept["said"]
@@ -178,7 +178,7 @@ def simulated_suite(
         spread = spread_out(turns, len(users))
         by_turn = np.asarray([ruler.z(answers.means) for answers in spread]).reshape(len(spread), len(users))
         below = np.asarray([below_floor(floor, answers.means) for answers in spread]).reshape(by_turn.shape)
-        z[arm] = [mean_of(column) for column in by_turn.T]
+        z[arm] = [_mean_of(column) for column in by_turn.T]
         slope[arm] = slopes(by_turn)
         before[arm] = [_turns_before(column) for column in below.T]
     clusters = [user.id.rpartition("/")[0] for user in users]
@@ -219,19 +219,7 @@ def _turns_before(below: np.ndarray[Any, Any]) -> float:
     return float(np.argmax(present)) if present.any() else float(len(present))
 
 
-def slopes(table: np.ndarray[Any, Any]) -> list[float]:
-    """Least-squares slope over turns of each conversation, of [turns, conversations]; NaN with fewer than 2 turns."""
-    found = []
-    for column in table.T:
-        present = np.isfinite(column)
-        enough = int(present.sum()) >= 2
-        found.append(
-            float(np.polyfit(np.arange(len(column))[present], column[present], 1)[0]) if enough else float("nan")
-        )
-    return found
-
-
-def mean_of(column: np.ndarray[Any, Any]) -> float:
+def _mean_of(column: np.ndarray[Any, Any]) -> float:
     """Mean of what is there; NaN of nothing."""
     present = column[np.isfinite(column)]
     return float(present.mean()) if len(present) else float("nan")

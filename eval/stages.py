@@ -161,15 +161,15 @@ def evaluate(run: Run, model_facts: dict[str, Any], weights: Weights, form: Chat
             task_folder=Path(section.capability_folder) if section.capability_folder else None,
         ),
         drift_forced=teacher_forced(
-            arms, on_roles["base+cap"], [a for a in arms.names if a != "tuned+cap"], "base+cap", main,
+            arms, on_roles["base+cap"], arms.readers, "base+cap", main,
             batch_size=SCORE_BATCH, title="KL to the capped self",
         ),
         benign_forced=teacher_forced(
-            arms, on_benign["base"], [a for a in arms.names if a != "tuned+cap"], "base", main,
+            arms, on_benign["base"], arms.readers, "base", main,
             batch_size=SCORE_BATCH, title="benign text",
         ),
         default_forced=teacher_forced(
-            arms, on_default["base"], [a for a in arms.names if a != "tuned+cap"], "base", main,
+            arms, on_default["base"], arms.readers, "base", main,
             batch_size=SCORE_BATCH, title="default text",
         ),
         firing={arm: firing_fraction(arms, arm, on_roles["base"], batch_size=SCORE_BATCH) for arm in ("base", "tuned")},
@@ -362,7 +362,7 @@ def _rerouting(
     questions = [row["prompt"][-1]["content"] for row in given]
     clusters = [f"default/{row['id']}" for row in default] + [row["role"] for row in in_role]
     probe = {}
-    for arm in [name for name in arms.names if name != "tuned+cap"] if default and in_role else []:
+    for arm in arms.readers if default and in_role else []:
         means = read_means(arms, arm, answers, batch_size=SCORE_BATCH, title=f"probe: {arm}")[:, -1]
         labels = [False] * len(default) + [True] * len(in_role)
         auc = probe_auc(means, labels, questions, clusters, bootstrap=section.bootstrap, seed=section.seed)

@@ -11,8 +11,9 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from trimtab.axis.errors import UserError
 from trimtab.axis.files import file_fingerprint, fingerprint
-from trimtab.axis.models import EMBEDDED, Loaded, load_model
+from trimtab.axis.models import EMBEDDED, Loaded
 from trimtab.recipes.schema import ModelSection
+from trimtab.train.prepare import load_section
 
 log = logging.getLogger("trimtab")
 
@@ -47,13 +48,7 @@ class Subject:
         Raises:
             UserError: if they can't be loaded, or have other layers, another hidden size or another vocabulary than the base.
         """
-        loaded = load_model(
-            self.name,
-            dtype=section.dtype,
-            device=section.device,
-            attn_implementation=section.attn_implementation,
-            quantization=section.quantization,
-        )
+        loaded = load_section(section.model_copy(update={"name": self.name, "revision": None}))
         own, its = (model.config.get_text_config() for model in (base.model, loaded.model))
         for key in ("num_hidden_layers", "hidden_size"):
             if getattr(its, key) != getattr(own, key):

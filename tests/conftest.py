@@ -23,6 +23,7 @@ from typing import Any
 
 import pytest
 import torch
+from judge_endpoint import KEY, Endpoint
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -30,6 +31,8 @@ from trimtab.axis.chat import ChatFormat
 from trimtab.axis.directions import Floor, unit
 from trimtab.axis.hooks import cap
 from trimtab.axis.models import Loaded
+from trimtab.axis.sampling import SamplingOptions
+from trimtab.eval.arms import Arms
 
 torch.set_num_threads(1)
 
@@ -170,3 +173,23 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pa
 def loaded(tokenizer: Any) -> Loaded:
     """A tiny Llama with its tokenizer, in memory."""
     return Loaded(build_model("llama"), tokenizer, {"model": "tiny-llama", "revision": None})
+
+
+@pytest.fixture
+def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[Endpoint]:
+    monkeypatch.setenv(KEY, "secret")
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    server = Endpoint()
+    yield server
+    server.close()
+
+
+def build_arms(form: ChatFormat, folder: Path, options: SamplingOptions, **changes: Any) -> Arms:
+    """Base, and another tiny model in the place of the tuned weights, under a floor that acts."""
+    models = {
+        name: build_model("llama", seed=seed, max_position_embeddings=2048)
+        for seed, name in enumerate(("base", "tuned"))
+    }
+    weights = {name: (lambda model=model: contextlib.nullcontext(model)) for name, model in models.items()}
+    return Arms(weights, form, build_floor(tau=1.0), folder, options, seed=5, **changes)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import build_floor, build_model
+from conftest import build_arms
 
 from trimtab.axis import UserError
 from trimtab.axis.chat import ChatFormat
@@ -70,14 +69,7 @@ def test_names_become_tasks() -> None:
 
 @pytest.fixture
 def arms(form: ChatFormat, tmp_path: Path) -> Arms:
-    models = {
-        name: build_model("llama", seed=seed, max_position_embeddings=2048)
-        for seed, name in enumerate(("base", "tuned"))
-    }
-    weights = {name: (lambda model=model: contextlib.nullcontext(model)) for name, model in models.items()}
-    return Arms(
-        weights, form, build_floor(tau=1.0), tmp_path / "eval", SamplingOptions(max_new_tokens=8, batch_size=3), seed=5
-    )
+    return build_arms(form, tmp_path / "eval", SamplingOptions(max_new_tokens=8, batch_size=3))
 
 
 def test_own_tasks_in_every_arm_and_kept(arms: Arms) -> None:

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import json
 import logging
-import threading
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+from judge_endpoint import KEY, Endpoint
 
 from trimtab.axis.errors import UserError
 from trimtab.axis.extraction import RolloutItem
 from trimtab.axis.judge import assistant_judge, read_score, role_judge, rubric_prompt
 from trimtab.recipes.schema import JudgeSection
 
-KEY = "TRIMTAB_TEST_KEY"
 ITEM = RolloutItem(role="pirate", system="You are a {pirate}.", question="Why 100%?", half=0)
 
 
@@ -36,58 +33,6 @@ def test_read_score(reply: str, score: int | None) -> None:
 def test_the_prompt_holds_what_is_judged_and_leaves_braces_alone() -> None:
     prompt = rubric_prompt(ITEM, "Arr {ship}!")
     assert "You are a {pirate}." in prompt and "Why 100%?" in prompt and "Arr {ship}!" in prompt
-
-
-class Endpoint:
-    """An OpenAI-compatible server on this machine: ``answer`` gets the judge's prompt and how often it was asked."""
-
-    def __init__(self) -> None:
-        self.answer: Callable[[str, int], tuple[int, Any]] = lambda prompt, count: (200, "3")
-        self.asked: list[str] = []
-        self.requests: list[dict[str, Any]] = []
-        self.keys: set[str | None] = set()
-        endpoint = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                endpoint.keys.add(self.headers.get("Authorization"))
-                endpoint.requests.append({"path": self.path, **body})
-                prompt = body["messages"][-1]["content"]
-                endpoint.asked.append(prompt)
-                status, reply = endpoint.answer(prompt, endpoint.asked.count(prompt))
-                if isinstance(reply, str):
-                    reply = json.dumps({"choices": [{"message": {"role": "assistant", "content": reply}}]}).encode()
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(reply)))
-                self.end_headers()
-                self.wfile.write(reply)
-
-            def log_message(self, *args: Any) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.thread = threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True)
-        self.thread.start()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server.server_address[1]}/v1"
-
-    def close(self) -> None:
-        self.server.shutdown()
-        self.server.server_close()
-        self.thread.join()
-
-
-@pytest.fixture
-def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[Endpoint]:
-    monkeypatch.setenv(KEY, "secret")
-    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
-        monkeypatch.delenv(name, raising=False)
-    server = Endpoint()
-    yield server
-    server.close()
 
 
 def settings(url: str, **changes: Any) -> dict[str, Any]:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import build_floor, build_model
-from test_judge import KEY, Endpoint
+from conftest import build_arms
+from judge_endpoint import KEY, Endpoint
 
 from trimtab.axis import UserError
 from trimtab.axis.chat import ChatFormat
@@ -27,21 +25,7 @@ from trimtab.recipes.schema import JudgeSection
 
 @pytest.fixture
 def arms(form: ChatFormat, tmp_path: Path) -> Arms:
-    models = {
-        name: build_model("llama", seed=seed, max_position_embeddings=2048)
-        for seed, name in enumerate(("base", "tuned"))
-    }
-    weights = {name: (lambda model=model: contextlib.nullcontext(model)) for name, model in models.items()}
-    options = SamplingOptions(max_new_tokens=6, batch_size=16)
-    return Arms(weights, form, build_floor(tau=1.0), tmp_path / "eval", options, seed=5, tuned_cap=False)
-
-
-@pytest.fixture
-def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[Endpoint]:
-    monkeypatch.setenv(KEY, "secret")
-    found = Endpoint()
-    yield found
-    found.close()
+    return build_arms(form, tmp_path / "eval", SamplingOptions(max_new_tokens=6, batch_size=16), tuned_cap=False)
 
 
 def judge_at(endpoint: Endpoint, cache: Path) -> ScoringJudge:

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import build_floor
-from test_judge import KEY, Endpoint
-from test_pressure import arms  # noqa: F401 - the fixture
+from conftest import build_arms, build_floor, build_model, build_tokenizer
+from judge_endpoint import KEY, Endpoint
 
 from trimtab.axis import UserError
+from trimtab.axis.chat import ChatFormat
+from trimtab.axis.sampling import SamplingOptions
 from trimtab.eval.arms import Answers, Arms
-from trimtab.eval.measure import Ruler
+from trimtab.eval.measure import Ruler, slopes
 from trimtab.eval.simulated import (
     LiveTurn,
     as_user,
     live_conversations,
     simulated_suite,
-    slopes,
     spread_out,
     user_model,
 )
@@ -30,11 +29,8 @@ from trimtab.recipes.schema import JudgeSection
 
 
 @pytest.fixture
-def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[Endpoint]:
-    monkeypatch.setenv(KEY, "secret")
-    found = Endpoint()
-    yield found
-    found.close()
+def arms(form: ChatFormat, tmp_path: Path) -> Arms:
+    return build_arms(form, tmp_path / "eval", SamplingOptions(max_new_tokens=6, batch_size=16), tuned_cap=False)
 
 
 def settings(endpoint: Endpoint) -> dict[str, Any]:
@@ -58,7 +54,7 @@ def test_the_simulating_model_sees_the_conversation_from_the_other_side() -> Non
 
 
 def test_conversations_go_on_until_the_user_ends_them_and_resume(
-    arms: Arms,  # noqa: F811
+    arms: Arms,
     endpoint: Endpoint,
 ) -> None:
     """The first user ends after one turn; the second goes on to the last; a third says nothing at all."""
@@ -90,16 +86,14 @@ def test_conversations_go_on_until_the_user_ends_them_and_resume(
     assert torch.isnan(spread[1].means[0]).all() and torch.equal(spread[1].means[1], played[1].answers.means[0])
 
 
-def test_an_endpoint_that_fails_is_no_end_of_a_conversation(arms: Arms, endpoint: Endpoint) -> None:  # noqa: F811
+def test_an_endpoint_that_fails_is_no_end_of_a_conversation(arms: Arms, endpoint: Endpoint) -> None:
     endpoint.answer = lambda prompt, count: (500, "")
     with pytest.raises(UserError, match="no message of the simulated user"):
         live_conversations(arms, data.simulated_users(1), 2, user_model(settings(endpoint), seed=0), "base")
     assert len(endpoint.asked) == 2  # tried again once
 
 
-def test_a_local_model_plays_too(arms: Arms, tmp_path: Path) -> None:  # noqa: F811
-    from conftest import build_model, build_tokenizer
-
+def test_a_local_model_plays_too(arms: Arms, tmp_path: Path) -> None:
     build_model("llama", max_position_embeddings=2048).save_pretrained(tmp_path / "user")
     build_tokenizer().save_pretrained(tmp_path / "user")
     ask = user_model({"model": str(tmp_path / "user"), "endpoint": None}, seed=0)

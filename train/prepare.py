@@ -26,9 +26,9 @@ from trimtab.train.sources import drift_sources
 log = logging.getLogger("trimtab")
 
 
-def load_recipe_model(section: ModelSection) -> tuple[Loaded, ChatFormat]:
-    """Load the recipe's model for inference, and its chat format."""
-    loaded = load_model(
+def load_section(section: ModelSection) -> Loaded:
+    """Load a model for inference as a recipe's ``model`` section says."""
+    return load_model(
         section.name,
         revision=section.revision,
         dtype=section.dtype,
@@ -36,6 +36,11 @@ def load_recipe_model(section: ModelSection) -> tuple[Loaded, ChatFormat]:
         attn_implementation=section.attn_implementation,
         quantization=section.quantization,
     )
+
+
+def load_recipe_model(section: ModelSection) -> tuple[Loaded, ChatFormat]:
+    """Load the recipe's model for inference, and its chat format."""
+    loaded = load_section(section)
     form = ChatFormat(loaded.tokenizer, section.chat_template_kwargs)
     if form.folds_system:
         log.info("%s has no system role: system prompts are put in front of the first user turn", section.name)
