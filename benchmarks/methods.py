@@ -28,7 +28,7 @@ from trimtab.train.run import Run, open_run
 # The same for all, so that the arms share their axis and their base answers.
 EVAL = [
     "eval.roles=68", "eval.questions=3", "eval.conversations=8", "eval.turns=4", "eval.benign=48", "eval.professional=0",
-    "eval.reextract_roles=0", "eval.probe_rows=0", "eval.transcripts=3", "eval.control=false",
+    "eval.reextract_roles=0", "eval.probe_rows=0", "eval.transcripts=3", "eval.control=false", "eval.capability=[]",
     "eval.tuned_cap=false",
 ]  # fmt: skip
 ARMS: dict[str, tuple[str, list[str]]] = {
@@ -91,7 +91,7 @@ def play(arm: str, seed: int, folder: Path, model: str, extra: list[str], first:
     if first is not None:
         share(first, run)
     rollouts_stage(run)
-    launch_training(loaded, run.folder, accelerate=None)
+    launch_training(loaded, run.folder, loaded.recipe.method.name, accelerate=None)
     eval_stage(run)
     report_stage(run)
     return run

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,14 @@ def default_accelerate(device: str) -> tuple[str, str]:
 
 
 def training_command(
-    loaded: LoadedRecipe, folder: Path, config: Path, *, num_processes: int | None, control: bool, quiet: bool
+    loaded: LoadedRecipe,
+    folder: Path,
+    config: Path,
+    script: str,
+    options: Sequence[str] = (),
+    *,
+    num_processes: int | None,
+    quiet: bool,
 ) -> list[str]:
     """The command that trains a recipe into a run folder.
 
@@ -118,30 +126,42 @@ def training_command(
         loaded: the recipe with its overrides.
         folder: the run folder.
         config: a resolved accelerate file.
+        script: name of an entry script of ``train/``.
+        options: of that script.
         num_processes: replaces the file's own number.
-        control: train the random-direction control.
         quiet: no progress bars.
     """
     import trimtab.train
 
-    script = Path(str(trimtab.train.__file__)).parent / f"{loaded.recipe.method.name}.py"
+    file = Path(str(trimtab.train.__file__)).parent / f"{script}.py"
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), "--quiet"]
     if num_processes is not None:
         launcher += ["--num_processes", str(num_processes)]
-    command = [*launcher, str(script), "--config", str(loaded.path), "--output_dir", str(folder)]
-    return [*command, *(["--control"] if control else []), *(["--quiet"] if quiet else []), *loaded.overrides]
+    recipe = loaded.path if loaded.path.is_file() else folder / "recipe.yaml"  # that of a command's options
+    command = [*launcher, str(file), "--config", str(recipe), "--output_dir", str(folder)]
+    return [*command, *options, *(["--quiet"] if quiet else []), *loaded.overrides]
 
 
 def launch_training(
     loaded: LoadedRecipe,
     folder: Path,
+    script: str,
+    options: Sequence[str] = (),
     *,
     accelerate: str | None,
     num_processes: int | None = None,
-    control: bool = False,
     quiet: bool = False,
 ) -> None:
-    """Train a recipe with ``accelerate launch`` in a child process.
+    """Run an entry script of ``train/`` on a recipe with ``accelerate launch`` in a child process.
+
+    Args:
+        loaded: the recipe with its overrides.
+        folder: the run folder.
+        script: such as ``sft``.
+        options: of that script.
+        accelerate: a shipped config's name, or a file; None chooses by machine.
+        num_processes: replaces the file's own number.
+        quiet: no progress bars.
 
     Raises:
         UserError: for an unknown accelerate config, or more processes than GPUs.
@@ -152,7 +172,7 @@ def launch_training(
         log.info("accelerate config %s (%s)", accelerate, reason)
     config = resolve_accelerate_config(accelerate, into=folder)
     _check_gpus(config, num_processes)
-    command = training_command(loaded, folder, config, num_processes=num_processes, control=control, quiet=quiet)
+    command = training_command(loaded, folder, config, script, options, num_processes=num_processes, quiet=quiet)
     # DeepSpeed looks for ninja on PATH, and a venv that is called by its path is not on it.
     environment = {
         **os.environ,

@@ -12,11 +12,13 @@ from trimtab.axis import Floor
 from trimtab.eval.arms import CONTROL, Answers, Item
 from trimtab.eval.capability import Scores
 from trimtab.eval.claims import make_claims
+from trimtab.eval.durability import durability
 from trimtab.eval.intervals import ClusterBootstrap, holm, wilson
 from trimtab.eval.measure import Forced, Ruler, below_floor, keyword_hit, repeated_share, slopes
 from trimtab.eval.pressure import Suite
 from trimtab.eval.schema import (
     Capability,
+    Durability,
     Estimate,
     Metric,
     Report,
@@ -28,6 +30,7 @@ from trimtab.eval.schema import (
 )
 from trimtab.eval.verdict import make_verdict
 from trimtab.recipes.data import Conversation, SimulatedUser
+from trimtab.recipes.schema import FurtherTuning
 
 # What the tuned model may change on benign text before the report calls it a price paid.
 KL_LIMIT = 0.05
@@ -48,9 +51,12 @@ class Measured:
     on_default: dict[str, Answers]
     on_professional: dict[str, Answers]
     on_talks: dict[str, list[Answers]]
+    on_further: dict[str, Answers]
+    further: list[tuple[FurtherTuning, int]]
     floor: Floor
     rulers: dict[str, Ruler]
     llr: dict[str, Any]
+    llr_further: dict[str, list[float]]
     llr_professional: dict[str, list[float]]
     rerouting: Rerouting | None
     users: list[SimulatedUser]
@@ -80,7 +86,8 @@ def build_report(
     metrics = _corrected(_metrics(measured, bootstrap, seed))
     side_effects = _side_effects(measured, bootstrap, seed)
     capability = _capability(measured.capability, bootstrap, seed)
-    claims = make_claims(metrics, side_effects, measured.rerouting, capability)
+    lasting = _durability(measured, bootstrap, seed)
+    claims = make_claims(metrics, side_effects, measured.rerouting, capability, lasting)
     return Report(
         title=title,
         created=created,
@@ -97,6 +104,7 @@ def build_report(
             ),
         ],
         rerouting=measured.rerouting,
+        durability=lasting,
         persona_space=axis.pop("persona_space", {}),
         axis=axis,
         floor={**floor, "firing_fraction_by_weights": measured.firing, "default_z": 0.0},
@@ -226,6 +234,21 @@ def _metrics(measured: Measured, bootstrap: int, seed: int) -> list[Metric]:
             )
         )
     return [metric for metric in found if metric is not None]
+
+
+def _durability(measured: Measured, bootstrap: int, seed: int) -> list[Durability]:
+    """What further fine-tunings leave, of the text and of the projections on the axes."""
+    means = {arm: answers.means for arm, answers in {**measured.on_roles, **measured.on_further}.items()}
+    metrics = [("text_llr", "Text-only behaviour", "nat/token", {**measured.llr["arms"], **measured.llr_further})]
+    for key, name in (("training", "Projection, training axis"), ("held_out", "Projection, held-out-role axis")):
+        if key in measured.rulers:
+            values = {arm: measured.rulers[key].z(found) for arm, found in means.items()}
+            metrics.append((f"z_{key}", name, "sigma", values))
+    clusters = [item.cluster for item in measured.roles]
+    return [
+        durability(tuning, metrics, clusters, steps=steps, bootstrap=bootstrap, seed=seed)
+        for tuning, steps in measured.further
+    ]
 
 
 def _corrected(metrics: Sequence[Metric]) -> list[Metric]:

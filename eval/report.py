@@ -22,6 +22,7 @@ from trimtab.axis.files import read_json, write_json, write_text
 from trimtab.eval import wording
 from trimtab.eval.figures import (
     ALL_ARMS,
+    comparison_figure,
     components_figure,
     layers_figure,
     persona_figure,
@@ -29,7 +30,7 @@ from trimtab.eval.figures import (
     training_figures,
     trajectory_figures,
 )
-from trimtab.eval.schema import ArmAnswer, Report, Transcript
+from trimtab.eval.schema import ArmAnswer, Durability, Report, Retention, Transcript
 
 TEMPLATES = Path(__file__).parent / "templates"
 SHADES = 4  # on each side of the default
@@ -118,7 +119,10 @@ def render_html(report: Report) -> str:
             training=training_figures(report.training.get("log", [])),
             default_z=default_z,
             scale=scale,
+            lasting=comparison_figure(_lasting(report.durability)) if report.durability else None,
             kinds=list(dict.fromkeys(transcript.kind for transcript in shown)),
+            transcript_arms=[arm for arm in ALL_ARMS if any(arm in turn.answers for t in shown for turn in t.turns)],
+            most_turns=max((len(transcript.turns) for transcript in shown), default=0),
             transcripts=[_transcript_view(transcript, scale) for transcript in shown],
             left_out=len(report.transcripts) - len(shown),
             facts={
@@ -180,6 +184,20 @@ def _within_budget(transcripts: Sequence[Transcript]) -> list[Transcript]:
                 taken.append(item)
                 used += size
     return [transcript for _, transcript in sorted(taken, key=lambda item: item[0])]
+
+
+def _lasting(outcomes: Sequence[Durability]) -> list[tuple[str, Retention | None]]:
+    """The first metric through each further fine-tuning, with the base that was tuned alike."""
+    return [
+        row
+        for outcome in outcomes
+        for metric in outcome.metrics[:1]
+        for row in (
+            (f"{outcome.name}: before", metric.before),
+            (f"{outcome.name}: after", metric.after),
+            (f"{outcome.name}: a base tuned alike", metric.base_after),
+        )
+    ]
 
 
 def _ranked_roles(space: Mapping[str, Any]) -> list[tuple[str, list[float]]]:

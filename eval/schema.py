@@ -164,6 +164,41 @@ class Rerouting(Part):
     components: list[Component]
 
 
+class Outlasting(Part):
+    """One metric through a further fine-tuning.
+
+    Attributes:
+        id: of the metric.
+        name: for people.
+        unit: such as ``nat/token``.
+        before: retention of the tuned model.
+        after: retention of the tuned model after the further fine-tuning, against the untouched base and its cap.
+        base_after: the same of the base after that fine-tuning: what the further rows do by themselves.
+        left: (tuned after - base after) / (tuned - base): what of the tuning's own distance is left.
+        tuned_change: tuned after minus tuned, paired.
+        lead: tuned after minus base after, paired.
+    """
+
+    id: str
+    name: str
+    unit: str
+    before: Retention
+    after: Retention
+    base_after: Retention
+    left: Retention
+    tuned_change: Estimate
+    lead: Estimate
+
+
+class Durability(Part):
+    """Outcome of one further fine-tuning; the first metric is the primary one. ``meaning`` says on what and how long."""
+
+    name: str
+    meaning: str
+    adversarial: bool
+    metrics: list[Outlasting]
+
+
 class Claim(Part):
     """One claim of the report, with its light and the rule that set it. ``grey``: not measured, or not to be said."""
 
@@ -221,6 +256,7 @@ class Report(Part):
     capability: list[Capability] = []
     trajectories: list[Trajectory]
     rerouting: Rerouting | None = None
+    durability: list[Durability] = []
     persona_space: dict[str, Any]
     axis: dict[str, Any]
     floor: dict[str, Any]

@@ -25,6 +25,7 @@ from trimtab.eval.assemble import Measured, build_report
 from trimtab.eval.boundary_files import load_boundary_file
 from trimtab.eval.capability import measure_capability, tasks_of
 from trimtab.eval.card import model_card
+from trimtab.eval.durability import STARTS, after
 from trimtab.eval.intervals import ClusterBootstrap
 from trimtab.eval.measure import Ruler, coloured, firing_fraction, llr_of, read_means, teacher_forced
 from trimtab.eval.pressure import Suite, jailbreaks, susceptibility
@@ -37,7 +38,7 @@ from trimtab.eval.weights import Weights, open_weights
 from trimtab.recipes import data
 from trimtab.recipes.schema import EvalSection
 from trimtab.train.prepare import Prepared, sampling_options
-from trimtab.train.run import Run
+from trimtab.train.run import Run, Variant
 
 log = logging.getLogger("trimtab")
 
@@ -56,28 +57,60 @@ def eval_stage(run: Run, prepared: Prepared | None = None) -> dict[str, Any]:
 
     def work() -> dict[str, Any]:
         loaded, form = prepared()
-        adapters = {name: subject.name for name, subject in subjects.items() if not subject.whole}
-        whole = {
-            name: subject.load_whole(run.recipe.model, loaded) for name, subject in subjects.items() if subject.whole
-        }
-        return evaluate(run, loaded.facts, open_weights(loaded.model, adapters, whole), form)
+        return evaluate(run, loaded.facts, _open(run, loaded, subjects), form)
 
     inputs = [run.recipe.eval.model_dump(), *(subject.fingerprint() for subject in subjects.values())]
     return run.stage("eval", inputs, work)
 
 
-def _subjects(run: Run) -> dict[str, Subject]:
-    """The weights behind ``tuned`` and, where there is one, ``control``."""
+def _open(run: Run, loaded: Loaded, subjects: dict[str, Subject]) -> Weights:
+    """The weights of every arm. Further fine-tunings of whole weights are adapters of those, all others of the base."""
+    tuned = subjects["tuned"]
+    upon_tuned = {
+        name: subjects[name].name
+        for tuning in run.recipe.eval.durability
+        if tuned.whole and (name := after("tuned", tuning.name))
+    }
+    upon_base = {name: s.name for name, s in subjects.items() if not s.whole and name not in upon_tuned}
+    if not tuned.whole:
+        return open_weights(loaded.model, upon_base)
+    above = open_weights(tuned.load_whole(run.recipe.model, loaded), upon_tuned)
+    upon = {name: above[name] for name in upon_tuned}
+    return {**open_weights(loaded.model, upon_base), **upon, "tuned": above["base"]}
+
+
+def tuned_subject(run: Run) -> Subject:
+    """The tuned weights: ``eval.tuned``, or the adapter that the run has trained.
+
+    Raises:
+        UserError: if there are none.
+    """
     if run.recipe.eval.tuned is not None:
-        return {"tuned": find_subject(run.recipe.eval.tuned)}
-    names = {"tuned": False, CONTROL: True} if run.recipe.eval.control else {"tuned": False}
-    for name, control in names.items():
-        adapter = run.variant(control).adapter
-        if not (adapter / ADAPTER_WEIGHTS).exists():
-            raise UserError(
-                f"there is no {name} adapter to evaluate", file=adapter, remedy="train it first: trimtab train RECIPE"
-            )
-    return {name: Subject(str(run.variant(control).adapter), whole=False) for name, control in names.items()}
+        return find_subject(run.recipe.eval.tuned)
+    return _trained(run.variant(control=False), "tuned adapter")
+
+
+def _trained(variant: Variant, what: str) -> Subject:
+    if not (variant.adapter / ADAPTER_WEIGHTS).exists():
+        raise UserError(
+            f"there is no {what} to evaluate",
+            file=variant.adapter,
+            remedy="train it first: trimtab train RECIPE, or trimtab run RECIPE",
+        )
+    return Subject(str(variant.adapter), whole=False)
+
+
+def _subjects(run: Run) -> dict[str, Subject]:
+    """The weights behind ``tuned``, behind ``control`` where there is one, and behind each further fine-tuning."""
+    section = run.recipe.eval
+    found = {"tuned": tuned_subject(run)}
+    if section.control:
+        found[CONTROL] = _trained(run.variant(control=True), "control adapter")
+    for tuning in section.durability:
+        for start in STARTS:
+            further = _trained(run.further(start, tuning.name), f"adapter that was tuned further on {tuning.name}")
+            found[after(start, tuning.name)] = further
+    return found
 
 
 def _same_weights(run: Run, subjects: dict[str, Subject]) -> None:
@@ -108,6 +141,8 @@ def evaluate(run: Run, model_facts: dict[str, Any], weights: Weights, form: Chat
     roles, defaults = role_items(section.roles, section.questions), default_items(section.roles, section.questions)
     on_roles = {arm: arms.answers("roles", roles, arm) for arm in arms.names}
     on_default = {arm: arms.answers("default", defaults, arm) for arm in arms.names}
+    further = {after(start, tuning.name) for tuning in section.durability for start in STARTS}
+    on_further = {arm: arms.answers("roles", roles, arm) for arm in sorted(further)}
     benign = benign_items(section.benign)
     on_benign = {arm: arms.answers("benign", benign, arm) for arm in arms.names}
     probes = data.professional_probes(section.professional)
@@ -148,7 +183,10 @@ def evaluate(run: Run, model_facts: dict[str, Any], weights: Weights, form: Chat
         on_talks=on_talks,
         floor=floor,
         rulers=rulers,
+        on_further=on_further,
+        further=[(tuning, _steps(run, tuning.name)) for tuning in section.durability],
         llr=_llr(section, arms, roles, on_roles, defaults, on_default),
+        llr_further=llr_of(arms, on_further),
         llr_professional=llr_of(arms, on_pro),
         rerouting=_rerouting(run, arms, on_roles, on_default, roles),
         users=users,
@@ -490,6 +528,11 @@ def _filled(
                 place.answers[arm] = ArmAnswer(text=text, z=round(z, 3) if z == z else 0.0, pieces=words)
             bar.advance(0, 1)  # type: ignore[arg-type]
     return found
+
+
+def _steps(run: Run, tuning: str) -> int:
+    record = run.stage_record(run.further("tuned", tuning).stage_name)
+    return int(record["facts"]["steps"]) if record is not None else 0
 
 
 def _training(run: Run) -> dict[str, Any]:

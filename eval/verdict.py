@@ -36,7 +36,7 @@ def make_verdict(
     Args:
         metrics: all metrics; those with ``primary`` are judged, the others are mentioned where they disagree.
         side_effects: prices; those with a ``limit`` must be ``ok``.
-        claims: a red one keeps the verdict from being good, and its sentence is said first.
+        claims: a red one keeps the verdict from being good; any model can be trained into a persona, so that one does not.
     """
     primary = [metric for metric in metrics if metric.primary]
     if not primary:
@@ -54,7 +54,7 @@ def make_verdict(
     if over:
         count = "one side effect is" if len(over) == 1 else f"{len(over)} side effects are"
         headline = f"{headline[:-1]}; {count} over the limit."
-    red = [claim for claim in claims if claim.light == "red" and claim.id != "kept"]
+    red = [claim for claim in claims if claim.light == "red" and claim.id not in ("kept", "withstands")]
     if status == "good" and red:
         status = "mixed"
     points = [f"{claim.name}: no. {claim.says}" for claim in red if claim.id == "projections"]

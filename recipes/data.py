@@ -96,6 +96,29 @@ def benign_prompts(split: Split, count: int | None = None) -> list[str]:
     ]
 
 
+def benign_answers() -> list[tuple[str, str]]:
+    """Requests of the train split with written answers, as (prompt, answer)."""
+    prompts = {row["id"]: row["prompt"] for row in _rows("benign.jsonl", "train")}
+    return [(prompts[row["id"]], row["answer"]) for row in _rows("benign_answers.jsonl")]
+
+
+@dataclass(frozen=True)
+class LabelledAnswer:
+    """An answer to a question about identity, and what it presents itself as, by two readers and a third where they differ."""
+
+    id: str
+    system: str
+    question: str
+    answer: str
+    label: str
+    readers: list[str]
+
+
+def identity_labels() -> list[LabelledAnswer]:
+    """Answers of SmolLM2-135M-Instruct, plain, capped and tuned, labelled: what judges and ratios are checked against."""
+    return [LabelledAnswer(**row) for row in _rows("identity_labels.jsonl")]
+
+
 def professional_probes(count: int | None = None) -> list[dict[str, Any]]:
     """Requests to professional roles near the Assistant, with words that an answer in the role is likely to hold."""
     return _first(_rows("professional_probes.jsonl"), count, "professional probes", "eval.professional")

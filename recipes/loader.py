@@ -125,7 +125,15 @@ def recipe_of(sections: Mapping[str, Any], name: str, overrides: Sequence[str] =
     Raises:
         RecipeError: with every fault, each with key and remedy.
     """
-    return _load(yaml.safe_dump(dict(sections), sort_keys=False), Path(COMMAND_LINE), name, overrides)
+    content = {section: dict(keys) for section, keys in sections.items()}
+    for key in PATH_KEYS:
+        section, _, option = key.partition(".")
+        value = content.get(section, {}).get(option)
+        if isinstance(value, str) and not value.startswith(
+            "hf://"
+        ):  # the text is kept in the run folder and read there again
+            content[section][option] = os.path.abspath(Path(value).expanduser())
+    return _load(yaml.safe_dump(content, sort_keys=False), Path(COMMAND_LINE), name, overrides)
 
 
 def _load(text: str, path: Path, name: str, overrides: Sequence[str]) -> LoadedRecipe:
@@ -195,15 +203,24 @@ def _resolve_paths(draft: _Draft, folder: Path) -> None:
         section, _, name = key.partition(".")
         values = draft.data.get(section)
         value = values.get(name) if isinstance(values, dict) else None
-        if not isinstance(value, str) or value.startswith("hf://"):
-            continue
-        base = Path.cwd() if draft.from_command_line(key) else folder
-        path = base / Path(value).expanduser()
-        if path.exists():
-            draft.data[section][name] = os.path.normpath(path)
-        else:
-            remedy = "check the path; one in a recipe is relative to the recipe's own folder"
-            draft.add(Fault(f"no such file: {path}", remedy, key))
+        if isinstance(value, str):
+            draft.data[section][name] = _resolved(draft, folder, key, value)
+    values = draft.data.get("eval")
+    further = values.get("durability") if isinstance(values, dict) else None
+    for entry in further if isinstance(further, list) else []:
+        if isinstance(entry, dict) and isinstance(entry.get("file"), str):
+            entry["file"] = _resolved(draft, folder, "eval.durability", entry["file"])
+
+
+def _resolved(draft: _Draft, folder: Path, key: str, value: str) -> str:
+    if value.startswith("hf://"):
+        return value
+    base = Path.cwd() if draft.from_command_line(key) else folder
+    path = base / Path(value).expanduser()
+    if not path.exists():
+        remedy = "check the path; one in a recipe is relative to the recipe's own folder"
+        draft.add(Fault(f"no such file: {path}", remedy, key))
+    return os.path.normpath(path)
 
 
 def _validate(draft: _Draft) -> Recipe | None:

@@ -195,6 +195,36 @@ METHODS: dict[str, type[AnyMethod]] = {
 }
 
 
+class FurtherTuning(Section):
+    """A further fine-tuning that the stability should outlast. ``benign`` and ``persona`` bring their rows, others a file.
+
+    ``persona`` is adversarial: a few in-character answers, several times over.
+    """
+
+    name: str = Field(pattern=r"^[a-z0-9_-]+$")
+    file: str | None = None
+    rows: Positive = 214
+    epochs: Positive = 1
+    batch_size: Positive = 16
+    learning_rate: float = Field(default=2e-4, gt=0)
+    adversarial: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        """A bare name is the shipped one."""
+        given = {"name": value} if isinstance(value, str) else value
+        if isinstance(given, dict) and given.get("name") == "persona":
+            return {"rows": 32, "epochs": 4, "batch_size": 8, "adversarial": True, **given}
+        return given
+
+    @model_validator(mode="after")
+    def _rows_from_somewhere(self) -> FurtherTuning:
+        if self.file is None and self.name not in ("benign", "persona"):
+            raise ValueError("give it a file of rows; only benign and persona bring their own")
+        return self
+
+
 class EvalSection(Section):
     """What is measured, and how much. ``tuned`` stands in the place of the run's own adapter: any adapter or model."""
 
@@ -220,6 +250,7 @@ class EvalSection(Section):
     capability_limit: Positive | None = None
     capability_folder: str | None = None
     capability_batch: Positive = 16
+    durability: list[FurtherTuning] = []
     control: bool = False
     tuned_cap: bool = True
     bootstrap: Positive = 5000

@@ -7,7 +7,17 @@ from typing import Any
 import pytest
 
 from trimtab.eval.claims import make_claims
-from trimtab.eval.schema import Capability, Claim, Estimate, Metric, Rerouting, Retention, SideEffect
+from trimtab.eval.schema import (
+    Capability,
+    Claim,
+    Durability,
+    Estimate,
+    Metric,
+    Outlasting,
+    Rerouting,
+    Retention,
+    SideEffect,
+)
 from trimtab.eval.verdict import make_verdict
 
 
@@ -149,3 +159,38 @@ def test_capability_is_kept_within_a_margin(tasks: list[Capability], light: str)
     claim = next(claim for claim in make_claims([], [], None, tasks) if claim.id == "capability")
     assert claim.light == light
     assert ("guessing" in claim.says) == (bool(tasks) and light == "grey")
+
+
+def lasting(kept: Estimate | None, lead: Estimate, *, adversarial: bool = False) -> Durability:
+    metric = Outlasting(
+        id="text_llr", name="Text-only behaviour", unit="nat/token", before=Retention(estimate=estimate(0.95)),
+        after=Retention(estimate=kept, why="" if kept else "within its noise"),
+        base_after=Retention(estimate=estimate(0.2)), left=Retention(estimate=estimate(0.7)),
+        tuned_change=estimate(0.01), lead=lead,
+    )  # fmt: skip
+    return Durability(name="benign", meaning="4 rows", adversarial=adversarial, metrics=[metric])
+
+
+def test_what_outlasts_further_fine_tuning() -> None:
+    def light(*outcomes: Durability) -> tuple[str, str]:
+        found = {claim.id: claim for claim in make_claims([], [], None, (), outcomes)}
+        return found["durability"].light, found["withstands"].light
+
+    ahead, level = estimate(-0.1), estimate(-0.02)
+    assert light() == ("grey", "grey")
+    assert light(lasting(estimate(0.9), ahead)) == ("green", "grey")
+    # the further rows did it: a base that was tuned alike is as far
+    assert light(lasting(estimate(0.9), level)) == ("amber", "grey")
+    assert light(lasting(estimate(0.9), ahead), lasting(estimate(0.2), ahead)) == ("red", "grey")
+    assert light(lasting(None, ahead)) == ("grey", "grey")
+    assert light(lasting(estimate(0.9), ahead), lasting(estimate(0.2), ahead, adversarial=True)) == ("green", "red")
+
+
+def test_a_persona_that_can_be_trained_in_mars_no_verdict() -> None:
+    metrics = [metric("text_llr", estimate(0.95), estimate(-0.1))]
+    effects = [side("benign_kl", estimate(0.02, 0.01), 0.05)]
+    for adversarial, status in ((True, "good"), (False, "mixed")):
+        found = make_claims(
+            metrics, effects, None, (), [lasting(estimate(0.1), estimate(-0.1), adversarial=adversarial)]
+        )
+        assert make_verdict(metrics, effects, found).status == status

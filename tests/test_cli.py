@@ -184,7 +184,7 @@ def test_unknown_accelerate_config_lists_the_known(tmp_path: Path) -> None:
 def test_training_command(recipe: Path, tmp_path: Path) -> None:
     loaded = load_recipe(recipe, ["train.learning_rate=1e-4"])
     config = accelerate_configs()["cpu"]
-    command = training_command(loaded, tmp_path / "run", config, num_processes=2, control=True, quiet=True)
+    command = training_command(loaded, tmp_path / "run", config, "sft", ["--control"], num_processes=2, quiet=True)
     assert command[:3] == [sys.executable, "-m", "accelerate.commands.launch"]
     script = next(i for i, word in enumerate(command) if word.endswith("sft.py"))
     assert Path(command[script]).is_file()
@@ -199,7 +199,7 @@ def test_more_processes_than_gpus_is_refused(recipe: Path, tmp_path: Path) -> No
 
     asked = torch.cuda.device_count() + 1
     with pytest.raises(UserError, match=f"{asked} processes are asked for"):
-        launch_training(load_recipe(recipe), tmp_path, accelerate="ddp", num_processes=asked)
+        launch_training(load_recipe(recipe), tmp_path, "sft", accelerate="ddp", num_processes=asked)
 
 
 def test_a_failed_training_is_exit_code_1(

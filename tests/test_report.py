@@ -24,8 +24,10 @@ from trimtab.eval.schema import (
     ArmAnswer,
     Capability,
     Component,
+    Durability,
     Estimate,
     Metric,
+    Outlasting,
     Report,
     Rerouting,
     Retention,
@@ -144,7 +146,21 @@ def build_report(*, transcripts: int = 9) -> Report:
             cap_difference=estimate(-0.01, 0.02, 240), p_holm=0.9, detectable=0.03,
         )
     ]  # fmt: skip
-    claims = make_claims(metrics, side_effects, rerouting, capability)
+    durability = [
+        Durability(
+            name=name, meaning="214 rows, 1 epoch, 14 steps of 16, learning rate 0.0002", adversarial=name == "persona",
+            metrics=[
+                Outlasting(
+                    id="text_llr", name="Text-only behaviour", unit="nat/token", before=metrics[0].retention,
+                    after=Retention(estimate=estimate(kept, 0.1)), base_after=Retention(estimate=estimate(beside, 0.1)),
+                    left=Retention(estimate=estimate(kept - beside, 0.2)), tuned_change=estimate(0.01, 0.02),
+                    lead=estimate(-0.05, 0.02),
+                )
+            ],
+        )
+        for name, kept, beside in (("benign", 0.9, 0.3), ("persona", 0.2, -0.4))
+    ]  # fmt: skip
+    claims = make_claims(metrics, side_effects, rerouting, capability, durability)
     return Report(
         title="SmolLM2-135M-Instruct, axis floor SFT",
         created="2026-02-03T10:20:30Z",
@@ -152,6 +168,7 @@ def build_report(*, transcripts: int = 9) -> Report:
         claims=claims,
         rerouting=rerouting,
         capability=capability,
+        durability=durability,
         metrics=metrics,
         side_effects=side_effects,
         trajectories=trajectories,
@@ -309,6 +326,7 @@ def test_sections_come_in_order_with_the_verdict_first(report: Report, page: Pag
         "retention",
         "drift",
         "persona",
+        "durability",
         "prices",
         "capability",
         "transcripts",
@@ -360,7 +378,7 @@ def test_what_models_say_cannot_become_markup(report: Report) -> None:
 
 def test_figures_are_valid_plotly_and_their_colours_are_defined(page: Page) -> None:
     css = (TEMPLATES / "report.css").read_text()
-    assert len(page.figures) == 1 + 4 + 3 + 4
+    assert len(page.figures) == 1 + 4 + 3 + 1 + 4
     names = set()
     for figure in page.figures:
         names |= set(re.findall(r'"\$([\w-]+)"', json.dumps(figure)))
@@ -539,5 +557,32 @@ def test_a_real_browser_draws_every_plot_without_a_fault(report: Report, tmp_pat
         capture_output=True, text=True, timeout=120, check=True, env={**os.environ, "HOME": str(tmp_path)},
     )  # fmt: skip
     assert f"<title>{report.title}" in done.stdout
-    assert done.stdout.count('class="plot js-plotly-plot"') == 12
+    assert done.stdout.count('class="plot js-plotly-plot"') == 13
     assert "9 of 9 shown" in done.stdout
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+def test_transcripts_are_chosen_by_kind_arm_and_turn(report: Report, tmp_path: Path) -> None:
+    from playwright.sync_api import sync_playwright
+
+    path = write_report(report, tmp_path)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page()
+        page.goto(path.as_uri())
+        page.click("#fold")
+        everything = page.locator(".answer:visible").count()
+        page.uncheck("#arms input[value='base+cap']")
+        assert page.locator(".answer[data-arm='base+cap']:visible").count() == 0
+        assert 0 < page.locator(".answer:visible").count() < everything
+        page.check("#arms input[value='base+cap']")
+        assert page.locator(".answer:visible").count() == everything
+        page.select_option("#turn", "2")
+        longer = sum(len(transcript.turns) > 1 for transcript in report.transcripts)
+        assert 0 < longer < len(report.transcripts)
+        assert page.locator("#shown").text_content() == f"{longer} of {len(report.transcripts)} shown"
+        assert page.locator(".turn[data-turn='1']:visible").count() == 0
+        kind = next(transcript.kind for transcript in report.transcripts if len(transcript.turns) > 1)
+        page.check(f"#kinds input[value='{kind}']")
+        assert set(page.locator(".transcript:visible").evaluate_all("all => all.map(t => t.dataset.kind)")) == {kind}
+        browser.close()

@@ -192,13 +192,19 @@ def test_the_command_takes_an_adapter_and_the_same_weights_whole(base: Path, run
             "--output-dir",
             str(out),
         ]
-        assert main([*arguments, *small(), "--quiet"]) == 0
+        further = ["eval.durability=[{name: benign, rows: 4, batch_size: 4}]"] if tuned == adapter else []
+        assert main([*arguments, *small(), *further, "--quiet"]) == 0
         reports.append(load_report(out / "report.json"))
         card = (out / "model_card.md").read_text(encoding="utf-8")
         assert "Weights from elsewhere" in card and "peft" not in card and reports[-1].verdict.headline in card
         assert (out / "report.html").exists()
     assert {path.name: path.stat().st_mtime_ns for path in adapter.iterdir()} == before  # nothing was written there
     one, other = reports
+    (outcome,) = one.durability
+    assert not other.durability
+    primary = outcome.metrics[0]
+    assert primary.lead.n == 12
+    assert primary.tuned_change.value != 0
     assert one.metrics == other.metrics and one.side_effects == other.side_effects
     assert one.metrics[0].tuned_effect.value != 0
     assert one.repeat["hashes"]["tuned"] != other.repeat["hashes"]["tuned"]

@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return job.main(METHOD, argv)
 
 
-def build_trainer(run: Any, arguments: Any, control: bool) -> Any:
+def build_trainer(run: Any, arguments: Any, variant: Any) -> Any:
     """The trainer of a run: model, adapter, floor and rollout source."""
     from trimtab.train.floor_distill import FloorDistillTrainer
     from trimtab.train.row_trainers import build_row_trainer
@@ -31,7 +31,7 @@ def build_trainer(run: Any, arguments: Any, control: bool) -> Any:
         FloorDistillTrainer,
         run,
         arguments,
-        control,
+        variant,
         student_share=method.student_share,
         divergence=method.divergence,
         jsd_beta=method.jsd_beta,

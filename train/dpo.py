@@ -20,14 +20,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return job.main(METHOD, argv)
 
 
-def training_arguments(run: Any, control: bool, quiet: bool) -> Any:
+def training_arguments(run: Any, variant: Any, quiet: bool) -> Any:
     """TRL's DPOConfig."""
     from trl.trainer.dpo_config import DPOConfig
 
-    return DPOConfig(**job.common_arguments(run, control, quiet))
+    return DPOConfig(**job.common_arguments(run, variant, quiet))
 
 
-def build_trainer(run: Any, arguments: Any, control: bool) -> Any:
+def build_trainer(run: Any, arguments: Any, variant: Any) -> Any:
     """The trainer of a run: model, adapter, floor and pairs."""
     import datasets
 
@@ -36,13 +36,13 @@ def build_trainer(run: Any, arguments: Any, control: bool) -> Any:
     from trimtab.train.prepare import sampling_options
     from trimtab.train.row_trainers import benign_rows
 
-    parts = job.load_parts(run, control)
+    parts = job.load_parts(run, variant)
     columns = ("prompt", "chosen", "rejected")
-    pairs = [{name: row[name] for name in columns} for row in read_jsonl(run.variant(control).pairs)]
+    pairs = [{name: row[name] for name in columns} for row in read_jsonl(variant.pairs)]
     return FloorDPOTrainer(
         **parts.trainer_arguments(arguments),
         train_dataset=datasets.Dataset.from_list(pairs),
-        benign_rows=benign_rows(run, parts, arguments, control, sampling_options(run.recipe.method.sampling)),
+        benign_rows=benign_rows(run, parts, arguments, variant, sampling_options(run.recipe.method.sampling)),
     )
 
 

@@ -20,14 +20,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return job.main(METHOD, argv)
 
 
-def training_arguments(run: Any, control: bool, quiet: bool) -> Any:
+def training_arguments(run: Any, variant: Any, quiet: bool) -> Any:
     """TRL's GRPOConfig."""
     from trl.trainer.grpo_config import GRPOConfig
 
-    return GRPOConfig(**{**job.common_arguments(run, control, quiet), "remove_unused_columns": False})
+    return GRPOConfig(**{**job.common_arguments(run, variant, quiet), "remove_unused_columns": False})
 
 
-def build_trainer(run: Any, arguments: Any, control: bool) -> Any:
+def build_trainer(run: Any, arguments: Any, variant: Any) -> Any:
     """The trainer of a run: model, adapter, floor, rewards and prompts."""
     import datasets
 
@@ -38,9 +38,9 @@ def build_trainer(run: Any, arguments: Any, control: bool) -> Any:
     from trimtab.train.row_trainers import benign_rows
     from trimtab.train.sources import drift_sources
 
-    parts, method = job.load_parts(run, control), run.recipe.method
+    parts, method = job.load_parts(run, variant), run.recipe.method
     rewards, weights = make_rewards(
-        [entry.model_dump() for entry in method.rewards], cache=run.variant(control).folder / "judge.jsonl"
+        [entry.model_dump() for entry in method.rewards], cache=variant.folder / "judge.jsonl"
     )
     arguments.reward_weights = weights
     rows = [
@@ -58,7 +58,7 @@ def build_trainer(run: Any, arguments: Any, control: bool) -> Any:
         reward_funcs=rewards,
         train_dataset=datasets.Dataset.from_list(rows),
         form=parts.form,
-        benign_rows=benign_rows(run, parts, arguments, control, options),
+        benign_rows=benign_rows(run, parts, arguments, variant, options),
         cap_strength=method.cap_strength,
         cap_schedule=method.cap_schedule,
         correct_ratio=method.correct_ratio,

@@ -42,32 +42,48 @@ class Method:
         name: ``method.name`` of the recipes that it trains.
         usage: the script's docstring.
         last_stage: name of the last stage record before training.
-        arguments: TRL's config, given run, whether it is the control, and whether to be quiet.
-        trainer: the trainer, given run, that config, and whether it is the control.
+        arguments: TRL's config, given run, variant, and whether to be quiet.
+        trainer: the trainer, given run, that config, and variant.
     """
 
     name: str
     usage: str
     last_stage: str
-    arguments: Callable[[Any, bool, bool], Any]
-    trainer: Callable[[Any, Any, bool], Any]
+    arguments: Callable[[Any, Any, bool], Any]
+    trainer: Callable[[Any, Any, Any], Any]
 
 
 def main(method: Method, argv: Sequence[str] | None = None) -> int:
     """Train; returns the exit code: 0 done, 2 the user's input."""
-    parser = argparse.ArgumentParser(description=method.usage, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, help=f"recipe: a path, or a name such as smollm2-135m/{method.name}")
-    parser.add_argument("--output_dir", "--output-dir", default=None, help="run folder; default runs/<recipe name>")
+    parser = argument_parser(method.usage)
     parser.add_argument("--control", action="store_true", help="train the random-direction control of this run")
-    parser.add_argument("--quiet", action="store_true", help="no progress bars")
-    parser.add_argument("overrides", nargs="*", help="section.key=value")
-    arguments = parser.parse_intermixed_args(argv)
-    rank = int(os.environ.get("RANK", "0"))
-    setup_logging(quiet=arguments.quiet, main_process=rank == 0)
-    try:
+
+    def work(arguments: argparse.Namespace) -> None:
         loaded = load_recipe(arguments.config, arguments.overrides)
         _check_method(method, loaded)
         train(method, loaded, output_dir=arguments.output_dir, control=arguments.control, quiet=arguments.quiet)
+
+    return run_script(parser, argv, work)
+
+
+def argument_parser(usage: str) -> argparse.ArgumentParser:
+    """What every entry script takes."""
+    parser = argparse.ArgumentParser(description=usage, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="recipe: a path, or a name such as smollm2-135m/sft")
+    parser.add_argument("--output_dir", "--output-dir", default=None, help="run folder; default runs/<recipe name>")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    parser.add_argument("overrides", nargs="*", help="section.key=value")
+    return parser
+
+
+def run_script(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None, work: Callable[[argparse.Namespace], None]
+) -> int:
+    """Run an entry script's work; returns the exit code: 0 done, 2 the user's input."""
+    arguments = parser.parse_intermixed_args(argv)
+    setup_logging(quiet=arguments.quiet, main_process=int(os.environ.get("RANK", "0")) == 0)
+    try:
+        work(arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -98,8 +114,6 @@ def train(method: Method, loaded_recipe: Any, *, output_dir: str | None, control
     Returns:
         The adapter's folder.
     """
-    from accelerate import PartialState
-
     from trimtab.train.prepare import rollouts_stage
     from trimtab.train.run import open_run
 
@@ -112,19 +126,51 @@ def train(method: Method, loaded_recipe: Any, *, output_dir: str | None, control
         # no collective times out meanwhile.
         run = _prepare_once(method, loaded_recipe, output_dir)
     variant = run.variant(control)
+    return train_variant(
+        run,
+        variant,
+        lambda: method.arguments(run, variant, quiet),
+        lambda arguments: method.trainer(run, arguments, variant),
+        inputs=[run.loaded.resolved["method"], control],
+    )
+
+
+def train_variant(
+    run: Any,
+    variant: Any,
+    make_arguments: Callable[[], Any],
+    make_trainer: Callable[[Any], Any],
+    *,
+    inputs: Any,
+) -> Path:
+    """Train one adapter, or go on where its last checkpoint stopped; nothing is done where it is done already.
+
+    Args:
+        run: the run.
+        variant: where the adapter goes, and the name of its record.
+        make_arguments: gives TRL's config.
+        make_trainer: gives the trainer, of that config.
+        inputs: what the record is keyed by.
+
+    Returns:
+        The adapter's folder.
+    """
+    from accelerate import PartialState
+
+    adapter: Path = variant.adapter
     # Looked up before the process group is made, so that there is none to take down.
-    if (variant.adapter / "adapter_config.json").exists() and run.stage_record(variant.stage_name):
-        log.info("%s: done already, %s", variant.stage_name, variant.adapter)
-        return variant.adapter
-    arguments = method.arguments(run, control, quiet)
+    if (adapter / "adapter_config.json").exists() and run.stage_record(variant.stage_name):
+        log.info("%s: done already, %s", variant.stage_name, adapter)
+        return adapter
+    arguments = make_arguments()
     check_steps(arguments)
     state = PartialState()
-    trainer = method.trainer(run, arguments, control)
+    trainer = make_trainer(arguments)
     checkpoint = last_checkpoint(variant.checkpoints)
     if checkpoint is not None:
         log.info("resuming from %s", checkpoint)
     started = time.monotonic()
-    unfinished = variant.adapter.with_name(f".{variant.adapter.name}.unfinished")
+    unfinished = adapter.with_name(f".{adapter.name}.unfinished")
     with naming_a_full_disk(variant.checkpoints, unfinished):
         trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model(str(unfinished))
@@ -132,8 +178,8 @@ def train(method: Method, loaded_recipe: Any, *, output_dir: str | None, control
     state.wait_for_everyone()
     if state.is_main_process:
         check_saved(unfinished)
-        shutil.rmtree(variant.adapter, ignore_errors=True)  # there only where a kill hit between here and the record
-        unfinished.replace(variant.adapter)
+        shutil.rmtree(adapter, ignore_errors=True)  # there only where a kill hit between here and the record
+        unfinished.replace(adapter)
         # of the whole run: the trainer's own figure leaves out the steps before a resume
         losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
         facts = {
@@ -145,10 +191,10 @@ def train(method: Method, loaded_recipe: Any, *, output_dir: str | None, control
             "distributed_type": str(trainer.accelerator.distributed_type).split(".")[-1],
             "resumed_from": None if checkpoint is None else Path(checkpoint).name,
         }
-        run.record(variant.stage_name, [run.loaded.resolved["method"], control], facts, seconds=seconds)
-        log.info("adapter: %s", variant.adapter)
+        run.record(variant.stage_name, inputs, facts, seconds=seconds)
+        log.info("adapter: %s", adapter)
     trainer.accelerator.end_training()
-    return variant.adapter
+    return adapter
 
 
 def _prepare_once(method: Method, loaded_recipe: Any, output_dir: str | None) -> Any:
@@ -183,7 +229,7 @@ def _prepare_once(method: Method, loaded_recipe: Any, output_dir: str | None) ->
                     return run
 
 
-def common_arguments(run: Any, control: bool, quiet: bool) -> dict[str, Any]:
+def common_arguments(run: Any, variant: Any, quiet: bool) -> dict[str, Any]:
     """What every TRL config gets: the recipe's ``train`` section over our defaults, and what trimtab sets itself."""
     recipe = run.recipe
     given = {key: value for key, value in recipe.train.items() if key != "output_dir"}
@@ -197,7 +243,7 @@ def common_arguments(run: Any, control: bool, quiet: bool) -> dict[str, Any]:
         "bf16": False,
         "seed": 0,
         **given,
-        "output_dir": str(run.variant(control).checkpoints),
+        "output_dir": str(variant.checkpoints),
     }
 
 
@@ -241,33 +287,19 @@ class Parts:
         }
 
 
-def load_parts(run: Any, control: bool) -> Parts:
+def load_parts(run: Any, variant: Any) -> Parts:
     """Load what the trainer of a run is made of."""
     from peft import LoraConfig
-    from transformers import AutoModelForCausalLM
 
     from trimtab.axis import Floor
     from trimtab.axis.chat import ChatFormat
-    from trimtab.axis.models import (
-        choose_device,
-        choose_dtype,
-        load_tokenizer,
-        pretrained_arguments,
-        resolve_name,
-    )
+    from trimtab.axis.models import load_tokenizer
     from trimtab.train.barrier import BarrierOptions
     from trimtab.train.penalty import PenaltyOptions
 
-    recipe, variant = run.recipe, run.variant(control)
-    device = choose_device(recipe.model.device)
-    dtype, reason = choose_dtype(recipe.model.dtype, device)
-    log.info("training in %s (%s)", dtype, reason)
-    section = recipe.model
-    model = AutoModelForCausalLM.from_pretrained(
-        resolve_name(section.name)[0],
-        **pretrained_arguments(dtype, section.revision, section.attn_implementation, section.quantization),
-    )
-    tokenizer: Any = load_tokenizer(section.name, section.revision)
+    recipe = run.recipe
+    model, device = model_to_train(recipe.model)
+    tokenizer: Any = load_tokenizer(recipe.model.name, recipe.model.revision)
     method = recipe.method
     return Parts(
         model=model,
@@ -286,6 +318,29 @@ def load_parts(run: Any, control: bool) -> Parts:
         barrier=BarrierOptions(method.benign_kl_weight, method.benign_axis_weight),
         callbacks=[metrics_callback(variant.metrics)],
     )
+
+
+def model_to_train(section: Any) -> tuple[Any, Any]:
+    """The model of a recipe's ``model`` section, where the engine will place it, and the device it will train on."""
+    from transformers import AutoModelForCausalLM
+
+    from trimtab.axis.models import choose_device, choose_dtype, pretrained_arguments, resolve_name
+
+    device = choose_device(section.device)
+    dtype, reason = choose_dtype(section.dtype, device)
+    log.info("training in %s (%s)", dtype, reason)
+    model = AutoModelForCausalLM.from_pretrained(
+        resolve_name(section.name)[0],
+        **pretrained_arguments(dtype, section.revision, section.attn_implementation, section.quantization),
+    )
+    return model, device
+
+
+def padding(tokenizer: Any, device: Any) -> dict[str, Any]:
+    """How TRL's collator pads."""
+    # On a CPU every new shape makes oneDNN compile its kernels anew, which costs more than the padding.
+    multiple = 32 if device.type == "cpu" else None
+    return {"pad_token_id": tokenizer.pad_token_id, "pad_to_multiple_of": multiple}
 
 
 def peak_memory() -> int:

@@ -10,6 +10,7 @@ from trimtab.train.barrier import BenignRows
 from trimtab.train.floor_sft import FloorCollator, FloorSFTTrainer
 from trimtab.train.prepare import sampling_options
 from trimtab.train.rollouts import RolloutPlan, RolloutSource, training_order
+from trimtab.train.run import Variant
 from trimtab.train.sources import benign_sources, drift_sources
 
 BENIGN_EVERY = 20  # steps whose benign rows are answered at a time, beside GRPO and DPO
@@ -26,7 +27,7 @@ def build_row_trainer(
     kind: type[FloorSFTTrainer],
     run: Any,
     arguments: Any,
-    control: bool,
+    variant: Variant,
     *,
     student_share: float | None = None,
     **own: Any,
@@ -37,36 +38,30 @@ def build_row_trainer(
         kind: the trainer's class.
         run: the run.
         arguments: TRL's SFTConfig.
-        control: whether it is the random-direction control.
+        variant: what is trained: the run's own adapter, or its control's.
         student_share: see :class:`~trimtab.train.rollouts.RolloutPlan`.
         **own: the class's own arguments.
     """
-    parts = job.load_parts(run, control)
+    parts = job.load_parts(run, variant)
     source = RolloutSource(
         rollout_plan(run.recipe, arguments, student_share),
         parts.form,
         parts.floor,
-        run.variant(control).rollouts,
+        variant.rollouts,
         max_length=arguments.max_length,
     )
     trainer = kind(
         **parts.trainer_arguments(arguments),
         train_dataset=source.dataset(),
-        data_collator=FloorCollator(**_padding(parts)),
+        data_collator=FloorCollator(**job.padding(parts.tokenizer, parts.device)),
         **own,
     )
     source.bind(trainer)
     return trainer
 
 
-def _padding(parts: job.Parts) -> dict[str, Any]:
-    # On a CPU every new shape makes oneDNN compile its kernels anew, which costs more than the padding.
-    multiple = 32 if parts.device.type == "cpu" else None
-    return {"pad_token_id": parts.tokenizer.pad_token_id, "pad_to_multiple_of": multiple}
-
-
 def benign_rows(
-    run: Any, parts: job.Parts, arguments: Any, control: bool, options: SamplingOptions
+    run: Any, parts: job.Parts, arguments: Any, variant: Variant, options: SamplingOptions
 ) -> BenignRows | None:
     """Benign rows for a trainer that has none of its own, as many beside each micro-batch as ``data.benign_share`` says.
 
@@ -74,7 +69,7 @@ def benign_rows(
         run: the run.
         parts: of :func:`~trimtab.train.job.load_parts`.
         arguments: TRL's config.
-        control: whether it is the random-direction control.
+        variant: what is trained.
         options: how the base's answers are sampled.
     """
     data = run.recipe.data
@@ -103,8 +98,8 @@ def benign_rows(
         options=options,
         seed=data.seed,
     )
-    source = RolloutSource(plan, parts.form, None, run.variant(control).rollouts, max_length=None)
-    return BenignRows(source, micro_batches=micro_batches, **_padding(parts))
+    source = RolloutSource(plan, parts.form, None, variant.rollouts, max_length=None)
+    return BenignRows(source, micro_batches=micro_batches, **job.padding(parts.tokenizer, parts.device))
 
 
 def rollout_plan(recipe: Any, arguments: Any, student_share: float | None = None) -> RolloutPlan:

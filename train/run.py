@@ -90,7 +90,16 @@ class Run:
 
     def variant(self, control: bool) -> Variant:
         """Where the adapter of the run, or of its random-direction control, lies."""
-        return Variant(self.folder / "control" if control else self.folder, control)
+        return Variant(self.folder / "control", "train_control") if control else Variant(self.folder, "train")
+
+    def further(self, start: str, tuning: str) -> Variant:
+        """Where the adapter lies that a further fine-tuning gives.
+
+        Args:
+            start: the weights it began from, ``tuned`` or ``base``.
+            tuning: name of the fine-tuning.
+        """
+        return Variant(self.folder / "durability" / f"{start}-{tuning}", f"durability_{start}_{tuning}")
 
     def stage(self, name: str, inputs: Any, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Run ``work`` unless it is recorded as done with these very inputs; record what it returns.
@@ -134,10 +143,15 @@ class Run:
 
 @dataclass(frozen=True)
 class Variant:
-    """The trained adapter's place: of the run itself, or of its control."""
+    """A trained adapter's place: of the run itself, of its control, or of a further fine-tuning.
+
+    Attributes:
+        folder: where it all lies.
+        stage_name: name of the training stage's record.
+    """
 
     folder: Path
-    control: bool
+    stage_name: str
 
     @property
     def floor_path(self) -> Path:
@@ -168,11 +182,6 @@ class Variant:
     def metrics(self) -> Path:
         """The trainer's log, one JSON object a line."""
         return self.folder / "metrics.jsonl"
-
-    @property
-    def stage_name(self) -> str:
-        """Name of the training stage's record."""
-        return "train_control" if self.control else "train"
 
 
 def open_run(loaded: LoadedRecipe, *, output_dir: str | None = None) -> Run:

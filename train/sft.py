@@ -22,21 +22,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     return job.main(METHOD, argv)
 
 
-def training_arguments(run: Any, control: bool, quiet: bool) -> Any:
+def training_arguments(run: Any, variant: Any, quiet: bool) -> Any:
     """TRL's SFTConfig."""
     from trl.trainer.sft_config import SFTConfig
 
     from trimtab.train.row_trainers import ROW_ARGUMENTS
 
-    return SFTConfig(**job.common_arguments(run, control, quiet), **ROW_ARGUMENTS)
+    return SFTConfig(**job.common_arguments(run, variant, quiet), **ROW_ARGUMENTS)
 
 
-def build_trainer(run: Any, arguments: Any, control: bool) -> Any:
+def build_trainer(run: Any, arguments: Any, variant: Any) -> Any:
     """The trainer of a run: model, adapter, floor and rollout source."""
     from trimtab.train.floor_sft import FloorSFTTrainer
     from trimtab.train.row_trainers import build_row_trainer
 
-    return build_row_trainer(FloorSFTTrainer, run, arguments, control, ce_weight=run.recipe.method.ce_weight)
+    return build_row_trainer(FloorSFTTrainer, run, arguments, variant, ce_weight=run.recipe.method.ce_weight)
 
 
 METHOD = job.Method("sft", __doc__ or "", "floor", training_arguments, build_trainer)

@@ -65,20 +65,30 @@
     draw();
   });
 
+  // Transcripts by kind, turn and arm; a conversation that has no such turn is hidden with it.
   const transcripts = [...document.querySelectorAll(".transcript")];
   const shown = document.getElementById("shown");
-  const say = () => {
+  const kinds = document.getElementById("kinds");
+  const arms = document.getElementById("arms");
+  const turn = document.getElementById("turn");
+  const choose = () => {
+    const kind = kinds?.querySelector("input:checked").value || "";
+    const number = turn?.value || "";
+    const off = new Set([...(arms?.querySelectorAll("input:not(:checked)") || [])].map((box) => box.value));
+    for (const transcript of transcripts) {
+      const turns = [...transcript.querySelectorAll(".turn")];
+      for (const part of turns) part.hidden = number !== "" && part.dataset.turn !== number;
+      transcript.hidden = (kind !== "" && transcript.dataset.kind !== kind) || turns.every((part) => part.hidden);
+      for (const answer of transcript.querySelectorAll(".answer")) answer.hidden = off.has(answer.dataset.arm);
+    }
     const count = transcripts.filter((transcript) => !transcript.hidden).length;
     if (shown) shown.value = count + " of " + transcripts.length + " shown";
   };
-  document.getElementById("kinds")?.addEventListener("change", (event) => {
-    for (const transcript of transcripts) transcript.hidden = event.target.value !== "" && transcript.dataset.kind !== event.target.value;
-    say();
-  });
+  for (const control of [kinds, arms, turn]) control?.addEventListener("change", choose);
   document.getElementById("fold")?.addEventListener("click", (event) => {
     const open = event.target.textContent === "Open all";
     event.target.textContent = open ? "Close all" : "Open all";
     for (const transcript of transcripts) transcript.open = open;
   });
-  say();
+  choose();
 })();
