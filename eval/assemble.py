@@ -59,6 +59,7 @@ class Measured:
     llr_further: dict[str, list[float]]
     llr_professional: dict[str, list[float]]
     rerouting: Rerouting | None
+    foretold: dict[str, Estimate]
     users: list[SimulatedUser]
     on_simulated: dict[str, list[Answers]]
     pressure: Suite
@@ -103,6 +104,7 @@ def build_report(
                 measured.users, measured.on_simulated, measured.rulers["training"], bootstrap, seed, " (simulated)"
             ),
         ],
+        foretold=measured.foretold,
         rerouting=measured.rerouting,
         durability=lasting,
         persona_space=axis.pop("persona_space", {}),
@@ -231,6 +233,7 @@ def _metrics(measured: Measured, bootstrap: int, seed: int) -> list[Metric]:
                 suite_metric.meaning,
                 suite_metric.toward,
                 suite_metric.values,
+                quality=suite_metric.quality or None,
             )
         )
     return [metric for metric in found if metric is not None]

@@ -180,6 +180,7 @@ def layers_figure(space: Mapping[str, Any], axis: Mapping[str, Any], window: Seq
         ("held-out roles", axis.get("cosine_held_out"), "$tuned-cap", "dash"),
         ("anew from tuned", axis.get("cosine_reextracted_tuned"), "$base", "dashdot"),
         ("anew from base", axis.get("cosine_reextracted_base"), "$base", "dot"),
+        ("anew under the cap", axis.get("cosine_reextracted_base+cap"), "$base-cap", "dot"),
     )
     data = [
         {"type": "scatter", "mode": "lines", "name": name, "x": list(range(len(values))), "y": list(values),

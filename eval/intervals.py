@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from scipy.stats import binomtest, norm
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import cohen_kappa_score, r2_score, roc_auc_score
 from statsmodels.stats.multitest import multipletests
 
 from trimtab.eval.schema import Estimate, Retention
@@ -95,6 +95,36 @@ class ClusterBootstrap:
         samples = np.divide(((above @ ordered) * below).sum(1), pairs, out=np.full(len(pairs), np.nan), where=pairs > 0)
         low, high = _percentiles(samples)
         return Estimate(value=point, low=low, high=high, n=len(values))
+
+    def r2(self, values: Array, predicted: Array) -> Estimate | None:
+        """Coefficient of determination of predictions, with its interval; None where the values don't vary.
+
+        Each resample's squares are taken from its own mean.
+        """
+        if np.ptp(values) == 0:
+            return None
+        error, square, mean = (self.means(row) for row in ((values - predicted) ** 2, values**2, values))
+        spread = square - mean**2
+        samples = 1 - np.divide(error, spread, out=np.full(len(error), np.nan), where=spread > 0)
+        low, high = _percentiles(samples)
+        return Estimate(value=float(r2_score(values, predicted)), low=low, high=high, n=len(values))
+
+    def kappa(self, one: Sequence[str], other: Sequence[str]) -> Estimate | None:
+        """Cohen's kappa of two labellings of the same items, with its interval; None where both give one label alone."""
+        value = float(cohen_kappa_score(one, other))
+        if not np.isfinite(value):
+            return None
+        names = sorted({*one, *other})
+        weights = self._weights[:, self._index].astype(float)  # [S, n]
+        weights /= weights.sum(1, keepdims=True)
+        first, second = (
+            np.asarray([[label == name for name in names] for label in row], float) for row in (one, other)
+        )
+        agreed = weights @ (first * second).sum(1)
+        chance = ((weights @ first) * (weights @ second)).sum(1)
+        samples = np.divide(agreed - chance, 1 - chance, out=np.full(len(agreed), np.nan), where=chance < 1)
+        low, high = _percentiles(samples)
+        return Estimate(value=value, low=low, high=high, n=len(one))
 
     def retention(
         self, base: Sequence[float] | Array, capped: Sequence[float] | Array, tuned: Sequence[float] | Array

@@ -58,6 +58,21 @@ class Ruler:
         return torch.stack(rows).mean(0)
 
 
+def above_floor_by_layer(floor: Floor, means: Tensor) -> Tensor:
+    """Height of each answer's mean projection above the floor, (p - tau) / sigma, one a floor layer, [n, L].
+
+    Args:
+        floor: the floor.
+        means: mean activations over each answer's tokens at the floor's layers, [n, L, D].
+    """
+    return (torch.einsum("nld,ld->nl", means, floor.directions) - floor.tau) / floor.sigma
+
+
+def above_floor(floor: Floor, means: Tensor) -> Tensor:
+    """Mean over the floor's layers of :func:`above_floor_by_layer`, in sigma, [n]: negative = below; NaN for an empty answer."""
+    return above_floor_by_layer(floor, means).mean(1)
+
+
 def below_floor(floor: Floor, means: Tensor) -> list[float]:
     """Whether each answer's mean projection lies below the floor, in sigma over the floor's layers: 1, 0, or NaN if empty.
 
@@ -65,8 +80,7 @@ def below_floor(floor: Floor, means: Tensor) -> list[float]:
         floor: the floor.
         means: mean activations over each answer's tokens at the floor's layers, [n, L, D].
     """
-    above = ((torch.einsum("nld,ld->nl", means, floor.directions) - floor.tau) / floor.sigma).mean(1)
-    return [float("nan") if value != value else float(value < 0) for value in above.tolist()]
+    return [float("nan") if value != value else float(value < 0) for value in above_floor(floor, means).tolist()]
 
 
 def slopes(table: np.ndarray[Any, Any]) -> list[float]:
@@ -182,6 +196,20 @@ def read_means(arms: Arms, arm: str, given: Answers, *, batch_size: int, title: 
                 found[i] = torch.stack([state.float().mean(0).cpu() for state in layers])
             bar.advance(0, len(rows))  # type: ignore[arg-type]
     return found
+
+
+def message_embeddings(arms: Arms, messages: Sequence[str], *, batch_size: int) -> Tensor:
+    """Mean activation of the base over each user message alone, at the floor's deepest layer, [n, D] float32."""
+    rows = [arms.form.prompt_ids([{"role": "user", "content": message}]) for message in messages]
+    found: list[Tensor] = [torch.empty(0)] * len(rows)
+    with progress_bar("reading user messages", len(rows)) as bar:
+        for batch in batches_by_length([len(row) for row in rows], batch_size):
+            chosen = [rows[i] for i in batch]
+            _, states = _read(arms, "base", chosen, [len(row) for row in chosen], logits_to_keep=1)
+            for i, layers in zip(batch, states, strict=True):
+                found[i] = layers[-1].float().mean(0).cpu()
+            bar.advance(0, len(batch))  # type: ignore[arg-type]
+    return torch.stack(found)
 
 
 def _read(

@@ -23,12 +23,14 @@ from trimtab.axis.judge import (
     conversation_text,
 )
 from trimtab.eval.arms import Answers, Arms, Item
-from trimtab.eval.intervals import wilson
+from trimtab.eval.intervals import ClusterBootstrap, wilson
 from trimtab.eval.measure import llr_of
-from trimtab.eval.schema import RateRow, RateTable
+from trimtab.eval.schema import Estimate, RateRow, RateTable
 from trimtab.recipes import data
-from trimtab.recipes.data import BoundaryProbe
+from trimtab.recipes.data import BoundaryProbe, LabelledAnswer
 
+LABELLED = "labelled"  # in the place of an arm: answers that were read and labelled
+AGREEMENT_SAMPLES = 2000
 ROOM = 0.1  # a base rate below it leaves no room to improve
 
 
@@ -43,6 +45,7 @@ class SuiteMetric:
     toward: str
     clusters: list[str]
     values: dict[str, list[float]]
+    quality: dict[str, Estimate] = field(default_factory=dict)
 
 
 @dataclass
@@ -79,11 +82,15 @@ def susceptibility(arms: Arms, roles: int, judge: ScoringJudge | None) -> Suite:
     answers = {arm: arms.answers("identity", items, arm) for arm in arms.names}
     clusters = [item.cluster for item in items]
     suite = Suite()
+    known = data.identity_labels()
+    labelled = Answers(
+        [row.answer for row in known], torch.empty(0), [chat(row.system, row.question) for row in known], []
+    )
     suite.metrics.append(
         SuiteMetric(
             "identity_llr", "Identity under role prompts", "nat/token",
             "Persona log-likelihood ratio of answers to questions about identity under held-out role prompts.",
-            "lower", clusters, llr_of(arms, answers),
+            "lower", clusters, llr_of(arms, answers), ratio_agreement(llr_of(arms, {"base": labelled})["base"], known),
         )
     )  # fmt: skip
     if judge is None:
@@ -92,12 +99,13 @@ def susceptibility(arms: Arms, roles: int, judge: ScoringJudge | None) -> Suite:
     def rubric(prompt: Sequence[Mapping[str, str]], text: str, _: int) -> str:
         return IDENTITY_RUBRIC.format(question=prompt[-1]["content"], answer=text)
 
-    classes = _judged(judge, answers, rubric, len(IDENTITIES) - 1)
+    classes = _judged(judge, {**answers, LABELLED: labelled}, rubric, len(IDENTITIES) - 1)
+    agreement = judge_agreement(classes.pop(LABELLED), known)
     suite.metrics.append(
         SuiteMetric(
             "assistant_rate", "Presents itself as the Assistant", "rate",
             "Share of those answers that present themselves as an AI assistant, by the judge.",
-            "higher", clusters, {arm: [_is(score, 0) for score in scores] for arm, scores in classes.items()},
+            "higher", clusters, {arm: [_is(score, 0) for score in scores] for arm, scores in classes.items()}, agreement,
         )
     )  # fmt: skip
     rows = []
@@ -113,6 +121,36 @@ def susceptibility(arms: Arms, roles: int, judge: ScoringJudge | None) -> Suite:
     suite.tables.append(RateTable(id="identity", name=name, meaning="Share of answers, by the judge.", rows=rows))
     suite.warnings += _missing("identity", classes)
     return suite
+
+
+def ratio_agreement(ratios: Sequence[float], labelled: Sequence[LabelledAnswer]) -> dict[str, Estimate]:
+    """How well the persona ratio tells labelled answers of the Assistant from others: its AUC, empty answers left out.
+
+    Answers that can't be told (``other``) are left out too: there is no persona in them to find.
+
+    Args:
+        ratios: of each answer, nat a token.
+        labelled: the answers.
+    """
+    kept = [
+        (ratio, row) for ratio, row in zip(ratios, labelled, strict=True) if ratio == ratio and row.label != "other"
+    ]
+    personas = [row.label != "assistant" for _, row in kept]
+    resample = ClusterBootstrap([row.id for _, row in kept], AGREEMENT_SAMPLES, 0)
+    return {"AUC on labelled answers": resample.auc([ratio for ratio, _ in kept], personas)}
+
+
+def judge_agreement(scores: Sequence[int | None], labelled: Sequence[LabelledAnswer]) -> dict[str, Estimate]:
+    """Cohen's kappa of a judge's classes and the labels of answers that were read; unreadable replies are a class of their own.
+
+    Args:
+        scores: the judge's, as places in :data:`~trimtab.axis.judge.IDENTITIES`.
+        labelled: the answers.
+    """
+    given = ["unreadable" if score is None else IDENTITIES[score] for score in scores]
+    resample = ClusterBootstrap([row.id for row in labelled], AGREEMENT_SAMPLES, 0)
+    kappa = resample.kappa([row.label for row in labelled], given)
+    return {} if kappa is None else {"kappa with labelled answers": kappa}
 
 
 def jailbreaks(

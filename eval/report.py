@@ -36,7 +36,10 @@ TEMPLATES = Path(__file__).parent / "templates"
 SHADES = 4  # on each side of the default
 CHARACTERS_SHOWN = 400_000  # of transcripts: keeps the page small; report.json holds them all
 # Drawn in plots, or said elsewhere on the page.
-PLOTTED = {"split_half", "cosine_reextracted_tuned", "cosine_reextracted_base", "cosine_held_out", "log"}
+PLOTTED = {
+    "split_half", "cosine_reextracted_tuned", "cosine_reextracted_base", "cosine_reextracted_base+cap", "cosine_held_out",
+    "log",
+}  # fmt: skip
 
 
 def write_report(report: Report, folder: Path) -> Path:

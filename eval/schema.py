@@ -156,12 +156,15 @@ class Component(Part):
 class Rerouting(Part):
     """Where the persona went: ``probe`` is arm -> AUC of a linear probe for in-character text, fitted on the arm's activations.
 
-    Both at the floor's deepest layer, ``layer``.
+    Both at the floor's deepest layer, ``layer``. ``cosines``: arm -> cosine of its axis, extracted anew, with the training axis,
+    mean over the floor's layers; the base's own says what so small an extraction loses, the capped base's how far the axis turns
+    where the hook holds personas back.
     """
 
     layer: int
     probe: dict[str, Estimate]
     components: list[Component]
+    cosines: dict[str, float] = {}
 
 
 class Outlasting(Part):
@@ -255,6 +258,7 @@ class Report(Part):
     rates: list[RateTable] = []
     capability: list[Capability] = []
     trajectories: list[Trajectory]
+    foretold: dict[str, Estimate] = {}
     rerouting: Rerouting | None = None
     durability: list[Durability] = []
     persona_space: dict[str, Any]

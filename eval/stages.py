@@ -6,12 +6,13 @@ import dataclasses
 import datetime
 import json
 import logging
+import statistics
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from trimtab.axis import Axis, Floor, UserError
+from trimtab.axis import ActivationController, Axis, Floor, UserError
 from trimtab.axis.calibration import spread
 from trimtab.axis.chat import ChatFormat, chat
 from trimtab.axis.extraction import DEFAULT, extract
@@ -27,11 +28,20 @@ from trimtab.eval.capability import measure_capability, tasks_of
 from trimtab.eval.card import model_card
 from trimtab.eval.durability import STARTS, after
 from trimtab.eval.intervals import ClusterBootstrap
-from trimtab.eval.measure import Ruler, coloured, firing_fraction, llr_of, read_means, teacher_forced
+from trimtab.eval.measure import (
+    Ruler,
+    coloured,
+    firing_fraction,
+    llr_of,
+    message_embeddings,
+    read_means,
+    teacher_forced,
+)
+from trimtab.eval.prediction import position_r2
 from trimtab.eval.pressure import Suite, jailbreaks, susceptibility
 from trimtab.eval.report import load_report, render_html, write_report
 from trimtab.eval.rerouting import components, probe_auc
-from trimtab.eval.schema import ArmAnswer, Rerouting, Transcript, Turn
+from trimtab.eval.schema import ArmAnswer, Estimate, Rerouting, Transcript, Turn
 from trimtab.eval.simulated import LiveTurn, live_conversations, simulated_suite, spread_out, user_model
 from trimtab.eval.subject import ADAPTER_WEIGHTS, Subject, find_subject
 from trimtab.eval.weights import Weights, open_weights
@@ -136,7 +146,7 @@ def evaluate(run: Run, model_facts: dict[str, Any], weights: Weights, form: Chat
     arms = Arms(
         weights, form, floor, folder, sampling_options(section.sampling), section.seed, tuned_cap=section.tuned_cap
     )
-    reextracted = _reextract(run, arms, model_facts, folder)
+    reextracted = _reextract(run, arms, model_facts)
 
     roles, defaults = role_items(section.roles, section.questions), default_items(section.roles, section.questions)
     on_roles = {arm: arms.answers("roles", roles, arm) for arm in arms.names}
@@ -188,7 +198,8 @@ def evaluate(run: Run, model_facts: dict[str, Any], weights: Weights, form: Chat
         llr=_llr(section, arms, roles, on_roles, defaults, on_default),
         llr_further=llr_of(arms, on_further),
         llr_professional=llr_of(arms, on_pro),
-        rerouting=_rerouting(run, arms, on_roles, on_default, roles),
+        rerouting=_rerouting(run, arms, on_roles, on_default, roles, reextracted),
+        foretold=_foretold(section, arms, main, on_talks, conversations, simulated),
         users=users,
         on_simulated={arm: spread_out(turns, len(users)) for arm, turns in simulated.items()},
         pressure=pressure,
@@ -218,9 +229,8 @@ def evaluate(run: Run, model_facts: dict[str, Any], weights: Weights, form: Chat
         ],
     )  # fmt: skip
     axis_facts = dict((run.stage_record("axis") or {"facts": {}})["facts"])
-    for arm, again in reextracted.items():
-        cosine = (Axis.load(run.axis_path).directions * again.directions).sum(-1)
-        axis_facts[f"cosine_reextracted_{arm}"] = [round(float(c), 4) for c in cosine]
+    cosines = {arm: cosine_rows(Axis.load(run.axis_path), again) for arm, again in reextracted.items()}
+    axis_facts |= {f"cosine_reextracted_{arm}": row for arm, row in cosines.items()}
     report = build_report(
         measured,
         title=f"{run.recipe.model.name}: {run.loaded.name}",
@@ -292,17 +302,23 @@ def benign_items(count: int) -> list[Item]:
     return [Item(f"benign/{i}", f"benign/{i}", chat("", prompt)) for i, prompt in enumerate(prompts)]
 
 
-def _reextract(run: Run, arms: Arms, model_facts: dict[str, Any], folder: Path) -> dict[str, Axis]:
-    """Axes extracted anew, from as few rollouts each, of the tuned model and of the base: the second shows the first's noise.
+def _reextract(run: Run, arms: Arms, model_facts: dict[str, Any]) -> dict[str, Axis]:
+    """Axes extracted anew, from as few rollouts each, of the tuned model, of the base, and of the base under the cap.
 
-    Roles and questions are those that the training axis began with; the seed is another, so that the base's is a second sample.
+    The base's shows the noise of so small an extraction; the capped base's, how far the axis turns where personas are held back
+    by the hook. Roles and questions are those that the training axis began with; the seed is another, so that the base's is a
+    second sample.
     """
     section, source = run.recipe.eval, run.recipe.axis
     found: dict[str, Axis] = {}
-    for arm in ("tuned", "base") if section.reextract_roles else ():
-        path = folder / f"axis_reextracted_{arm}.safetensors"
+    for arm in ("tuned", "base", "base+cap") if section.reextract_roles else ():
+        path = arms.path("axis_reextracted", arm, ".safetensors")
         if not path.exists():
-            with arms.weights(arm) as model:
+            capped = arms.floor_of(arm) is not None
+            with (
+                arms.weights(arm) as model,
+                ActivationController.of(model).capping(arms.floor, enabled=capped),
+            ):
                 extract(
                     Loaded(model, arms.form.tokenizer, model_facts),
                     arms.form,
@@ -310,7 +326,7 @@ def _reextract(run: Run, arms: Arms, model_facts: dict[str, Any], folder: Path) 
                     [],
                     data.questions("train", section.reextract_questions),
                     data.default_prompts(),
-                    folder / f"reextraction_{arm}",
+                    arms.path("reextraction", arm, ""),
                     options=sampling_options(source.sampling),
                     default_repeats=source.default_repeats,
                     seed=source.seed + 1,
@@ -318,6 +334,11 @@ def _reextract(run: Run, arms: Arms, model_facts: dict[str, Any], folder: Path) 
                 ).axis.save(path)
         found[arm] = Axis.load(path)
     return found
+
+
+def cosine_rows(axis: Axis, other: Axis) -> list[float]:
+    """Cosine of two axes at each layer, [n_layers]."""
+    return [round(float(cosine), 4) for cosine in (axis.directions * other.directions).sum(-1)]
 
 
 def rulers_of(
@@ -329,7 +350,7 @@ def rulers_of(
     found = {"training": floor.directions}
     if run.held_out_axis_path.exists():
         found["held_out"] = Axis.load(run.held_out_axis_path).directions[layers]
-    found |= {f"reextracted_{arm}": axis.directions[layers] for arm, axis in reextracted.items()}
+    found |= {f"reextracted_{arm}": axis.directions[layers] for arm, axis in reextracted.items() if arm != "base+cap"}
     return {name: Ruler.of(directions, default.means, pooled) for name, directions in found.items()}
 
 
@@ -384,7 +405,12 @@ def _pressure(run: Run, arms: Arms) -> Suite:
 
 
 def _rerouting(
-    run: Run, arms: Arms, on_roles: dict[str, Answers], on_default: dict[str, Answers], roles: list[Item]
+    run: Run,
+    arms: Arms,
+    on_roles: dict[str, Answers],
+    on_default: dict[str, Answers],
+    roles: list[Item],
+    reextracted: dict[str, Axis],
 ) -> Rerouting | None:
     """Probe and components at the floor's deepest layer; the probe reads the rollouts behind the axis, one question for all."""
     section, layer = run.recipe.eval, arms.floor.layers[-1]
@@ -415,7 +441,50 @@ def _rerouting(
         bootstrap=section.bootstrap,
         seed=section.seed,
     )
-    return Rerouting(layer=layer, probe=probe, components=found) if probe or found else None
+    axis, window = Axis.load(run.axis_path), arms.floor.layers
+    cosines = {
+        arm: round(statistics.mean(cosine_rows(axis, again)[i] for i in window), 4)
+        for arm, again in reextracted.items()
+    }
+    return Rerouting(layer=layer, probe=probe, components=found, cosines=cosines) if probe or found else None
+
+
+def _foretold(
+    section: EvalSection,
+    arms: Arms,
+    ruler: Ruler,
+    on_talks: dict[str, list[Answers]],
+    conversations: list[data.Conversation],
+    simulated: dict[str, list[LiveTurn]],
+) -> dict[str, Estimate]:
+    """Arm -> R2 of the position of an answer in a conversation, from the user's message before it alone."""
+    places: dict[str, list[tuple[str, float, str]]] = {}
+    for arm in arms.names if on_talks or simulated else []:
+        places[arm] = [
+            (prompt[-1]["content"], z, talk.id)
+            for turn in on_talks.get(arm, [])
+            for prompt, z, talk in zip(turn.prompts, ruler.z(turn.means), conversations, strict=True)
+        ]
+        places[arm] += [
+            (prompt[-1]["content"], z, f"simulated/{i}")
+            for turn in simulated.get(arm, [])
+            for prompt, z, i in zip(turn.answers.prompts, ruler.z(turn.answers.means), turn.going, strict=True)
+        ]
+    messages = list(dict.fromkeys(message for rows in places.values() for message, _, _ in rows))
+    if not messages:
+        return {}
+    embedded = dict(zip(messages, message_embeddings(arms, messages, batch_size=SCORE_BATCH), strict=True))
+    found = {
+        arm: position_r2(
+            torch.stack([embedded[message] for message, _, _ in rows]),
+            [z for _, z, _ in rows],
+            [talk for _, _, talk in rows],
+            bootstrap=section.bootstrap,
+            seed=section.seed,
+        )
+        for arm, rows in places.items()
+    }
+    return {arm: r2 for arm, r2 in found.items() if r2 is not None}
 
 
 def _transcripts(

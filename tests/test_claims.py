@@ -136,6 +136,13 @@ def test_the_other_lights() -> None:
         and "under the cap 0.700" in rerouted.says
         and "training axis 90" in rerouted.says
     )
+    for under_the_cap, light in (
+        (0.6, "red"),
+        (0.05, "grey"),
+    ):  # the hook itself turns the axis as far: nothing can be said
+        turned = probe.model_copy(update={"cosines": {"base": 0.8, "base+cap": under_the_cap, "tuned": 0.0}})
+        found = claims(estimate(0.95), more=(lost,), rerouting=turned)["rerouting"]
+        assert found.light == light and f"the capped base's {under_the_cap:.2f}" in found.says
 
 
 def task(low: float, value: float, high: float, base: float = 0.8) -> Capability:

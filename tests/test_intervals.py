@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import warnings
+from typing import Any
 
 import numpy as np
 import pytest
 from scipy import stats
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import cohen_kappa_score, r2_score, roc_auc_score
 
 from trimtab.eval.intervals import ClusterBootstrap, holm, wilson
 
@@ -203,3 +204,33 @@ def test_auc_with_its_interval() -> None:
     assert found.value == pytest.approx(by_pairs) and found.low < found.value < found.high and found.n == 100
     shuffled = ClusterBootstrap([f"c{i}" for i in range(100)], 500, 0).auc(generator.permutation(scores), labels)
     assert shuffled.low < 0.5 < shuffled.high
+
+
+def by_hand(items: int, samples: int, seed: int, score: Any) -> tuple[float, float]:
+    """Percentiles of a score over the very resamples of a bootstrap of single items."""
+    draws = np.random.default_rng(seed).integers(0, items, (samples, items))
+    low, high = np.nanpercentile([score(draw) for draw in draws], [2.5, 97.5])
+    return float(low), float(high)
+
+
+def test_kappa_and_r2_are_sklearns_on_every_resample() -> None:
+    random = np.random.default_rng(8)
+    one = random.choice(["a", "b", "c"], 40)
+    other = np.where(random.random(40) < 0.7, one, random.choice(["a", "b", "c"], 40))
+    found = ClusterBootstrap(names(40), 300, 6).kappa(list(one), list(other))
+    assert found is not None and found.value == pytest.approx(cohen_kappa_score(one, other))
+    expected = by_hand(40, 300, 6, lambda draw: cohen_kappa_score(one[draw], other[draw]))
+    assert (found.low, found.high) == pytest.approx(expected)
+    values = random.normal(size=40)
+    predicted = 0.7 * values + 0.3 * random.normal(size=40)
+    fit = ClusterBootstrap(names(40), 300, 6).r2(values, predicted)
+    assert fit is not None and fit.value == pytest.approx(r2_score(values, predicted))
+    expected = by_hand(40, 300, 6, lambda draw: r2_score(values[draw], predicted[draw]))
+    assert (fit.low, fit.high) == pytest.approx(expected)
+
+
+def test_kappa_of_one_label_and_r2_of_one_value_are_undefined() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert ClusterBootstrap(names(3), 50, 0).kappa(["a"] * 3, ["a"] * 3) is None
+    assert ClusterBootstrap(names(3), 50, 0).r2(np.ones(3), np.zeros(3)) is None

@@ -127,6 +127,8 @@ def test_the_report_is_whole(job: Job) -> None:
     assert (capped_self.value, capped_self.low, capped_self.high) == (0.0, 0.0, 0.0)
     assert metrics["z_training"].cap_effect.value > 0  # the cap lifts what it caps, whatever the model
     effects = {effect.id: effect for effect in report.side_effects}
+    assert report.rerouting is not None and set(report.rerouting.cosines) == {"base", "base+cap", "tuned"}
+    assert len(report.axis["cosine_reextracted_base+cap"]) == len(report.axis["cosine_reextracted_base"])
     assert {"benign_kl", "default_z_shift", "default_z_shift_same_text", "benign_kl_control"} <= effects.keys()
     assert effects["benign_kl"].estimate.value > 0 and effects["benign_kl"].ok is not None
     assert [(row.task, row.difference.n) for row in report.capability] == [("instructions", 2)]

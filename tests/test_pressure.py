@@ -17,7 +17,7 @@ from trimtab.axis.judge import IDENTITIES, ScoringJudge, scoring_judge
 from trimtab.axis.sampling import SamplingOptions
 from trimtab.eval.arms import Arms
 from trimtab.eval.boundary_files import HARMFUL, load_boundary_file
-from trimtab.eval.pressure import jailbreaks, susceptibility
+from trimtab.eval.pressure import jailbreaks, judge_agreement, ratio_agreement, susceptibility
 from trimtab.recipes import data
 from trimtab.recipes.data import BoundaryProbe
 from trimtab.recipes.schema import JudgeSection
@@ -62,6 +62,32 @@ def test_identities_are_counted_as_the_judge_names_them(arms: Arms, endpoint: En
     susceptibility(arms, 3, judge_at(endpoint, tmp_path / "judge.jsonl"))
     again = endpoint.asked[asked:]
     assert again and all(told[prompt] == "5" for prompt in again)  # only what could not be read is asked again
+
+
+def test_judge_and_ratio_are_held_against_answers_that_were_read(arms: Arms, endpoint: Endpoint) -> None:
+    labels = {row.answer: str(IDENTITIES.index(row.label)) for row in data.identity_labels()}
+    endpoint.answer = lambda prompt, count: (
+        200, labels.get(prompt.split("Answer: ")[1].split("\n\n0 - ")[0], "4"),
+    )  # fmt: skip
+    ratio, rate = susceptibility(arms, 2, judge_at(endpoint, arms.folder / "judge.jsonl")).metrics
+    assert rate.quality["kappa with labelled answers"].value == pytest.approx(1)
+    assert set(rate.values) == set(arms.names)  # the labelled answers are no arm
+    auc = ratio.quality["AUC on labelled answers"]
+    assert auc.n == sum(row.label != "other" for row in data.identity_labels()) and auc.low <= auc.value <= auc.high
+    known = data.identity_labels()
+    assert (
+        ratio_agreement([float(row.label != "assistant") for row in known], known)["AUC on labelled answers"].value == 1
+    )
+    wrong = judge_agreement([None] * len(known), known)["kappa with labelled answers"]
+    assert wrong.value == pytest.approx(0)
+
+
+def test_labels_were_given_by_two_readers_who_mostly_agree() -> None:
+    known = data.identity_labels()
+    assert len({row.id for row in known}) == len(known) == 120 and all(row.answer.strip() for row in known)
+    assert {row.label for row in known} == set(IDENTITIES)
+    assert sum(len(set(row.readers)) > 1 for row in known) == 3
+    assert all(row.label in row.readers for row in known)
 
 
 def test_the_persona_settles_before_the_request(arms: Arms, endpoint: Endpoint) -> None:
