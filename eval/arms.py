@@ -53,6 +53,22 @@ class Answers:
     ended: list[bool]
 
 
+def placed(answers: Answers, going: Sequence[int], count: int) -> Answers:
+    """Answers of the conversations that go on, with a place for every one: NaN, "" and no prompt where it has ended.
+
+    Args:
+        answers: of the conversations ``going``, in that order.
+        going: their places.
+        count: number of conversations.
+    """
+    means = torch.full((count, *answers.means.shape[1:]), float("nan"))
+    means[list(going)] = answers.means
+    texts, prompts, ended = [""] * count, [list[dict[str, str]]()] * count, [True] * count
+    for k, i in enumerate(going):
+        texts[i], prompts[i], ended[i] = answers.texts[k], answers.prompts[k], answers.ended[k]
+    return Answers(texts, means, prompts, ended)
+
+
 class Arms:
     """The weights and the cap of each arm, and the answers that it gives.
 
@@ -107,26 +123,29 @@ class Arms:
     def conversations(
         self, name: str, items: Sequence[Item], turns: Sequence[Sequence[str]], arm: str
     ) -> list[Answers]:
-        """Replay scripted user turns; each arm goes on from its own answers. One :class:`Answers` a turn.
+        """Replay scripted user turns; each arm goes on from its own answers.
 
         Args:
             name: of the set.
             items: one a conversation, whose prompt holds what comes before the first user turn (usually nothing).
-            turns: user turns of each conversation, all of the same number.
+            turns: user turns of each conversation.
             arm: which arm.
+
+        Returns:
+            One :class:`Answers` a turn, with a place for every conversation: see :func:`placed`.
         """
         played: list[Answers] = []
         chats = [list(item.prompt) for item in items]
-        for number in range(len(turns[0])):
-            chats = [
-                [*chat, {"role": "user", "content": script[number]}] for chat, script in zip(chats, turns, strict=True)
-            ]
-            asked = [Item(item.id, item.cluster, chat) for item, chat in zip(items, chats, strict=True)]
-            played.append(self.answers(f"{name}-turn-{number + 1}", asked, arm))
-            chats = [
-                [*chat, {"role": "assistant", "content": text}]
-                for chat, text in zip(chats, played[-1].texts, strict=True)
-            ]
+        for number in range(max(len(script) for script in turns)):
+            going = [i for i, script in enumerate(turns) if len(script) > number]
+            asked = []
+            for i in going:
+                chats[i].append({"role": "user", "content": turns[i][number]})
+                asked.append(Item(items[i].id, items[i].cluster, list(chats[i])))
+            answers = self.answers(f"{name}-turn-{number + 1}", asked, arm)
+            for i, text in zip(going, answers.texts, strict=True):
+                chats[i].append({"role": "assistant", "content": text})
+            played.append(placed(answers, going, len(items)))
         return played
 
     def _one_turn(self, items: Sequence[Item], arm: str, title: str) -> list[Answer]:

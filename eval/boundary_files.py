@@ -33,7 +33,7 @@ def load_boundary_file(path: Path) -> tuple[list[BoundaryProbe], list[BoundaryPr
     Raises:
         UserError: if the file is none of the known formats, or a row lacks its request.
     """
-    rows = read_jsonl(path) if path.suffix == ".jsonl" else _table(path)
+    rows = read_jsonl(path, ours=False) if path.suffix == ".jsonl" else _table(path)
     if not rows:
         raise UserError("the file holds no row", file=path, key="eval.boundary_file", remedy=FORMATS)
     if path.suffix == ".jsonl":

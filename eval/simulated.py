@@ -7,11 +7,10 @@ that go on, and how many these are is reported beside them.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from trimtab.axis import Floor
 from trimtab.axis.chat import ChatFormat
@@ -20,7 +19,7 @@ from trimtab.axis.files import fingerprint, read_json, write_json
 from trimtab.axis.judge import Endpoint
 from trimtab.axis.models import load_model
 from trimtab.axis.sampling import SamplingOptions, sample_answers
-from trimtab.eval.arms import Answers, Arms, Item
+from trimtab.eval.arms import Answers, Arms, Item, placed
 from trimtab.eval.intervals import wilson
 from trimtab.eval.measure import Ruler, below_floor, slopes
 from trimtab.eval.pressure import Suite, SuiteMetric
@@ -148,16 +147,8 @@ def _said(arms: Arms, arm: str, turn: int, chats: Sequence[Chat], ask: UserModel
 
 
 def spread_out(played: Sequence[LiveTurn], count: int) -> list[Answers]:
-    """One :class:`Answers` a turn with a place for every conversation: NaN and "" where it had ended."""
-    found = []
-    for turn in played:
-        means = torch.full((count, *turn.answers.means.shape[1:]), float("nan"))
-        means[turn.going] = turn.answers.means
-        texts, prompts, ended = [""] * count, [list[dict[str, str]]()] * count, [True] * count
-        for k, i in enumerate(turn.going):
-            texts[i], prompts[i], ended[i] = turn.answers.texts[k], turn.answers.prompts[k], turn.answers.ended[k]
-        found.append(replace(turn.answers, texts=texts, means=means, prompts=prompts, ended=ended))
-    return found
+    """One :class:`Answers` a turn with a place for every conversation."""
+    return [placed(turn.answers, turn.going, count) for turn in played]
 
 
 def simulated_suite(

@@ -39,6 +39,7 @@ from trimtab.eval.measure import (
 )
 from trimtab.eval.prediction import position_r2
 from trimtab.eval.pressure import Suite, jailbreaks, susceptibility
+from trimtab.eval.replays import load_replays
 from trimtab.eval.report import load_report, render_html, write_report
 from trimtab.eval.rerouting import components, probe_auc
 from trimtab.eval.schema import ArmAnswer, Estimate, Rerouting, Transcript, Turn
@@ -158,7 +159,11 @@ def evaluate(run: Run, model_facts: dict[str, Any], weights: Weights, form: Chat
     probes = data.professional_probes(section.professional)
     pro_items = [Item(row["id"], row["role"], chat(row["system"], row["user"])) for row in probes]
     on_pro = {arm: arms.answers("professional", pro_items, arm) for arm in arms.names} if pro_items else {}
-    conversations = data.conversations("held_out", section.conversations)
+    conversations = (
+        data.conversations("held_out", section.conversations)
+        if section.conversations_file is None
+        else load_replays(Path(section.conversations_file))[: section.conversations]
+    )
     talk_items = [Item(talk.id, talk.id, []) for talk in conversations]
     scripts = [talk.turns[: section.turns] for talk in conversations]
     on_talks = (
@@ -464,6 +469,7 @@ def _foretold(
             (prompt[-1]["content"], z, talk.id)
             for turn in on_talks.get(arm, [])
             for prompt, z, talk in zip(turn.prompts, ruler.z(turn.means), conversations, strict=True)
+            if prompt
         ]
         places[arm] += [
             (prompt[-1]["content"], z, f"simulated/{i}")
@@ -524,7 +530,11 @@ def _transcripts(
     said = {
         arm: [
             *((on_roles[arm], i) for i in chosen),
-            *((on_talks[arm][turn], i) for i in range(talks) for turn in range(turns)),
+            *(
+                (on_talks[arm][k], i)
+                for i, talk in enumerate(conversations[:talks])
+                for k in range(len(talk.turns[:turns]))
+            ),
         ]
         for arm in arms.names
     }

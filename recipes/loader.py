@@ -29,6 +29,7 @@ PATH_KEYS = (
     "data.drift_file",
     "data.benign_file",
     "eval.boundary_file",
+    "eval.conversations_file",
     "eval.capability_folder",
 )
 
@@ -129,9 +130,8 @@ def recipe_of(sections: Mapping[str, Any], name: str, overrides: Sequence[str] =
     for key in PATH_KEYS:
         section, _, option = key.partition(".")
         value = content.get(section, {}).get(option)
-        if isinstance(value, str) and not value.startswith(
-            "hf://"
-        ):  # the text is kept in the run folder and read there again
+        # the text is kept in the run folder and read there again
+        if isinstance(value, str) and not value.startswith("hf://"):
             content[section][option] = os.path.abspath(Path(value).expanduser())
     return _load(yaml.safe_dump(content, sort_keys=False), Path(COMMAND_LINE), name, overrides)
 

@@ -233,6 +233,7 @@ class EvalSection(Section):
     questions: Positive = 6
     conversations: NotNegative = 16
     turns: Positive = 8
+    conversations_file: str | None = None
     benign: Positive = 64
     professional: NotNegative = 36
     sampling: Sampling = Sampling()

@@ -101,7 +101,9 @@ def rows_of(run: Any, tuning: Any) -> list[dict[str, Any]]:
     from trimtab.recipes import data
 
     if tuning.file is not None:
-        rows = [_row(row, number, tuning.file) for number, row in enumerate(read_jsonl(tuning.file), start=1)]
+        rows = [
+            _row(row, number, tuning.file) for number, row in enumerate(read_jsonl(tuning.file, ours=False), start=1)
+        ]
     elif tuning.name == "benign":
         rows = [
             {"prompt": chat("", prompt), "completion": [{"role": "assistant", "content": answer}], "ended": True}

@@ -55,7 +55,7 @@ def from_file(path: str, kind: Kind) -> list[TrainPrompt]:
         UserError: naming the row that is not so.
     """
     found = []
-    for number, row in enumerate(read_jsonl(path), start=1):
+    for number, row in enumerate(read_jsonl(path, ours=False), start=1):
         messages = row.get("prompt")
         if not isinstance(messages, list) or not messages or not all(_is_message(m) for m in messages):
             raise UserError(
