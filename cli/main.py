@@ -21,6 +21,7 @@ examples:
   trimtab check qwen3-32b/sft --accelerate zero3 --gpu-memory 80
   trimtab train qwen3-32b/sft --accelerate zero3 --num-processes 8
   trimtab project --model smollm2-135m --floor runs/smollm2-135m-demo/floor.safetensors chat.json
+  trimtab chat runs/smollm2-135m-demo
 
 exit codes: 0 done, 2 the user's input, 1 a fault of trimtab
 """
@@ -63,6 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     for name, summary in {"run": "run all stages, to the report", **STAGES}.items():
         example = "smollm2-135m/sft data.seed=1 --output-dir runs/second"
         if name == "report":
+            example += "\n  trimtab report smollm2-135m/sft --card card.md --inspect logs/"
             example += "\n  trimtab report --compare runs/one runs/two --to compared.html --csv compared.csv"
         if name == "eval":
             example += (
@@ -75,7 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
         if name == "report":
             _add_comparison(command)
         command.add_argument("--output-dir", metavar="DIR", help="run folder (default: runs/<recipe name>)")
-        if name in ("run", "train"):
+        if name in ("run", "train", "eval"):
             _add_accelerate(command)
     add("recipes", "list the recipes that ship with trimtab", "")
     check = add("check", "check a recipe without weights: layers, adapters, memory", "qwen3-32b/sft --gpu-memory 80")
@@ -103,6 +105,13 @@ def build_parser() -> argparse.ArgumentParser:
     project.add_argument(
         "transcript", type=Path, help="published transcript, list of messages, or rollouts (JSON Lines)"
     )
+    _add_chat(
+        add(
+            "chat",
+            "the live compass: a page on this machine with base, capped base and baked model side by side",
+            "runs/smollm2-135m-demo\n  trimtab chat --base smollm2-135m --tuned path/to/adapter --floor floor.safetensors",
+        )
+    )
     fetch = add("fetch", "convert an embedded model once, so that later commands need no network", "smollm2-135m")
     fetch.add_argument("name", help="embedded model")
     return parser
@@ -128,11 +137,26 @@ def _add_subject(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--axis", metavar="A", help="axis.safetensors or a published axis.pt (default: extracted)")
 
 
+def _add_chat(parser: argparse.ArgumentParser) -> None:
+    run = "run folder (default: the one below runs/ whose adapter was written last)"
+    parser.add_argument("run", nargs="?", type=Path, metavar="RUN", help=run)
+    group = parser.add_argument_group("without a run folder: any adapter or model")
+    group.add_argument("--base", metavar="M", help="the base model: hub id, folder or embedded model")
+    group.add_argument("--tuned", metavar="ADAPTER_OR_MODEL", help="PEFT adapter of the base, or a model tuned from it")
+    group.add_argument("--floor", metavar="F", help="floor.safetensors of the base")
+    host = "address to serve at (default: 127.0.0.1, which this machine alone reaches)"
+    parser.add_argument("--host", metavar="H", default="127.0.0.1", help=host)
+    parser.add_argument("--port", metavar="P", type=_positive, help="port (default: the first free one from 7860 on)")
+    parser.add_argument("--no-browser", action="store_true", help="do not open the page in the browser")
+
+
 def _add_comparison(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("without a recipe: finished runs, side by side")
     group.add_argument("--compare", nargs="+", type=Path, metavar="RUN", help="run folders, or their report.json")
     group.add_argument("--to", type=Path, metavar="FILE", help="the page (default: comparison.html)")
-    group.add_argument("--csv", type=Path, metavar="FILE", help="also every estimate as a row of a table")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="also every estimate as a row of a table")
+    parser.add_argument("--card", type=Path, metavar="FILE", help="also the model card, beside the adapter's own")
+    parser.add_argument("--inspect", type=Path, metavar="DIR", help="also a log of inspect_ai for every arm")
 
 
 def _add_accelerate(parser: argparse.ArgumentParser) -> None:
@@ -181,6 +205,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "check": _check,
         "merge": _merge,
         "project": _project,
+        "chat": _chat,
         "fetch": _fetch,
     }
     try:
@@ -276,6 +301,11 @@ def _compare(arguments: argparse.Namespace) -> None:
             key="RECIPE",
             remedy="leave out one of them; runs to compare follow --compare",
         )
+    for option in ("card", "inspect"):
+        if getattr(arguments, option) is not None:
+            raise UserError(
+                f"--{option} is of one run", key=f"--{option}", remedy="give it with a recipe, without --compare"
+            )
     from trimtab.eval.compare import load_runs, write_comparison, write_csv
 
     reports = load_runs(arguments.compare)
@@ -295,6 +325,7 @@ def _run(arguments: argparse.Namespace) -> None:
     rollouts_stage(run)
     _free_memory()
     _train(run, arguments)
+    _train_further(run, arguments)
     verdict = eval_stage(run)
     page = report_stage(run)
     print(f"verdict ({verdict['status']}): {verdict['verdict']}")
@@ -320,9 +351,13 @@ def _stage(arguments: argparse.Namespace) -> None:
                 from trimtab.train.prepare import floor_stage
 
                 floor_stage(run)
+                _free_memory()
+            _train_further(run, arguments)
             stages.eval_stage(run)
         if arguments.command == "report" or run.recipe.eval.tuned is not None:
             print(f"report: {stages.report_stage(run)}")
+        if arguments.command == "report":
+            _export(run, arguments)
     else:
         from trimtab.train import prepare
 
@@ -330,18 +365,57 @@ def _stage(arguments: argparse.Namespace) -> None:
         work[arguments.command](run)
 
 
+def _export(run: Any, arguments: argparse.Namespace) -> None:
+    """The report of a run in other forms."""
+    from trimtab.axis.files import write_text
+    from trimtab.eval import stages
+    from trimtab.eval.compare import write_csv
+    from trimtab.eval.inspect_log import write_inspect_logs
+    from trimtab.eval.report import load_report
+
+    report = load_report(run.folder / "report.json")
+    if arguments.csv is not None:
+        write_csv({run.folder.name: report}, arguments.csv)
+        print(f"table: {arguments.csv.resolve()}")
+    if arguments.card is not None:
+        write_text(arguments.card, stages.card_of(run, report))
+        print(f"card: {arguments.card.resolve()}")
+    if arguments.inspect is not None:
+        write_inspect_logs(report, arguments.inspect)
+        print(f"logs: {arguments.inspect.resolve()}, to be read with: inspect view --log-dir {arguments.inspect}")
+
+
 def _train(run: Any, arguments: argparse.Namespace) -> None:
+    for control in (False, True) if run.recipe.eval.control else (False,):
+        _launch(run, arguments, run.recipe.method.name, ["--control"] if control else [])
+
+
+def _train_further(run: Any, arguments: argparse.Namespace) -> None:
+    """The further fine-tunings whose outcome the evaluation measures: of the tuned weights, and of the base beside them."""
+    tunings = run.recipe.eval.durability
+    if not tunings:
+        return
+    from trimtab.eval.stages import tuned_subject
+
+    subject = tuned_subject(run)
+    options = ["--model" if subject.whole else "--adapter", subject.name]
+    for tuning in tunings:
+        for start in ("tuned", "base"):
+            _launch(run, arguments, "further", ["--on", tuning.name, "--start", start, *options])
+
+
+def _launch(run: Any, arguments: argparse.Namespace, script: str, options: Sequence[str]) -> None:
     from trimtab.cli.launch import launch_training
 
-    for control in (False, True) if run.recipe.eval.control else (False,):
-        launch_training(
-            run.loaded,
-            run.folder,
-            accelerate=arguments.accelerate,
-            num_processes=arguments.num_processes,
-            control=control,
-            quiet=getattr(arguments, "quiet", False),
-        )
+    launch_training(
+        run.loaded,
+        run.folder,
+        script,
+        options,
+        accelerate=arguments.accelerate,
+        num_processes=arguments.num_processes,
+        quiet=getattr(arguments, "quiet", False),
+    )
 
 
 def _free_memory() -> None:
@@ -408,6 +482,20 @@ def _project(arguments: argparse.Namespace) -> None:
         html=arguments.html,
         json=arguments.json,
         capped=arguments.capped,
+    )
+
+
+def _chat(arguments: argparse.Namespace) -> None:
+    from trimtab.cli.chat import chat_command
+
+    chat_command(
+        arguments.run,
+        base=arguments.base,
+        tuned=arguments.tuned,
+        floor=arguments.floor,
+        host=arguments.host,
+        port=arguments.port,
+        browser=not arguments.no_browser,
     )
 
 

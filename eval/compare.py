@@ -116,6 +116,19 @@ def _rows(report: Report) -> Iterator[list[Any]]:
         for rate in table.rows:
             for arm, estimate in rate.arms.items():
                 yield row("rate", f"{table.id}/{rate.label}", arm, "share", estimate)
+    for outcome in report.durability:
+        for lasting in outcome.metrics:
+            key = f"{outcome.name}/{lasting.id}"
+            for what, kept in (
+                ("before", lasting.before),
+                ("after", lasting.after),
+                ("base after", lasting.base_after),
+            ):
+                yield row("durability", key, f"retention {what}", "share", kept.estimate, kept.why)
+            yield row(
+                "durability", key, "left of the tuning's distance", "share", lasting.left.estimate, lasting.left.why
+            )
+            yield row("durability", key, "tuned after - base after", lasting.unit, lasting.lead)
     for trajectory in report.trajectories:
         for point in trajectory.points:
             yield row("trajectory", f"{trajectory.domain}/turn {point.turn}", trajectory.arm, "z", point.z)

@@ -42,7 +42,7 @@ from trimtab.eval.pressure import Suite, jailbreaks, susceptibility
 from trimtab.eval.replays import load_replays
 from trimtab.eval.report import load_report, render_html, write_report
 from trimtab.eval.rerouting import components, probe_auc
-from trimtab.eval.schema import ArmAnswer, Estimate, Rerouting, Transcript, Turn
+from trimtab.eval.schema import ArmAnswer, Estimate, Report, Rerouting, Transcript, Turn
 from trimtab.eval.simulated import LiveTurn, live_conversations, simulated_suite, spread_out, user_model
 from trimtab.eval.subject import ADAPTER_WEIGHTS, Subject, find_subject
 from trimtab.eval.weights import Weights, open_weights
@@ -262,15 +262,22 @@ def report_stage(run: Run) -> Path:
     report = load_report(run.folder / "report.json")
     page = run.folder / "report.html"
     write_text(page, render_html(report))
+    own = run.recipe.eval.tuned is None
+    write_text(
+        run.variant(control=False).adapter / "README.md" if own else run.folder / "model_card.md", card_of(run, report)
+    )
+    return page
+
+
+def card_of(run: Run, report: Report) -> str:
+    """The model card of what a run has evaluated."""
     elsewhere = run.recipe.eval.tuned
     facts = {
         "base_model": run.recipe.model.name,
         "license": EMBEDDED.get(run.recipe.model.name, {}).get("license", "other"),
         **({"recipe": run.loaded.name, "lora": run.recipe.lora} if elsewhere is None else {"tuned": elsewhere}),
     }
-    card = run.variant(control=False).adapter / "README.md" if elsewhere is None else run.folder / "model_card.md"
-    write_text(card, model_card(report, adapter_facts=facts, trained_here=elsewhere is None))
-    return page
+    return model_card(report, adapter_facts=facts, trained_here=elsewhere is None)
 
 
 def role_items(roles: int, questions: int) -> list[Item]:
@@ -400,7 +407,7 @@ def _pressure(run: Run, arms: Arms) -> Suite:
     )
     suite = susceptibility(arms, section.susceptibility_roles, judge)
     if section.boundary_file is not None:
-        declined, answered = load_boundary_file(Path(section.boundary_file))
+        declined, answered = load_boundary_file(section.boundary_file)
         count = section.boundary_probes or None
         suite.extend(jailbreaks(arms, declined[:count], answered[:count], judge))
     elif section.boundary_probes:

@@ -357,11 +357,16 @@ def test_a_real_browser_talks_takes_back_and_starts_again(served: str) -> None:
         page.get_by_label("Longest answer").first.fill("16")
 
         hostile = "${7*7} {{value}} <img src=x onerror=alert(1)>"
+        # tiny models may have answered before one looks, so the page itself remembers
+        page.evaluate(
+            "() => new MutationObserver(() => { window.wasOff ||= document.querySelector('#send').disabled; })"
+            ".observe(document.body, {attributes: true, childList: true, subtree: true})"
+        )
         box.fill(hostile)
         box.press("Enter")
-        expect(send).to_be_disabled()
         expect(answers).to_have_count(3)
         expect(send).to_be_enabled()
+        assert page.evaluate("window.wasOff") is True
         expect(page.locator(".talk .said").first).to_contain_text(hostile)
         for meter in page.locator(".meter .reading").all():
             expect(meter).to_have_text(re.compile(r"^[−+]?\d\.\d\d sigma (above|below|at) the floor$"))

@@ -1,0 +1,267 @@
+"""``trimtab chat``: the live compass, a page on this machine with base, capped base and baked model side by side."""
+
+from __future__ import annotations
+
+import html
+import ipaddress
+import json
+import logging
+import os
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trimtab.axis.errors import UserError
+from trimtab.axis.files import read_json
+from trimtab.recipes.schema import ModelSection
+
+log = logging.getLogger("trimtab")
+
+RUNS = Path("runs")
+FIRST_PORT = 7860  # the port that Gradio pages are known by; the next free one is taken
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What a live conversation is held with.
+
+    Attributes:
+        base: the base model.
+        tuned: PEFT adapter of the base, or a whole model.
+        floor: ``floor.safetensors`` of the base.
+    """
+
+    base: ModelSection
+    tuned: str
+    floor: Path
+
+
+def find_sources(
+    run: Path | None, *, base: str | None = None, tuned: str | None = None, floor: str | None = None
+) -> Sources:
+    """What the command's options name.
+
+    Args:
+        run: run folder; None for the newest below ``runs/`` that has an adapter.
+        base: base model; with ``tuned`` and ``floor`` it stands in the place of a run.
+        tuned: adapter or model.
+        floor: ``floor.safetensors``.
+
+    Raises:
+        UserError: if the options don't fit together, or the run folder is none or not trained yet.
+    """
+    given = {"--base": base, "--tuned": tuned, "--floor": floor}
+    missing = [name for name, value in given.items() if value is None]
+    if run is not None and len(missing) < len(given):
+        raise UserError(
+            f"both a run folder, {str(run)!r}, and {next(name for name in given if name not in missing)} are given",
+            key="RUN",
+            remedy="leave out one of them",
+        )
+    if base is not None and tuned is not None and floor is not None:
+        return Sources(ModelSection(name=base), tuned, Path(floor).expanduser())
+    if len(missing) < len(given):
+        raise UserError(
+            f"{missing[0]} is not given",
+            key=missing[0],
+            remedy="give all three, --base M --tuned ADAPTER_OR_MODEL --floor F, or a run folder and none of them",
+        )
+    return _of_run(run.expanduser()) if run is not None else _of_run(newest_run())
+
+
+def newest_run(folder: Path = RUNS) -> Path:
+    """The run folder whose adapter was written last.
+
+    Raises:
+        UserError: if there is none.
+    """
+    from trimtab.eval.subject import ADAPTER_WEIGHTS
+    from trimtab.train.run import MARKER, Variant
+
+    weights = {run.parent: Variant(run.parent, "train").adapter / ADAPTER_WEIGHTS for run in folder.glob(f"*/{MARKER}")}
+    trained = {run: path.stat().st_mtime_ns for run, path in weights.items() if path.exists()}
+    if not trained:
+        raise UserError(
+            f"no run folder with an adapter lies in {folder.resolve()}",
+            key="RUN",
+            remedy="make one (make demo, or trimtab run smollm2-135m/demo), name a run folder, "
+            "or give --base M --tuned ADAPTER_OR_MODEL --floor F",
+        )
+    newest = max(trained, key=lambda run: trained[run])
+    log.info("run folder %s (of %d, the adapter that was written last)", newest, len(trained))
+    return newest
+
+
+def _of_run(folder: Path) -> Sources:
+    from trimtab.eval.subject import ADAPTER_WEIGHTS
+    from trimtab.train.run import MARKER, Variant
+
+    marker = folder / MARKER
+    if not marker.is_file():
+        raise UserError(
+            f"this is not a run folder: it has no {MARKER}",
+            file=folder,
+            key="RUN",
+            remedy="name a folder that trimtab run made, or give --base M --tuned ADAPTER_OR_MODEL --floor F",
+        )
+    try:
+        resolved = read_json(marker)["resolved"]
+        base = ModelSection.model_validate(resolved["model"])
+        tuned = resolved["eval"].get("tuned")
+    except (ValueError, KeyError, json.JSONDecodeError) as error:
+        raise UserError(
+            f"its resolved recipe can't be read: {error}",
+            file=marker,
+            remedy="give --base M --tuned ADAPTER_OR_MODEL --floor F",
+        ) from error
+    variant = Variant(folder, "train")
+    if tuned is None and not (variant.adapter / ADAPTER_WEIGHTS).exists():
+        raise UserError("this run has no adapter yet", file=variant.adapter, remedy="train it: trimtab train RECIPE")
+    if not variant.floor_path.exists():
+        raise UserError(
+            "this run has no floor yet", file=variant.floor_path, remedy="calibrate it: trimtab floor RECIPE"
+        )
+    return Sources(base, tuned or str(variant.adapter), variant.floor_path)
+
+
+def chat_command(
+    run: Path | None,
+    *,
+    base: str | None,
+    tuned: str | None,
+    floor: str | None,
+    host: str,
+    port: int | None,
+    browser: bool,
+) -> None:
+    """The command ``trimtab chat``: serve the page until it is interrupted.
+
+    Args:
+        run: see :func:`find_sources`, and so the next three.
+        base: base model.
+        tuned: adapter or model.
+        floor: floor file.
+        host: address to serve at; anything but a loopback address opens the page to the network.
+        port: None for the first free one from 7860 on.
+        browser: open the page in the browser.
+
+    Raises:
+        UserError: for whatever is wrong with the inputs, and where Gradio is missing or the port is taken.
+    """
+    # What is quickly wrong is told before the models are loaded.
+    import_gradio()
+    check_address(host, port)
+    sources = find_sources(run, base=base, tuned=tuned, floor=floor)
+    from trimtab.cli.chat_page import build_page
+    from trimtab.eval.live import open_live
+
+    arms = open_live(sources.base, sources.tuned, sources.floor)
+    serve(build_page(arms, about(sources, arms.floor, host)), host, port, browser=browser)
+
+
+def import_gradio() -> Any:
+    """Gradio, which is an extra, with its telemetry off.
+
+    Raises:
+        UserError: if it is not installed.
+    """
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
+    try:
+        import gradio
+    except ModuleNotFoundError as error:
+        raise UserError("the page needs Gradio", remedy='pip install "trimtab[chat]"') from error
+    return gradio
+
+
+def check_address(host: str, port: int | None) -> None:
+    """Try the address: for one that this machine hasn't, Gradio would try a hundred ports, five seconds each.
+
+    Raises:
+        UserError: if it can't be had.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host.strip("[]"), port or 0, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as tried:
+            tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do
+            tried.bind((address[0], port or 0, *address[2:]))
+    except (OSError, OverflowError) as error:  # OverflowError: a port beyond 65535, which getaddrinfo wraps around
+        raise _unavailable(host, port) from error
+
+
+def _unavailable(host: str, port: int | None) -> UserError:
+    place = f"{host}, port {port}" if port is not None else f"{host}, port {FIRST_PORT} or one of the next"
+    return UserError(
+        f"the page can't be served at {place}",
+        key="--host" if port is None else "--port",
+        remedy="choose a port that is free, and an address of this machine",
+    )
+
+
+def is_local(host: str) -> bool:
+    """Whether only this machine reaches an address."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def about(sources: Sources, floor: Any, host: str) -> str:
+    """One line of HTML that says what is compared, and who can read along."""
+    percentile = floor.metadata.get("percentile")
+    layers = _ranges(floor.layers) + ("" if percentile is None else f", {percentile:.0f}th percentile")
+    facts = {"base": sources.base.name, "baked": sources.tuned, "floor": f"layers {layers}"}
+    shown = " · ".join(f"{name}: <code>{html.escape(value)}</code>" for name, value in facts.items())
+    reach = (
+        "The page and what is said in it stay on this machine, and nothing is kept."
+        if is_local(host)
+        else f"<b>This page is served at {html.escape(host)}: other machines can open it.</b> What is said goes nowhere else, "
+        "and nothing is kept."
+    )
+    return f'<p class="about">{shown}<br>{reach}</p>'
+
+
+def _ranges(layers: tuple[int, ...]) -> str:
+    """Layers as people write them: ``14–24``, ``3, 5–7``."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}–{run[-1]}" for run in runs)
+
+
+def serve(page: Any, host: str, port: int | None, *, browser: bool) -> None:
+    """Serve the page until it is interrupted.
+
+    Args:
+        page: of :func:`trimtab.cli.chat_page.build_page`.
+        host: address.
+        port: None for the first free one from 7860 on.
+        browser: open it in the browser.
+
+    Raises:
+        UserError: if the address can't be had.
+    """
+    from trimtab.cli.chat_page import STYLE
+
+    gr = import_gradio()
+    # Gradio asks its own address whether it is up, which must not go through a proxy.
+    excepted = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    os.environ["no_proxy"] = ",".join(filter(None, [excepted, "127.0.0.1", "localhost", host]))
+    # fonts of the system: nothing is fetched
+    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
+    theme = gr.themes.Default(primary_hue="blue", neutral_hue="slate", **fonts)
+    try:
+        _, url, _ = page.launch(
+            server_name=host, server_port=port, inbrowser=browser, prevent_thread_lock=True, quiet=True,
+            share=False, enable_monitoring=False, run_history=False, ssr_mode=False, mcp_server=False, pwa=False,
+            footer_links=[], theme=theme, css_paths=[STYLE],
+        )  # fmt: skip
+    except OSError as error:
+        raise _unavailable(host, port) from error
+    if not is_local(host):
+        log.warning("the page is served at %s: other machines can open it", host)
+    print(f"page: {url}   (Ctrl+C ends it)", flush=True)
+    page.block_thread()

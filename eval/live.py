@@ -1,0 +1,183 @@
+"""Live conversations: base, capped base and tuned weights side by side, each answer with its height above the floor."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from trimtab.axis import Floor, UserError
+from trimtab.axis.chat import ChatFormat, chat
+from trimtab.axis.directions import check_fits
+from trimtab.axis.layers import shape_of, text_config_of
+from trimtab.axis.sampling import SamplingOptions, sample_batch, seed_of
+from trimtab.eval.measure import above_floor, above_floor_by_layer
+from trimtab.eval.subject import find_subject
+from trimtab.eval.weights import Weights, open_weights
+from trimtab.recipes.schema import ModelSection
+from trimtab.train.prepare import load_recipe_model
+
+LIVE_ARMS = ("base", "base+cap", "tuned")
+
+
+@dataclass(frozen=True)
+class LiveAnswer:
+    """One arm's answer.
+
+    Attributes:
+        text: the answer.
+        height: above the floor, in sigma, over the answer's tokens and as the next layer sees them: see
+            :func:`trimtab.eval.measure.above_floor`. Negative = below; None for an answer of no tokens.
+        by_layer: the same at each layer of the floor, [L]; empty for an answer of no tokens.
+        ended: False where it was cut at its greatest length.
+    """
+
+    text: str
+    height: float | None
+    by_layer: tuple[float, ...]
+    ended: bool
+
+
+@dataclass(frozen=True)
+class TalkTurn:
+    """What the user said, and what each arm answered; an arm that is still to answer is absent."""
+
+    user: str
+    answers: Mapping[str, LiveAnswer] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Talk:
+    """A conversation with all arms, each of which goes on from its own answers.
+
+    It never changes: a turn makes a new one. So a turn that fails leaves the conversation as it was.
+    """
+
+    turns: tuple[TalkTurn, ...] = ()
+
+    def prompt(self, arm: str, user: str, system: str) -> list[dict[str, str]]:
+        """The messages that an arm answers next: the system prompt, its own history, what the user says now."""
+        *head, last = chat(system, user)
+        for turn in self.turns:
+            head += [
+                {"role": "user", "content": turn.user},
+                {"role": "assistant", "content": turn.answers[arm].text},
+            ]
+        return [*head, last]
+
+    def take_back(self) -> Talk:
+        """The conversation before its last turn; an empty one stays empty."""
+        return replace(self, turns=self.turns[:-1])
+
+
+class LiveArms:
+    """The weights of the arms, and what they answer.
+
+    Args:
+        weights: ``base`` and ``tuned``: see :func:`trimtab.eval.weights.open_weights`.
+        form: chat format of all arms.
+        floor: what heights are measured from, and what ``base+cap`` is capped to.
+    """
+
+    def __init__(self, weights: Weights, form: ChatFormat, floor: Floor) -> None:
+        self._weights = weights
+        self._form = form
+        self.floor = floor
+        # Base and capped base are one model with one set of hooks, and two pages may ask at the same time.
+        self._one_at_a_time = threading.Lock()
+        with weights["base"]() as model:
+            # ``context``: tokens that the model takes, prompt and answer together; None where its config does not say.
+            self.context: int | None = getattr(text_config_of(model), "max_position_embeddings", None)
+
+    def answer(
+        self, talk: Talk, user: str, *, options: SamplingOptions, system: str = "", seed: int = 0
+    ) -> Iterator[Talk]:
+        """Go on by one turn, arm after arm.
+
+        All arms draw the same random numbers, and the same conversation, options and seed give the same answers.
+
+        Args:
+            talk: the conversation so far.
+            user: what the user says.
+            options: how answers are sampled.
+            system: system prompt of the whole conversation from this turn on; "" for none.
+            seed: sampling seed.
+
+        Yields:
+            The conversation with one more turn, at first without answers, then with one more at a time.
+
+        Raises:
+            UserError: before anything is sampled, if the message is empty, the chat template refuses the conversation, or one
+                arm's conversation leaves no room for an answer in the model's context window.
+        """
+        prompts = {arm: self._prompt_ids(talk, arm, user, system) for arm in LIVE_ARMS}
+        self._check_room(max(map(len, prompts.values())), options.max_new_tokens)
+        turn_seed = seed_of([seed, len(talk.turns)])
+        turn = TalkTurn(user)
+        yield Talk((*talk.turns, turn))
+        for arm in LIVE_ARMS:
+            turn = replace(turn, answers={**turn.answers, arm: self._sample(arm, prompts[arm], options, turn_seed)})
+            yield Talk((*talk.turns, turn))
+
+    def _prompt_ids(self, talk: Talk, arm: str, user: str, system: str) -> list[int]:
+        if not user.strip():
+            raise UserError("the message is empty", remedy="write something")
+        try:
+            return self._form.prompt_ids(talk.prompt(arm, user, system))
+        except Exception as error:  # templates raise TemplateError or anything their jinja raises
+            raise UserError(
+                f"the model's chat template refuses this conversation: {error}",
+                remedy="leave out the system prompt, or take back the last turn",
+            ) from error
+
+    def _check_room(self, prompt: int, answer: int) -> None:
+        if self.context is not None and prompt + answer > self.context:
+            raise UserError(
+                f"the conversation has {prompt} tokens and the answer may have {answer}; "
+                f"together the model takes {self.context}",
+                remedy="shorten the message or the answer, take back turns, or start again",
+            )
+
+    def _sample(self, arm: str, prompt: list[int], options: SamplingOptions, seed: int) -> LiveAnswer:
+        floor = self.floor if arm.endswith("+cap") else None
+        with self._one_at_a_time, self._weights[arm.removesuffix("+cap")]() as model:
+            (found,) = sample_batch(model, self._form, [prompt], [0], options, seed=seed, means=True, floor=floor)
+        assert found.mean is not None
+        means = found.mean[None, list(self.floor.layers)]  # [1, L, D]
+        height = float(above_floor(self.floor, means))
+        if math.isnan(height):
+            return LiveAnswer(found.text, None, (), found.ended)
+        by_layer = tuple(above_floor_by_layer(self.floor, means)[0].tolist())
+        return LiveAnswer(found.text, height, by_layer, found.ended)
+
+
+def open_live(base: ModelSection, tuned: str, floor_path: str | Path) -> LiveArms:
+    """Load what a live conversation needs.
+
+    Args:
+        base: the base model.
+        tuned: PEFT adapter of the base, or whole weights that were tuned from it: a folder or a hub id.
+        floor_path: ``floor.safetensors`` of that base.
+
+    Raises:
+        UserError: if one of them can't be loaded, or they don't belong together.
+    """
+    floor = Floor.load(floor_path)
+    subject = find_subject(tuned)
+    loaded, form = load_recipe_model(base)
+    layers, hidden = shape_of(loaded.model)
+    check_fits(layers, hidden, floor=floor, file=floor_path)
+    if subject.whole:
+        weights = open_weights(loaded.model, {}, {"tuned": subject.load_whole(base, loaded)})
+    else:
+        try:
+            weights = open_weights(loaded.model, {"tuned": subject.name})
+        except (RuntimeError, ValueError) as error:  # PEFT: other shapes, or target modules that are not there
+            raise UserError(
+                f"this adapter does not go on {base.name!r}: {str(error).splitlines()[0]}",
+                file=subject.name,
+                remedy="name the base that it was trained from",
+            ) from error
+    return LiveArms(weights, form, floor)
