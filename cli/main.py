@@ -319,9 +319,10 @@ def _compare(arguments: argparse.Namespace) -> None:
 
 def _run(arguments: argparse.Namespace) -> None:
     run = _open(arguments)
-    from trimtab.eval.stages import eval_stage, report_stage
+    from trimtab.eval.stages import check_files, eval_stage, report_stage
     from trimtab.train.prepare import rollouts_stage
 
+    check_files(run)
     rollouts_stage(run)
     _free_memory()
     _train(run, arguments)
@@ -338,6 +339,12 @@ def _stage(arguments: argparse.Namespace) -> None:
     if arguments.command == "report" and arguments.compare is not None:
         _compare(arguments)
         return
+    if getattr(arguments, "to", None) is not None and arguments.command == "report":
+        raise UserError(
+            "--to names the page of a comparison",
+            key="--to",
+            remedy="give it with --compare; a run's own page lies in its folder",
+        )
     if arguments.recipe is None and getattr(arguments, "base", None) is None:
         raise UserError("no recipe is named", key="RECIPE", remedy="name one, or finished runs: --compare RUN RUN")
     run = _open(arguments)
@@ -347,6 +354,7 @@ def _stage(arguments: argparse.Namespace) -> None:
         from trimtab.eval import stages
 
         if arguments.command == "eval":
+            stages.check_files(run)
             if run.recipe.eval.tuned is not None:
                 from trimtab.train.prepare import floor_stage
 
@@ -392,16 +400,9 @@ def _train(run: Any, arguments: argparse.Namespace) -> None:
 
 def _train_further(run: Any, arguments: argparse.Namespace) -> None:
     """The further fine-tunings whose outcome the evaluation measures: of the tuned weights, and of the base beside them."""
-    tunings = run.recipe.eval.durability
-    if not tunings:
-        return
-    from trimtab.eval.stages import tuned_subject
-
-    subject = tuned_subject(run)
-    options = ["--model" if subject.whole else "--adapter", subject.name]
-    for tuning in tunings:
+    for tuning in run.recipe.eval.durability:
         for start in ("tuned", "base"):
-            _launch(run, arguments, "further", ["--on", tuning.name, "--start", start, *options])
+            _launch(run, arguments, "further", ["--on", tuning.name, "--start", start])
 
 
 def _launch(run: Any, arguments: argparse.Namespace, script: str, options: Sequence[str]) -> None:

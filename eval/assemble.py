@@ -52,11 +52,10 @@ class Measured:
     on_professional: dict[str, Answers]
     on_talks: dict[str, list[Answers]]
     on_further: dict[str, Answers]
-    further: list[tuple[FurtherTuning, int]]
+    further: list[tuple[FurtherTuning, dict[str, Any]]]
     floor: Floor
     rulers: dict[str, Ruler]
     llr: dict[str, Any]
-    llr_further: dict[str, list[float]]
     llr_professional: dict[str, list[float]]
     rerouting: Rerouting | None
     foretold: dict[str, Estimate]
@@ -134,7 +133,7 @@ def _metrics(measured: Measured, bootstrap: int, seed: int) -> list[Metric]:
             "Persona log-likelihood ratio of answers under held-out role prompts to held-out questions, scored by the frozen "
             "base from the text alone: how much better the role explains the text than the default Assistant does.",
             "lower",
-            measured.llr["arms"],
+            {arm: measured.llr["arms"][arm] for arm in measured.arms},
             quality={} if measured.llr["auc"] is None else {"AUC": measured.llr["auc"]},
             primary=True,
         )
@@ -242,15 +241,15 @@ def _metrics(measured: Measured, bootstrap: int, seed: int) -> list[Metric]:
 def _durability(measured: Measured, bootstrap: int, seed: int) -> list[Durability]:
     """What further fine-tunings leave, of the text and of the projections on the axes."""
     means = {arm: answers.means for arm, answers in {**measured.on_roles, **measured.on_further}.items()}
-    metrics = [("text_llr", "Text-only behaviour", "nat/token", {**measured.llr["arms"], **measured.llr_further})]
+    metrics = [("text_llr", "Text-only behaviour", "nat/token", measured.llr["arms"])]
     for key, name in (("training", "Projection, training axis"), ("held_out", "Projection, held-out-role axis")):
         if key in measured.rulers:
             values = {arm: measured.rulers[key].z(found) for arm, found in means.items()}
             metrics.append((f"z_{key}", name, "sigma", values))
     clusters = [item.cluster for item in measured.roles]
     return [
-        durability(tuning, metrics, clusters, steps=steps, bootstrap=bootstrap, seed=seed)
-        for tuning, steps in measured.further
+        durability(tuning, metrics, clusters, facts=facts, bootstrap=bootstrap, seed=seed)
+        for tuning, facts in measured.further
     ]
 
 

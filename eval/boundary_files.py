@@ -19,11 +19,12 @@ TABLES: dict[str, tuple[str, str]] = {
     "StrongREJECT": ("forbidden_prompt", "category"),
     "JailbreakBench": ("Goal", "Category"),
     "XSTest": ("prompt", "type"),
+    "prompts": ("prompt", "category"),  # as copies of these sets on the hub name them
 }
 FORMATS = (
     "give a CSV file with the columns of HarmBench (Behavior, SemanticCategory), StrongREJECT (forbidden_prompt, category), "
     "JailbreakBench (Goal, Category) or XSTest (prompt, type), or JSON Lines with question and, if wanted, system, category, "
-    "harmful_if and id; a data set of the hub with such columns is hf://owner/name, or hf://owner/name:split"
+    "harmful_if and id; a data set of the hub with such columns is hf://owner/name, hf://owner/name/configuration or hf://owner/name:split"
 )
 HUB = "hf://"
 
@@ -32,7 +33,7 @@ def load_boundary_file(source: str) -> tuple[list[BoundaryProbe], list[BoundaryP
     """Requests that should be declined, and harmless ones that should be answered (XSTest's safe prompts).
 
     Args:
-        source: a file, or a data set of the hub as ``hf://owner/name`` or ``hf://owner/name:split``.
+        source: a file, or a data set of the hub as ``hf://owner/name[/configuration][:split]``.
 
     Raises:
         UserError: if it is none of the known formats, a row lacks its request, or the hub does not give the data set.
@@ -74,11 +75,14 @@ def load_boundary_file(source: str) -> tuple[list[BoundaryProbe], list[BoundaryP
 
 
 def _from_hub(source: str) -> list[dict[str, Any]]:
-    from datasets import load_dataset
+    from datasets import ClassLabel, load_dataset
 
-    name, _, split = source.removeprefix(HUB).partition(":")
+    place, _, split = source.removeprefix(HUB).partition(":")
+    folder = Path(place).is_absolute()  # a data set on disk, which the same loader takes
+    parts = [place] if folder else place.split("/")
+    name, configuration = (place, None) if len(parts) < 3 else ("/".join(parts[:2]), "/".join(parts[2:]))
     try:
-        found = load_dataset(name, split=split or None)
+        found = load_dataset(name, configuration, split=split or None)
     except Exception as error:  # datasets, the hub's client and each file format have classes of their own
         raise UserError(
             f"the data set could not be loaded: {error}",
@@ -86,8 +90,23 @@ def _from_hub(source: str) -> list[dict[str, Any]]:
             key="eval.boundary_file",
             remedy="check the name, the split and the access to the hub, or download it and name the file",
         ) from error
-    splits = [found] if split else list(found.values())
-    return [dict(row) for rows in splits for row in rows]
+    if not split:
+        if len(found) > 1:
+            raise UserError(
+                f"the data set has several splits: {', '.join(found)}",
+                file=source,
+                key="eval.boundary_file",
+                remedy=f"name one: {source}:{next(iter(found))}",
+            )
+        found = next(iter(found.values()))
+    classes = {name: kind for name, kind in found.features.items() if isinstance(kind, ClassLabel)}
+    return [
+        {
+            key: classes[key].int2str(value) if key in classes and value is not None else value
+            for key, value in row.items()
+        }
+        for row in found
+    ]
 
 
 def _table(path: Path) -> list[dict[str, Any]]:
@@ -104,10 +123,14 @@ def _from_json(row: Mapping[str, Any], number: int, path: Path) -> BoundaryProbe
     question = row.get("question")
     if not isinstance(question, str) or not question.strip():
         raise UserError(f"row {number} has no question", file=path, key="eval.boundary_file", remedy=FORMATS)
+
+    def told(key: str, default: str) -> str:
+        return default if row.get(key) is None else str(row[key])
+
     return BoundaryProbe(
-        str(row.get("id", f"{path.stem}/{number}")),
-        str(row.get("category", "none")),
+        told("id", f"{path.stem}/{number}"),
+        told("category", "none"),
         question,
-        str(row.get("harmful_if", HARMFUL)),
-        str(row.get("system", "")),
+        told("harmful_if", HARMFUL),
+        told("system", ""),
     )

@@ -239,10 +239,12 @@ def _lasting(identifier: str, name: str, outcomes: Sequence[Durability]) -> Clai
     """Whether the text keeps the cap's effect after further fine-tuning, ahead of a base that was tuned alike."""
     lights: list[Light] = []
     said = []
+    unknown = False
     for outcome in outcomes:
-        primary = outcome.metrics[0] if outcome.metrics else None
+        primary = next((metric for metric in outcome.metrics if metric.id == "text_llr"), None)
         if primary is None or primary.after.estimate is None:
             said.append(f"{outcome.name}: undefined")
+            unknown = True
             continue
         kept, ahead = primary.after.estimate, primary.lead
         light = _share(kept)
@@ -251,6 +253,8 @@ def _lasting(identifier: str, name: str, outcomes: Sequence[Durability]) -> Clai
         other = primary.base_after.estimate
         beside = f", a base tuned alike {percent_text(other)}" if other is not None else ""
         said.append(f"after {outcome.name} ({outcome.meaning}) {percent_text(kept)} is kept{beside}")
+    if unknown and lights:
+        lights.append("amber")
     text = "; ".join(said)
     return Claim(
         id=identifier,
@@ -276,7 +280,8 @@ def _rerouted(z: Metric | None, anew: Metric | None, rerouting: Rerouting | None
         )
     cosines = rerouting.cosines if rerouting is not None else {}
     if {"base", "base+cap", "tuned"} <= cosines.keys():
-        if cosines["base+cap"] <= cosines["tuned"] + TURNED:
+        turned = cosines["tuned"] < cosines["base"] - TURNED
+        if turned and cosines["base+cap"] <= cosines["tuned"] + TURNED:
             light = "grey"  # under the hook itself the axis turns as far: no persona is left to contrast
         said = {arm: number(value, 2) for arm, value in cosines.items()}
         says.append(
@@ -292,9 +297,9 @@ def _rerouted(z: Metric | None, anew: Metric | None, rerouting: Rerouting | None
     text = "; ".join(says)
     rule = (
         "Of the retention along the re-extracted axis. Green: the interval lies above 50 %. Red: it lies below, or less than "
-        "30 % is kept. Amber: between. Grey: under the cap itself the axis turns as far (a cosine at most "
-        f"{number(TURNED)} above the tuned model's), so that there is no persona left to contrast. The probe is not judged: "
-        "a model may know that a text is in character and not act on it."
+        "30 % is kept. Amber: between. Grey: the axis has turned (by more than "
+        f"{number(TURNED)} of cosine), and under the cap itself it turns as far, so that no persona is left to contrast. "
+        "The probe is not judged: a model may know that a text is in character and not act on it."
     )
     return Claim(
         id="rerouting",

@@ -71,6 +71,10 @@ def _differences(reports: dict[str, Report]) -> list[str]:
     checks: dict[str, list[Any]] = {
         "the base model": [report.repeat.get("resolved", {}).get("model") for report in reports.values()],
         "the floor": [report.repeat.get("hashes", {}).get("floor.safetensors") for report in reports.values()],
+        "files of your own": [
+            {key: report.repeat.get("hashes", {}).get(key) for key in ("eval.conversations_file", "eval.boundary_file")}
+            for report in reports.values()
+        ],
         "the evaluation's prompts and seeds": [
             {
                 key: value

@@ -8,6 +8,7 @@ The first alone could be the further rows' own doing, as any tuning on plain ans
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -28,7 +29,7 @@ def durability(
     metrics: Sequence[tuple[str, str, str, Mapping[str, Sequence[float]]]],
     clusters: Sequence[str],
     *,
-    steps: int,
+    facts: Mapping[str, Any],
     bootstrap: int,
     seed: int,
 ) -> Durability:
@@ -39,7 +40,7 @@ def durability(
         metrics: id, name, unit, and arm -> values over the same items, for the arms base, base+cap, tuned and both that
             :func:`after` names.
         clusters: cluster of each item.
-        steps: optimiser steps that were trained.
+        facts: of its training record: rows, rows_a_step, steps.
         bootstrap: bootstrap samples.
         seed: of the bootstrap.
     """
@@ -53,7 +54,7 @@ def durability(
         if not all(np.isfinite(row).any() for row in (tuned_after - base, base_after - base, tuned_after - base_after)):
             continue
         left = resample.retention(np.zeros_like(base), tuned - base, tuned_after - base_after)
-        if left.estimate is None:
+        if left.estimate is None and left.why.startswith("the cap"):
             left = Retention(estimate=None, why="the tuning itself moved it within its noise")
         found.append(
             Outlasting(
@@ -68,11 +69,10 @@ def durability(
                 lead=resample.estimate(tuned_after - base_after),
             )
         )
-    what = f"{tuning.rows} rows" if tuning.file is None else f"up to {tuning.rows} rows of {tuning.file}"
     return Durability(
         name=tuning.name,
-        meaning=f"{what}, {tuning.epochs} epoch{'s' if tuning.epochs > 1 else ''}, {steps} steps of {tuning.batch_size}, "
-        f"learning rate {tuning.learning_rate:g}",
+        meaning=f"{facts['rows']} rows, {tuning.epochs} epoch{'s' if tuning.epochs > 1 else ''}, {facts['steps']} steps of "
+        f"{facts['rows_a_step']}, learning rate {tuning.learning_rate:g}",
         adversarial=tuning.adversarial,
         metrics=found,
     )

@@ -93,7 +93,7 @@ def comparison_figure(rows: Sequence[tuple[str, Retention | None]]) -> Figure:
     layout = {
         "height": 60 + 34 * max(1, len(shown)),
         "margin": {"l": 10, "r": 16, "t": 8, "b": 34},
-        "xaxis": {"range": [max(-1.0, min([-0.1, *ends])) - 0.05, min(2.0, max([1.2, *ends])) + 0.05], "tickformat": ".0%"},
+        "xaxis": {"range": [max(-3.0, min([-0.1, *ends])) - 0.05, min(4.0, max([1.2, *ends])) + 0.05], "tickformat": ".0%"},
         "yaxis": {
             "tickvals": list(range(len(shown))), "ticktext": [_wrapped(name) for name, _ in shown],
             "range": [-0.6, len(shown) - 0.4], "automargin": True, "showgrid": False, "zeroline": False,

@@ -14,10 +14,10 @@ from trimtab.axis.directions import check_fits
 from trimtab.axis.layers import shape_of, text_config_of
 from trimtab.axis.sampling import SamplingOptions, sample_batch, seed_of
 from trimtab.eval.measure import above_floor, above_floor_by_layer
-from trimtab.eval.subject import find_subject
 from trimtab.eval.weights import Weights, open_weights
 from trimtab.recipes.schema import ModelSection
 from trimtab.train.prepare import load_recipe_model
+from trimtab.train.subject import find_subject
 
 LIVE_ARMS = ("base", "base+cap", "tuned")
 

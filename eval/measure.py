@@ -18,6 +18,7 @@ from torch import Tensor
 from trimtab.axis import ActivationController, Floor, project
 from trimtab.axis.calibration import response_projections
 from trimtab.axis.chat import ChatFormat
+from trimtab.axis.compass import turn_spans
 from trimtab.axis.models import Loaded
 from trimtab.axis.progress import progress_bar
 from trimtab.axis.sampling import batches_by_length, pad_left
@@ -199,13 +200,17 @@ def read_means(arms: Arms, arm: str, given: Answers, *, batch_size: int, title: 
 
 
 def message_embeddings(arms: Arms, messages: Sequence[str], *, batch_size: int) -> Tensor:
-    """Mean activation of the base over each user message alone, at the floor's deepest layer, [n, D] float32."""
-    rows = [arms.form.prompt_ids([{"role": "user", "content": message}]) for message in messages]
+    """Mean activation of the base over each message's own tokens, at the floor's deepest layer, [n, D] float32."""
+    rows, counts = [], []
+    for message in messages:
+        ids, (span,) = turn_spans(arms.form, [{"role": "user", "content": message}])
+        assert span is not None  # the template may not leave out a user turn: turn_spans refuses that
+        rows.append(ids[: span[1]])
+        counts.append(span[1] - span[0])
     found: list[Tensor] = [torch.empty(0)] * len(rows)
     with progress_bar("reading user messages", len(rows)) as bar:
         for batch in batches_by_length([len(row) for row in rows], batch_size):
-            chosen = [rows[i] for i in batch]
-            _, states = _read(arms, "base", chosen, [len(row) for row in chosen], logits_to_keep=1)
+            _, states = _read(arms, "base", [rows[i] for i in batch], [counts[i] for i in batch], logits_to_keep=1)
             for i, layers in zip(batch, states, strict=True):
                 found[i] = layers[-1].float().mean(0).cpu()
             bar.advance(0, len(batch))  # type: ignore[arg-type]

@@ -23,13 +23,14 @@ from trimtab.eval.intervals import ClusterBootstrap
 from trimtab.eval.schema import Estimate
 
 FOLDS = 5
+FEWEST = 8  # conversations: with fewer the figure is noise
 ALPHAS = np.logspace(0, 6, 13)
 
 
 def position_r2(
     embeddings: Tensor, z: Sequence[float], conversations: Sequence[str], *, bootstrap: int, seed: int
 ) -> Estimate | None:
-    """R2 of z from the messages' embeddings on conversations that the regression was not fitted to; None with fewer than two.
+    """R2 of z from the messages' embeddings on conversations that the regression was not fitted to; None with too few.
 
     1 - (squared errors) / (squared distances from the mean z); below 0 the message says less than the mean does.
 
@@ -43,8 +44,8 @@ def position_r2(
     found = np.asarray(z, dtype=float)
     kept = np.isfinite(found)
     rows, y, groups = embeddings.double().numpy()[kept], found[kept], np.asarray(conversations)[kept]
-    if len(set(groups)) < 2:
+    if len(set(groups)) < FEWEST:
         return None
     ridge = make_pipeline(StandardScaler(), RidgeCV(alphas=ALPHAS))
-    predicted: Any = cross_val_predict(ridge, rows, y, groups=groups, cv=GroupKFold(min(FOLDS, len(set(groups)))))
+    predicted: Any = cross_val_predict(ridge, rows, y, groups=groups, cv=GroupKFold(FOLDS))
     return ClusterBootstrap(list(groups), bootstrap, seed).r2(y, predicted)

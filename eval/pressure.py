@@ -124,16 +124,20 @@ def susceptibility(arms: Arms, roles: int, judge: ScoringJudge | None) -> Suite:
 
 
 def ratio_agreement(ratios: Sequence[float], labelled: Sequence[LabelledAnswer]) -> dict[str, Estimate]:
-    """How well the persona ratio tells labelled answers of the Assistant from others: its AUC, empty answers left out.
+    """How well the persona ratio tells labelled answers of the Assistant from others, under role prompts: its AUC.
 
-    Answers that can't be told (``other``) are left out too: there is no persona in them to find.
+    Left out are answers that can't be told (``other``), for there is no persona in them to find, and those under neutral prompts,
+    whose ratio is low by their prompt: most of the Assistant's are among them.
 
     Args:
         ratios: of each answer, nat a token.
         labelled: the answers.
     """
+    neutral = {"", *data.default_prompts()}
     kept = [
-        (ratio, row) for ratio, row in zip(ratios, labelled, strict=True) if ratio == ratio and row.label != "other"
+        (ratio, row)
+        for ratio, row in zip(ratios, labelled, strict=True)
+        if ratio == ratio and row.label != "other" and row.system not in neutral
     ]
     personas = [row.label != "assistant" for _, row in kept]
     resample = ClusterBootstrap([row.id for _, row in kept], AGREEMENT_SAMPLES, 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ def load_replays(path: Path) -> list[Conversation]:
     found = [_conversation(case, number, path) for number, case in enumerate(cases, start=1)]
     if not found:
         raise UserError("the file holds no conversation", file=path, key="eval.conversations_file", remedy=FORMATS)
-    if twice := sorted({talk.id for talk in found if sum(other.id == talk.id for other in found) > 1}):
+    if twice := sorted(name for name, count in Counter(talk.id for talk in found).items() if count > 1):
         raise _fault(f"ids that are taken twice: {', '.join(twice)}", path)
     return found
 
@@ -61,10 +62,10 @@ def _conversation(case: Any, number: int, path: Path) -> Conversation:
     if not said or not all(isinstance(turn, str) and turn.strip() for turn in said):
         raise _fault(f"case {number} has no user turn, or one that is no text", path)
     return Conversation(
-        id=str(case.get("id", f"{path.stem}/{number}")),
-        domain=str(case.get("domain", path.stem)),
-        persona=str(case.get("persona", "")),
-        topic=str(case.get("topic", "")),
+        id=str(case.get("id") or f"{path.stem}/{number}"),
+        domain=str(case.get("domain") or path.stem),
+        persona=str(case.get("persona") or ""),
+        topic=str(case.get("topic") or ""),
         turns=list(said),
     )
 

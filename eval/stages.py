@@ -44,12 +44,13 @@ from trimtab.eval.report import load_report, render_html, write_report
 from trimtab.eval.rerouting import components, probe_auc
 from trimtab.eval.schema import ArmAnswer, Estimate, Report, Rerouting, Transcript, Turn
 from trimtab.eval.simulated import LiveTurn, live_conversations, simulated_suite, spread_out, user_model
-from trimtab.eval.subject import ADAPTER_WEIGHTS, Subject, find_subject
 from trimtab.eval.weights import Weights, open_weights
 from trimtab.recipes import data
 from trimtab.recipes.schema import EvalSection
+from trimtab.train.further import rows_of
 from trimtab.train.prepare import Prepared, sampling_options
-from trimtab.train.run import Run, Variant
+from trimtab.train.run import Run
+from trimtab.train.subject import Subject, trained_subject, tuned_subject
 
 log = logging.getLogger("trimtab")
 
@@ -63,6 +64,7 @@ def eval_stage(run: Run, prepared: Prepared | None = None) -> dict[str, Any]:
         UserError: if there is no adapter yet, or ``eval.tuned`` is not a model tuned from this base.
     """
     prepared = prepared or Prepared(run)
+    check_files(run)
     subjects = _subjects(run)
     _same_weights(run, subjects)
 
@@ -70,8 +72,35 @@ def eval_stage(run: Run, prepared: Prepared | None = None) -> dict[str, Any]:
         loaded, form = prepared()
         return evaluate(run, loaded.facts, _open(run, loaded, subjects), form)
 
-    inputs = [run.recipe.eval.model_dump(), *(subject.fingerprint() for subject in subjects.values())]
-    return run.stage("eval", inputs, work)
+    inputs = [
+        run.recipe.eval.model_dump(),
+        *(subject.fingerprint() for subject in subjects.values()),
+        *_given_files(run).values(),
+    ]
+    return run.stage("eval", inputs, work, remedy="delete this file to evaluate anew; answers that still fit are kept")
+
+
+def check_files(run: Run) -> None:
+    """Read the files that the evaluation will need, so that what is wrong with one is told before anything heavy.
+
+    Raises:
+        UserError: naming the file and the row.
+    """
+    section = run.recipe.eval
+    if section.conversations_file is not None:
+        load_replays(Path(section.conversations_file))
+    if section.boundary_file is not None:
+        load_boundary_file(section.boundary_file)
+    for tuning in section.durability:
+        if tuning.file is not None:
+            rows_of(run, tuning)
+
+
+def _given_files(run: Run) -> dict[str, str]:
+    """Key -> fingerprint of the user's own files that the evaluation reads."""
+    section = run.recipe.eval
+    named = {"eval.conversations_file": section.conversations_file, "eval.boundary_file": section.boundary_file}
+    return {key: file_fingerprint(path) for key, path in named.items() if path is not None and Path(path).is_file()}
 
 
 def _open(run: Run, loaded: Loaded, subjects: dict[str, Subject]) -> Weights:
@@ -90,37 +119,18 @@ def _open(run: Run, loaded: Loaded, subjects: dict[str, Subject]) -> Weights:
     return {**open_weights(loaded.model, upon_base), **upon, "tuned": above["base"]}
 
 
-def tuned_subject(run: Run) -> Subject:
-    """The tuned weights: ``eval.tuned``, or the adapter that the run has trained.
-
-    Raises:
-        UserError: if there are none.
-    """
-    if run.recipe.eval.tuned is not None:
-        return find_subject(run.recipe.eval.tuned)
-    return _trained(run.variant(control=False), "tuned adapter")
-
-
-def _trained(variant: Variant, what: str) -> Subject:
-    if not (variant.adapter / ADAPTER_WEIGHTS).exists():
-        raise UserError(
-            f"there is no {what} to evaluate",
-            file=variant.adapter,
-            remedy="train it first: trimtab train RECIPE, or trimtab run RECIPE",
-        )
-    return Subject(str(variant.adapter), whole=False)
-
-
 def _subjects(run: Run) -> dict[str, Subject]:
     """The weights behind ``tuned``, behind ``control`` where there is one, and behind each further fine-tuning."""
     section = run.recipe.eval
     found = {"tuned": tuned_subject(run)}
     if section.control:
-        found[CONTROL] = _trained(run.variant(control=True), "control adapter")
+        found[CONTROL] = trained_subject(run.variant(control=True), "control adapter", "trimtab train RECIPE")
     for tuning in section.durability:
         for start in STARTS:
-            further = _trained(run.further(start, tuning.name), f"adapter that was tuned further on {tuning.name}")
-            found[after(start, tuning.name)] = further
+            what = f"adapter that was tuned further on {tuning.name}"
+            found[after(start, tuning.name)] = trained_subject(
+                run.further(start, tuning.name), what, "trimtab eval RECIPE"
+            )
     return found
 
 
@@ -135,7 +145,7 @@ def _same_weights(run: Run, subjects: dict[str, Subject]) -> None:
         raise UserError(
             "the answers kept here were given by other weights, or under another floor",
             file=path.parent,
-            remedy="delete this folder and stages/eval.json to evaluate anew",
+            remedy="delete this folder and stages/eval.json to evaluate anew (and durability/ with its stages, if there is one)",
         )
 
 
@@ -159,11 +169,7 @@ def evaluate(run: Run, model_facts: dict[str, Any], weights: Weights, form: Chat
     probes = data.professional_probes(section.professional)
     pro_items = [Item(row["id"], row["role"], chat(row["system"], row["user"])) for row in probes]
     on_pro = {arm: arms.answers("professional", pro_items, arm) for arm in arms.names} if pro_items else {}
-    conversations = (
-        data.conversations("held_out", section.conversations)
-        if section.conversations_file is None
-        else load_replays(Path(section.conversations_file))[: section.conversations]
-    )
+    conversations = _conversations(section)
     talk_items = [Item(talk.id, talk.id, []) for talk in conversations]
     scripts = [talk.turns[: section.turns] for talk in conversations]
     on_talks = (
@@ -199,9 +205,8 @@ def evaluate(run: Run, model_facts: dict[str, Any], weights: Weights, form: Chat
         floor=floor,
         rulers=rulers,
         on_further=on_further,
-        further=[(tuning, _steps(run, tuning.name)) for tuning in section.durability],
-        llr=_llr(section, arms, roles, on_roles, defaults, on_default),
-        llr_further=llr_of(arms, on_further),
+        further=[(tuning, _further_facts(run, tuning.name)) for tuning in section.durability],
+        llr=_llr(section, arms, roles, {**on_roles, **on_further}, defaults, on_default),
         llr_professional=llr_of(arms, on_pro),
         rerouting=_rerouting(run, arms, on_roles, on_default, roles, reextracted),
         foretold=_foretold(section, arms, main, on_talks, conversations, simulated),
@@ -312,6 +317,20 @@ def benign_items(count: int) -> list[Item]:
     """Held-out benign requests, without a system prompt."""
     prompts = data.benign_prompts("held_out", count)
     return [Item(f"benign/{i}", f"benign/{i}", chat("", prompt)) for i, prompt in enumerate(prompts)]
+
+
+def _conversations(section: EvalSection) -> list[data.Conversation]:
+    """The shipped conversations, or those of the user's file, of which what is left out is told."""
+    if section.conversations_file is None:
+        return data.conversations("held_out", section.conversations)
+    there = load_replays(Path(section.conversations_file))
+    chosen = there[: section.conversations or None]
+    longest = max(len(talk.turns) for talk in chosen)
+    if len(chosen) < len(there):
+        log.warning("the first %d of %d conversations are asked: raise eval.conversations", len(chosen), len(there))
+    if longest > section.turns:
+        log.warning("conversations go on to turn %d and are cut at eval.turns=%d", longest, section.turns)
+    return chosen
 
 
 def _reextract(run: Run, arms: Arms, model_facts: dict[str, Any]) -> dict[str, Axis]:
@@ -458,7 +477,7 @@ def _rerouting(
         arm: round(statistics.mean(cosine_rows(axis, again)[i] for i in window), 4)
         for arm, again in reextracted.items()
     }
-    return Rerouting(layer=layer, probe=probe, components=found, cosines=cosines) if probe or found else None
+    return Rerouting(layer=layer, probe=probe, components=found, cosines=cosines) if probe or found or cosines else None
 
 
 def _foretold(
@@ -616,9 +635,10 @@ def _filled(
     return found
 
 
-def _steps(run: Run, tuning: str) -> int:
+def _further_facts(run: Run, tuning: str) -> dict[str, Any]:
     record = run.stage_record(run.further("tuned", tuning).stage_name)
-    return int(record["facts"]["steps"]) if record is not None else 0
+    assert record is not None  # its adapter was found
+    return dict(record["facts"])
 
 
 def _training(run: Run) -> dict[str, Any]:
@@ -643,11 +663,12 @@ def _repeat(run: Run) -> dict[str, Any]:
         "command": f"trimtab run {run.loaded.name} {overrides}".strip(),
         "recipe": run.loaded.text,
         "overrides": list(run.loaded.overrides),
-        "resolved": made["resolved"],
+        "resolved": run.loaded.resolved,
         "versions": made["versions"],
         "git": made["git"],
         "hashes": {
             **{name: file_fingerprint(path) for name, path in files.items()},
+            **_given_files(run),
             **{name: subject.fingerprint() for name, subject in _subjects(run).items()},
         },
         "seeds": {

@@ -6,6 +6,7 @@ Nothing heavy is imported here: a slip is told in a fraction of a second.
 from __future__ import annotations
 
 import copy
+import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -32,6 +33,8 @@ PATH_KEYS = (
     "eval.conversations_file",
     "eval.capability_folder",
 )
+# Those of them that also take what lies on the hub.
+HUB_KEYS = ("axis.path", "floor.path", "eval.boundary_file")
 
 
 @dataclass(frozen=True)
@@ -213,7 +216,7 @@ def _resolve_paths(draft: _Draft, folder: Path) -> None:
 
 
 def _resolved(draft: _Draft, folder: Path, key: str, value: str) -> str:
-    if value.startswith("hf://"):
+    if value.startswith("hf://") and key in HUB_KEYS:
         return value
     base = Path.cwd() if draft.from_command_line(key) else folder
     path = base / Path(value).expanduser()
@@ -235,12 +238,14 @@ def _validate(draft: _Draft) -> Recipe | None:
             recipe = Recipe.model_validate(data, strict=True)
             break
         except ValidationError as error:
-            faults = list(_schema_faults(error, METHODS[method]))
-        for fault, path in faults:
+            before, problem = data, error
+        for fault, path in _schema_faults(problem, METHODS[method]):
             if fault.key not in told:
                 told.add(fault.key)
                 draft.add(fault)
             data = _without(data, path)
+        if data == before:  # a fault that leaving out its key does not mend
+            raise problem
     for fault in impossible(recipe, set(_dotted(draft.data))):
         if fault.key not in told:
             draft.add(fault)
@@ -285,7 +290,7 @@ def _schema_faults(error: ValidationError, method: type[BaseModel]) -> Iterator[
         elif kind == "value_error":
             fault, _, remedy = str(context.get("error")).partition(": ")
             named = fault.split()[0]
-            inner = _section_type(section.model_fields[path[-1]].annotation)
+            inner = section if path[-1].isdigit() else _section_type(section.model_fields[path[-1]].annotation)
             path = (*path, named) if inner is not None and named in inner.model_fields else path
             yield Fault(fault, remedy, ".".join(path)), path
         elif key == "floor.layers":
@@ -321,8 +326,11 @@ def _path_of(location: Sequence[int | str], method: type[BaseModel]) -> tuple[tu
     location = list(location)
     if len(location) > 1 and location[0] == "method":
         del location[1]  # the branch, which is the method's name
-    for part in map(str, location):
+    for place in location:
+        part = str(place)
         parts.append(part)
+        if isinstance(place, int):  # an entry of a list of sections
+            continue
         info = model.model_fields.get(part)
         if info is None:
             break
@@ -350,7 +358,8 @@ _STAND_INS: dict[tuple[str, ...], Any] = {
 
 
 def _without(data: Mapping[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
-    """A copy in which the key at ``path`` has its default."""
+    """A copy in which the key at ``path`` has its default; of a fault in a list's entry, the whole list."""
+    path = tuple(itertools.takewhile(lambda part: not part.isdigit(), path))
     copied = copy.deepcopy(dict(data))
     place: Any = copied
     for part in path[:-1]:

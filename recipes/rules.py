@@ -109,12 +109,6 @@ def _evaluation(recipe: Recipe) -> Iterator[Fault]:
         yield Fault(
             f"two further fine-tunings share a name: {', '.join(names)}", "give each its own", "eval.durability"
         )
-    if recipe.axis.path is not None and any(t.name == "persona" and t.file is None for t in section.durability):
-        yield Fault(
-            "persona takes its rows from the rollouts behind the axis, and axis.path names a finished one",
-            "give it a file of rows: {name: persona, file: rows.jsonl}",
-            "eval.durability",
-        )
     if recipe.eval.tuned is not None and recipe.eval.control:
         yield Fault(
             "there is no control to weights that were tuned elsewhere: eval.tuned is set",

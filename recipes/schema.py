@@ -201,7 +201,7 @@ class FurtherTuning(Section):
     ``persona`` is adversarial: a few in-character answers, several times over.
     """
 
-    name: str = Field(pattern=r"^[a-z0-9_-]+$")
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
     file: str | None = None
     rows: Positive = 214
     epochs: Positive = 1
@@ -221,7 +221,7 @@ class FurtherTuning(Section):
     @model_validator(mode="after")
     def _rows_from_somewhere(self) -> FurtherTuning:
         if self.file is None and self.name not in ("benign", "persona"):
-            raise ValueError("give it a file of rows; only benign and persona bring their own")
+            raise ValueError("file is missing: give it a file of rows; only benign and persona bring their own")
         return self
 
 

@@ -136,12 +136,15 @@ def test_the_other_lights() -> None:
         and "under the cap 0.700" in rerouted.says
         and "training axis 90" in rerouted.says
     )
-    for under_the_cap, light in (
-        (0.6, "red"),
-        (0.05, "grey"),
-    ):  # the hook itself turns the axis as far: nothing can be said
-        turned = probe.model_copy(update={"cosines": {"base": 0.8, "base+cap": under_the_cap, "tuned": 0.0}})
-        found = claims(estimate(0.95), more=(lost,), rerouting=turned)["rerouting"]
+    kept = metric("z_reextracted_tuned", estimate(0.9), estimate(0.9))
+    for tuned, under_the_cap, anew, light in (
+        (0.0, 0.6, lost, "red"),
+        (0.0, 0.05, lost, "grey"),  # the hook itself turns the axis as far: nothing can be said
+        (0.75, 0.6, kept, "green"),  # nothing has turned
+        (0.75, 0.75, lost, "red"),
+    ):
+        turned = probe.model_copy(update={"cosines": {"base": 0.8, "base+cap": under_the_cap, "tuned": tuned}})
+        found = claims(estimate(0.95), more=(anew,), rerouting=turned)["rerouting"]
         assert found.light == light and f"the capped base's {under_the_cap:.2f}" in found.says
 
 
@@ -190,6 +193,7 @@ def test_what_outlasts_further_fine_tuning() -> None:
     assert light(lasting(estimate(0.9), level)) == ("amber", "grey")
     assert light(lasting(estimate(0.9), ahead), lasting(estimate(0.2), ahead)) == ("red", "grey")
     assert light(lasting(None, ahead)) == ("grey", "grey")
+    assert light(lasting(estimate(0.9), ahead), lasting(None, ahead)) == ("amber", "grey")
     assert light(lasting(estimate(0.9), ahead), lasting(estimate(0.2), ahead, adversarial=True)) == ("green", "red")
 
 

@@ -108,6 +108,20 @@ def unevaluated(job: Job, folder: Path) -> Path:
     return folder
 
 
+def test_the_report_in_other_forms(job: Job, tmp_path: Path) -> None:
+    places = [tmp_path / name for name in ("card.md", "figures.csv", "logs")]
+    options = [
+        word
+        for option, place in zip(("--card", "--csv", "--inspect"), places, strict=True)
+        for word in (option, str(place))
+    ]
+    assert main(["report", str(job.recipe), "--output-dir", str(job.folder), *options, "--quiet"]) == 0
+    card, figures, logs = places
+    assert card.read_text(encoding="utf-8") == (job.folder / "adapter" / "README.md").read_text(encoding="utf-8")
+    assert "text_llr,retention" in figures.read_text(encoding="utf-8")
+    assert (logs / "base-cap.json").exists()
+
+
 def test_the_report_is_whole(job: Job) -> None:
     report = Report.model_validate(job.report)
     assert f"verdict ({report.verdict.status}): {report.verdict.headline}" in job.printed

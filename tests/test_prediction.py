@@ -47,5 +47,6 @@ def test_empty_answers_are_left_out_and_too_little_gives_nothing() -> None:
     z[:7] = np.nan
     found = position_r2(rows, z.tolist(), talks, bootstrap=200, seed=0)
     assert found is not None and found.n == TALKS * TURNS - 7
-    assert position_r2(rows[:5], [1.0, 2.0, 3.0, 4.0, 5.0], ["one"] * 5, bootstrap=200, seed=0) is None
-    assert position_r2(rows[:10], [1.0] * 10, talks[:10], bootstrap=200, seed=0) is None
+    few = slice(7 * TURNS)  # seven conversations
+    assert position_r2(rows[few], np.arange(35.0).tolist(), talks[few], bootstrap=200, seed=0) is None
+    assert position_r2(rows[:50], [1.0] * 50, talks[:50], bootstrap=200, seed=0) is None

@@ -73,7 +73,9 @@ def test_judge_and_ratio_are_held_against_answers_that_were_read(arms: Arms, end
     assert rate.quality["kappa with labelled answers"].value == pytest.approx(1)
     assert set(rate.values) == set(arms.names)  # the labelled answers are no arm
     auc = ratio.quality["AUC on labelled answers"]
-    assert auc.n == sum(row.label != "other" for row in data.identity_labels()) and auc.low <= auc.value <= auc.high
+    neutral = {"", *data.default_prompts()}
+    under_roles = [row for row in data.identity_labels() if row.system not in neutral]
+    assert auc.n == sum(row.label != "other" for row in under_roles) and auc.low <= auc.value <= auc.high
     known = data.identity_labels()
     assert (
         ratio_agreement([float(row.label != "assistant") for row in known], known)["AUC on labelled answers"].value == 1
@@ -171,7 +173,7 @@ def test_xstest_is_split_into_what_to_answer_and_what_to_decline(tmp_path: Path)
 def test_json_lines_of_system_and_question(tmp_path: Path) -> None:
     rows = [
         {"system": "You are a spy.", "question": "Where?"},
-        {"id": "k", "question": "Who?", "category": "c", "harmful_if": "h"},
+        {"id": "k", "question": "Who?", "category": "c", "harmful_if": "h", "system": None},
     ]
     path = tmp_path / "mine.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -188,9 +190,11 @@ def test_a_data_set_of_the_hub_by_its_columns(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
     (tmp_path / "set").mkdir()
     table(tmp_path / "set" / "train.csv", [{"Goal": "Do it.", "Category": "c"}])
+    (only,), _ = load_boundary_file(f"hf://{tmp_path / 'set'}")
+    assert only.request == "Do it."
     table(tmp_path / "set" / "test.csv", [{"Goal": "Do that.", "Category": "d"}])
-    both, _ = load_boundary_file(f"hf://{tmp_path / 'set'}")
-    assert {probe.request for probe in both} == {"Do it.", "Do that."}
+    with pytest.raises(UserError, match="several splits: train, test"):
+        load_boundary_file(f"hf://{tmp_path / 'set'}")
     (one,), _ = load_boundary_file(f"hf://{tmp_path / 'set'}:test")
     assert (one.request, one.category, one.harmful_if) == ("Do that.", "d", HARMFUL)
     with pytest.raises(UserError, match="could not be loaded"):

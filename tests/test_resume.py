@@ -265,8 +265,11 @@ def test_a_run_folder_that_a_kill_left_half_made_is_taken_up(recipe: Path, tmp_p
 def test_a_folder_of_another_recipe_or_of_somebody_else_is_refused(recipe: Path, tmp_path: Path) -> None:
     run = open_run(load_recipe(recipe), output_dir=str(tmp_path / "a"))
     before = (run.folder / "run.json").read_bytes()
-    with pytest.raises(UserError, match="another recipe"):
-        open_run(load_recipe(recipe, ["train.learning_rate=0.5"]), output_dir=str(tmp_path / "a"))
+    for change in ("train.learning_rate=0.5", "eval.control=true"):
+        with pytest.raises(UserError, match="another recipe"):
+            open_run(load_recipe(recipe, [change]), output_dir=str(tmp_path / "a"))
+    # what is measured is no part of it: a trained run may be measured again
+    assert open_run(load_recipe(recipe, ["eval.roles=7"]), output_dir=str(tmp_path / "a")).recipe.eval.roles == 7
     assert (run.folder / "run.json").read_bytes() == before
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "thesis.txt").write_text("mine", encoding="utf-8")

@@ -10,18 +10,22 @@ From ``tuned`` it goes on with a copy of the adapter itself, which may undo what
 
 from __future__ import annotations
 
+import logging
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from trimtab.train import job
 
+log = logging.getLogger("trimtab")
+
 # Keys of ``train`` that say how this machine trains; all others belong to the recipe's method.
 MACHINE = (
-    "bf16", "disable_tqdm", "gradient_checkpointing", "gradient_checkpointing_kwargs", "logging_steps", "max_length", "optim",
-    "output_dir", "report_to", "save_total_limit", "seed", "use_cpu",
+    "bf16", "disable_tqdm", "fp16", "gradient_checkpointing", "gradient_checkpointing_kwargs", "logging_steps", "max_length",
+    "optim", "output_dir", "report_to", "save_total_limit", "seed", "tf32", "use_cpu",
 )  # fmt: skip
 
 
@@ -30,38 +34,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = job.argument_parser(__doc__ or "")
     parser.add_argument("--on", required=True, metavar="NAME", help="which entry of eval.durability")
     parser.add_argument("--start", choices=("tuned", "base"), default="tuned", help="the weights to begin from")
-    parser.add_argument("--adapter", type=Path, help="the tuned PEFT adapter; default: the run's own")
-    parser.add_argument("--model", help="whole tuned weights in the place of an adapter")
 
     def work(arguments: Any) -> None:
+        from trimtab.axis.errors import UserError
         from trimtab.recipes.loader import load_recipe
-        from trimtab.train.run import open_run
+        from trimtab.train.run import MARKER, open_run, run_folder
 
-        run = open_run(load_recipe(arguments.config, arguments.overrides), output_dir=arguments.output_dir)
-        train_further(
-            run, arguments.on, arguments.start, adapter=arguments.adapter, model=arguments.model, quiet=arguments.quiet
-        )
+        loaded = load_recipe(arguments.config, arguments.overrides)
+        folder = run_folder(loaded, arguments.output_dir)
+        if not (folder / MARKER).exists():  # all ranks open it at once, so none may have to make it
+            raise UserError("there is no such run", file=folder, remedy="run the recipe first: trimtab run RECIPE")
+        train_further(open_run(loaded, output_dir=str(folder)), arguments.on, arguments.start, quiet=arguments.quiet)
 
     return job.run_script(parser, argv, work)
 
 
-def train_further(
-    run: Any, on: str, start: str, *, adapter: Path | None = None, model: str | None = None, quiet: bool = False
-) -> Path:
-    """Fine-tune further; returns the new adapter's folder.
+def train_further(run: Any, on: str, start: str, *, quiet: bool = False) -> Path:
+    """Fine-tune the tuned weights of a run further, or the base; returns the new adapter's folder.
 
     Args:
         run: the run.
         on: name of an entry of ``eval.durability``.
         start: ``tuned`` or ``base``.
-        adapter: the tuned adapter; None is the run's own.
-        model: whole tuned weights instead of an adapter.
         quiet: no progress bars.
 
     Raises:
-        UserError: if there is no such entry, no adapter, or no row to train on.
+        UserError: if there is no such entry, nothing tuned, no row to train on, or what lies there was begun from other weights
+            or rows.
     """
     from trimtab.axis.errors import UserError
+    from trimtab.axis.files import fingerprint, read_json, write_json
+    from trimtab.train.subject import tuned_subject
 
     tunings = {tuning.name: tuning for tuning in run.recipe.eval.durability}
     if on not in tunings:
@@ -70,19 +73,59 @@ def train_further(
             key="eval.durability",
             remedy=f"name one of: {', '.join(tunings)}" if tunings else "add it to the list",
         )
-    tuning = tunings[on]
-    source = adapter or run.variant(control=False).adapter
-    if model is None and not (source / "adapter_config.json").exists():
-        raise UserError("there is no adapter to go on from", file=source, remedy="train it first: trimtab train RECIPE")
-    rows = rows_of(run, tuning)
-    variant = run.further(start, on)
+    tuning, subject = tunings[on], tuned_subject(run)
+    rows, variant = rows_of(run, tuning), run.further(start, on)
+    inputs = [tuning.model_dump(), start, subject.fingerprint(), rows]
+    begun = variant.folder / "begun.json"
+    if begun.exists() and read_json(begun)["inputs"] != fingerprint(inputs):
+        raise UserError(
+            "this fine-tuning was begun from other weights or rows",
+            file=variant.folder,
+            remedy=f"delete this folder and stages/{variant.stage_name}.json to begin anew",
+        )
+    if int(os.environ.get("RANK", "0")) == 0 and not begun.exists():
+        write_json(begun, {"inputs": fingerprint(inputs)})
+    plan = Plan.of(tuning, len(rows), run.recipe.train)
     return job.train_variant(
         run,
         variant,
-        lambda: training_arguments(run, variant, tuning, len(rows), quiet),
-        lambda arguments: build_trainer(run, arguments, variant, rows, None if model else source, model, start),
-        inputs=[tuning.model_dump(), start, str(model or source)],
+        lambda: training_arguments(run, variant, tuning, plan, quiet),
+        lambda arguments: build_trainer(run, arguments, variant, rows, subject, start),
+        inputs=inputs,
+        facts={"rows": len(rows), "rows_a_step": plan.rows_a_step},
     )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How rows become steps.
+
+    Attributes:
+        rows_of_a_forward: on each rank.
+        accumulation: forwards of a rank in a step.
+        ranks: number of processes.
+        steps: optimiser steps.
+    """
+
+    rows_of_a_forward: int
+    accumulation: int
+    ranks: int
+    steps: int
+
+    @property
+    def rows_a_step(self) -> int:
+        """Rows of one optimiser step over all ranks."""
+        return self.rows_of_a_forward * self.accumulation * self.ranks
+
+    @classmethod
+    def of(cls, tuning: Any, rows: int, train: Mapping[str, Any]) -> Plan:
+        """As many rows a step as the entry says, in forwards no larger than the recipe's own; whole epochs."""
+        ranks = int(os.environ.get("WORLD_SIZE", "1"))
+        a_rank = math.ceil(min(tuning.batch_size, rows) / ranks)
+        forward = min(a_rank, int(train.get("per_device_train_batch_size", 8)))
+        accumulation = math.ceil(a_rank / forward)
+        a_step = forward * accumulation * ranks
+        return cls(forward, accumulation, ranks, math.ceil(rows / a_step) * tuning.epochs)
 
 
 def rows_of(run: Any, tuning: Any) -> list[dict[str, Any]]:
@@ -118,16 +161,20 @@ def rows_of(run: Any, tuning: Any) -> list[dict[str, Any]]:
                 remedy="extract the axis in this run, or give the fine-tuning a file of rows",
             )
         trained = {role.name for role in data.roles("train")}
-        rows = [row for row in read_jsonl(run.rollouts_path) if row["role"] in trained]
+        rows = [row for row in read_jsonl(run.rollouts_path) if row["role"] in trained and row.get("counted", True)]
     if not rows:
         raise UserError("there is no row to train on", file=tuning.file, key="eval.durability", remedy="add rows")
     return [{key: row[key] for key in ("prompt", "completion", "ended")} for row in spread(rows, tuning.rows)]
 
 
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
 def _row(row: Any, number: int, file: str) -> dict[str, Any]:
     from trimtab.axis.errors import UserError
 
-    messages = [*row.get("prompt", []), *row.get("completion", [])] if "prompt" in row else row.get("messages", [])
+    messages = row.get("messages") or [*_listed(row.get("prompt")), *_listed(row.get("completion"))]
     whole = all(
         isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
         for message in messages
@@ -141,35 +188,27 @@ def _row(row: Any, number: int, file: str) -> dict[str, Any]:
     return {"prompt": messages[:-1], "completion": messages[-1:], "ended": True}
 
 
-def training_arguments(run: Any, variant: Any, tuning: Any, rows: int, quiet: bool) -> Any:
+def training_arguments(run: Any, variant: Any, tuning: Any, plan: Plan, quiet: bool) -> Any:
     """TRL's SFTConfig: the machine's settings from the recipe, all else from the entry of ``eval.durability``."""
     from trl.trainer.sft_config import SFTConfig
 
     common = job.common_arguments(run, variant, quiet)
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    batch = math.ceil(min(tuning.batch_size, rows) / ranks)
-    steps = math.ceil(rows * tuning.epochs / (batch * ranks))
     return SFTConfig(
         **{key: common[key] for key in MACHINE if key in common},
-        max_steps=steps,
-        per_device_train_batch_size=batch,
+        max_steps=plan.steps,
+        per_device_train_batch_size=plan.rows_of_a_forward,
+        gradient_accumulation_steps=plan.accumulation,
         learning_rate=tuning.learning_rate,
         lr_scheduler_type="cosine",
-        warmup_steps=min(2, steps - 1),
+        warmup_steps=min(2, plan.steps - 1),
         save_strategy="steps",
-        save_steps=max(10, steps // 4),
+        save_steps=max(10, plan.steps // 4),
         dataset_kwargs={"skip_prepare_dataset": True},
     )
 
 
 def build_trainer(
-    run: Any,
-    arguments: Any,
-    variant: Any,
-    rows: Sequence[dict[str, Any]],
-    adapter: Path | None,
-    model: str | None,
-    start: str,
+    run: Any, arguments: Any, variant: Any, rows: Sequence[dict[str, Any]], subject: Any, start: str
 ) -> Any:
     """TRL's SFTTrainer on the rows as tokens.
 
@@ -178,48 +217,66 @@ def build_trainer(
         arguments: TRL's SFTConfig.
         variant: where the log goes.
         rows: of :func:`rows_of`.
-        adapter: the tuned adapter, or None where whole weights were tuned.
-        model: the whole tuned weights, or None.
+        subject: the tuned weights.
         start: ``tuned`` or ``base``.
+
+    Raises:
+        UserError: if no row has an answer within ``train.max_length``.
     """
     import datasets
     from peft import LoraConfig, PeftConfig, PeftModel
+    from transformers.integrations import is_deepspeed_zero3_enabled
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, SFTTrainer
 
     from trimtab.axis.chat import ChatFormat
     from trimtab.axis.models import load_tokenizer
-    from trimtab.train.rollouts import tokens_of
 
     section = run.recipe.model
-    whole = model is not None and start == "tuned"
+    whole = subject.whole and start == "tuned"
     weights, device = job.model_to_train(
-        section.model_copy(update={"name": model, "revision": None}) if whole else section
+        section.model_copy(update={"name": subject.name, "revision": None}) if whole else section
     )
     tokenizer: Any = load_tokenizer(section.name, section.revision)
-    form = ChatFormat(tokenizer, section.chat_template_kwargs)
     fresh: Any = None
-    if adapter is None:
+    if subject.whole:
         fresh = LoraConfig(**{"task_type": "CAUSAL_LM", **run.recipe.lora})
     elif start == "tuned":
-        weights = PeftModel.from_pretrained(weights, str(adapter), is_trainable=True)
+        # as TRL makes its own adapters: float32, but in the weights' dtype under ZeRO-3
+        weights = PeftModel.from_pretrained(
+            weights, subject.name, is_trainable=True, autocast_adapter_dtype=not is_deepspeed_zero3_enabled()
+        )
     else:
-        fresh = PeftConfig.from_pretrained(str(adapter))
+        fresh = PeftConfig.from_pretrained(subject.name)
         fresh.inference_mode = False
-    pairs = [
-        tokens_of(form, row["prompt"], row["completion"][0]["content"], row["ended"], arguments.max_length)
-        for row in rows
-    ]
+        fresh.init_lora_weights = True  # it must begin as the base itself
+    tokens = _tokens(ChatFormat(tokenizer, section.chat_template_kwargs), rows, arguments.max_length)
     return SFTTrainer(
         model=weights,
         args=arguments,
         processing_class=tokenizer,
         peft_config=fresh,
-        train_dataset=datasets.Dataset.from_dict({
-            "input_ids": [ids for ids, _ in pairs], "labels": [labels for _, labels in pairs],
-        }),
+        train_dataset=datasets.Dataset.from_dict(tokens),
         callbacks=[job.metrics_callback(variant.metrics)],
         data_collator=DataCollatorForLanguageModeling(**job.padding(tokenizer, device)),
-    )  # fmt: skip
+    )
+
+
+def _tokens(form: Any, rows: Sequence[dict[str, Any]], max_length: int | None) -> dict[str, list[list[int]]]:
+    """Ids and labels of the rows that have an answer within the length."""
+    from trimtab.axis.errors import UserError
+    from trimtab.train.rollouts import IGNORED, tokens_of
+
+    pairs = [tokens_of(form, row["prompt"], row["completion"][0]["content"], row["ended"], max_length) for row in rows]
+    kept = [(ids, labels) for ids, labels in pairs if any(label != IGNORED for label in labels)]
+    if not kept:
+        raise UserError(
+            "no row has an answer within the length", key="train.max_length", remedy="raise it above the longest prompt"
+        )
+    if len(kept) < len(pairs):
+        log.warning(
+            "%d of %d rows have no answer within train.max_length and are left out", len(pairs) - len(kept), len(pairs)
+        )
+    return {"input_ids": [ids for ids, _ in kept], "labels": [labels for _, labels in kept]}
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -142,6 +142,7 @@ def train_variant(
     make_trainer: Callable[[Any], Any],
     *,
     inputs: Any,
+    facts: Mapping[str, Any] | None = None,
 ) -> Path:
     """Train one adapter, or go on where its last checkpoint stopped; nothing is done where it is done already.
 
@@ -151,6 +152,7 @@ def train_variant(
         make_arguments: gives TRL's config.
         make_trainer: gives the trainer, of that config.
         inputs: what the record is keyed by.
+        facts: more for the record.
 
     Returns:
         The adapter's folder.
@@ -182,7 +184,7 @@ def train_variant(
         unfinished.replace(adapter)
         # of the whole run: the trainer's own figure leaves out the steps before a resume
         losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
-        facts = {
+        found = {
             "minutes": round(seconds / 60, 2),
             "steps": int(trainer.state.global_step),
             "train_loss": round(sum(losses) / len(losses), 4) if losses else None,
@@ -190,8 +192,9 @@ def train_variant(
             "peak_gib": round(peak_memory() / 1024**3, 2),
             "distributed_type": str(trainer.accelerator.distributed_type).split(".")[-1],
             "resumed_from": None if checkpoint is None else Path(checkpoint).name,
+            **(facts or {}),
         }
-        run.record(variant.stage_name, inputs, facts, seconds=seconds)
+        run.record(variant.stage_name, inputs, found, seconds=seconds)
         log.info("adapter: %s", adapter)
     trainer.accelerator.end_training()
     return adapter

@@ -101,13 +101,21 @@ class Run:
         """
         return Variant(self.folder / "durability" / f"{start}-{tuning}", f"durability_{start}_{tuning}")
 
-    def stage(self, name: str, inputs: Any, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    def stage(
+        self,
+        name: str,
+        inputs: Any,
+        work: Callable[[], dict[str, Any]],
+        *,
+        remedy: str = "choose another --output-dir, or delete the run folder if it is not needed",
+    ) -> dict[str, Any]:
         """Run ``work`` unless it is recorded as done with these very inputs; record what it returns.
 
         Args:
             name: stage.
             inputs: everything the stage depends on, JSON-able; its hash is the key of the record.
             work: returns JSON-able facts.
+            remedy: for when it was done with other inputs.
         """
         path = self.folder / "stages" / f"{name}.json"
         if path.exists():
@@ -119,7 +127,7 @@ class Run:
             raise UserError(
                 f"stage {name} was done with other inputs",
                 file=path,
-                remedy="choose another --output-dir, or delete the run folder if it is not needed",
+                remedy=remedy,
             )
         started = time.monotonic()
         return self.record(name, inputs, work(), seconds=time.monotonic() - started)
@@ -234,7 +242,12 @@ def run_folder(loaded: LoadedRecipe, output_dir: str | None) -> Path:
 
 
 def recipe_identity(loaded: LoadedRecipe) -> str:
-    """Hash of the resolved recipe without the place it writes to."""
+    """Hash of what makes a run: the resolved recipe without the place it writes to and without what is measured.
+
+    Measuring has a record of its own, and a trained run may be measured again in another way; whether there is a control decides
+    what is trained.
+    """
     resolved = dict(loaded.resolved)
     resolved["train"] = {key: value for key, value in resolved.get("train", {}).items() if key != "output_dir"}
+    resolved["eval"] = {"control": resolved["eval"]["control"]}
     return fingerprint(resolved)

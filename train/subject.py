@@ -14,6 +14,7 @@ from trimtab.axis.files import file_fingerprint, fingerprint
 from trimtab.axis.models import EMBEDDED, Loaded
 from trimtab.recipes.schema import ModelSection
 from trimtab.train.prepare import load_section
+from trimtab.train.run import Run, Variant
 
 log = logging.getLogger("trimtab")
 
@@ -97,3 +98,30 @@ def find_subject(name: str) -> Subject:
     except OSError:
         adapter = False  # loading says what is wrong with the name
     return Subject(name, whole=not adapter)
+
+
+def tuned_subject(run: Run) -> Subject:
+    """The tuned weights of a run: ``eval.tuned``, or the adapter that it has trained.
+
+    Raises:
+        UserError: if there are none.
+    """
+    if run.recipe.eval.tuned is not None:
+        return find_subject(run.recipe.eval.tuned)
+    return trained_subject(run.variant(control=False), "tuned adapter", "trimtab train RECIPE")
+
+
+def trained_subject(variant: Variant, what: str, command: str) -> Subject:
+    """An adapter that was trained here.
+
+    Args:
+        variant: where it lies.
+        what: it is, for the error.
+        command: that makes it.
+
+    Raises:
+        UserError: if it is not there.
+    """
+    if not (variant.adapter / ADAPTER_WEIGHTS).exists():
+        raise UserError(f"there is no {what}", file=variant.adapter, remedy=f"make it first: {command}")
+    return Subject(str(variant.adapter), whole=False)
