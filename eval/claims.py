@@ -247,12 +247,14 @@ def _lasting(identifier: str, name: str, outcomes: Sequence[Durability]) -> Clai
             unknown = True
             continue
         kept, ahead = primary.after.estimate, primary.lead
-        light = _share(kept)
+        left = primary.left.estimate
+        light = "red" if left is not None and left.high < HALF else _share(kept)
         # the persona log-likelihood ratio falls toward the Assistant
         lights.append("amber" if light == "green" and ahead.high >= 0 else light)
         other = primary.base_after.estimate
         beside = f", a base tuned alike {percent_text(other)}" if other is not None else ""
-        said.append(f"after {outcome.name} ({outcome.meaning}) {percent_text(kept)} is kept{beside}")
+        own = f"; of the distance between the two {percent_text(left)} is left" if left is not None else ""
+        said.append(f"after {outcome.name} ({outcome.meaning}) {percent_text(kept)} is kept{beside}{own}")
     if unknown and lights:
         lights.append("amber")
     text = "; ".join(said)
@@ -264,7 +266,8 @@ def _lasting(identifier: str, name: str, outcomes: Sequence[Durability]) -> Clai
         rule=(
             "Of the retention of text-only behaviour afterwards, against the untouched base and its cap. Green: the interval "
             "lies above 50 %, and the text is ahead of a base that was fine-tuned alike, beyond the noise. Red: it lies below, "
-            "or less than 30 % is kept. Amber: between."
+            "or less than 30 % is kept, or less than half of the tuning's own distance to such a base is left, with its "
+            "interval. Amber: between."
         ),
     )
 

@@ -171,11 +171,13 @@ def test_capability_is_kept_within_a_margin(tasks: list[Capability], light: str)
     assert ("guessing" in claim.says) == (bool(tasks) and light == "grey")
 
 
-def lasting(kept: Estimate | None, lead: Estimate, *, adversarial: bool = False) -> Durability:
+def lasting(
+    kept: Estimate | None, lead: Estimate, *, adversarial: bool = False, left: Estimate | None = None
+) -> Durability:
     metric = Outlasting(
         id="text_llr", name="Text-only behaviour", unit="nat/token", before=Retention(estimate=estimate(0.95)),
         after=Retention(estimate=kept, why="" if kept else "within its noise"),
-        base_after=Retention(estimate=estimate(0.2)), left=Retention(estimate=estimate(0.7)),
+        base_after=Retention(estimate=estimate(0.2)), left=Retention(estimate=left or estimate(0.7)),
         tuned_change=estimate(0.01), lead=lead,
     )  # fmt: skip
     return Durability(name="benign", meaning="4 rows", adversarial=adversarial, metrics=[metric])
@@ -194,6 +196,8 @@ def test_what_outlasts_further_fine_tuning() -> None:
     assert light(lasting(estimate(0.9), ahead), lasting(estimate(0.2), ahead)) == ("red", "grey")
     assert light(lasting(None, ahead)) == ("grey", "grey")
     assert light(lasting(estimate(0.9), ahead), lasting(None, ahead)) == ("amber", "grey")
+    # much is kept, and next to nothing of it by the tuning
+    assert light(lasting(estimate(0.6), level, left=estimate(0.14))) == ("red", "grey")
     assert light(lasting(estimate(0.9), ahead), lasting(estimate(0.2), ahead, adversarial=True)) == ("green", "red")
 
 
