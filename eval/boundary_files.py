@@ -82,7 +82,7 @@ def _from_hub(source: str) -> list[dict[str, Any]]:
     parts = [place] if folder else place.split("/")
     name, configuration = (place, None) if len(parts) < 3 else ("/".join(parts[:2]), "/".join(parts[2:]))
     try:
-        found = load_dataset(name, configuration, split=split or None)
+        found: Any = load_dataset(name, configuration, split=split or None)
     except Exception as error:  # datasets, the hub's client and each file format have classes of their own
         raise UserError(
             f"the data set could not be loaded: {error}",

@@ -66,7 +66,7 @@ def _conversation(case: Any, number: int, path: Path) -> Conversation:
         domain=str(case.get("domain") or path.stem),
         persona=str(case.get("persona") or ""),
         topic=str(case.get("topic") or ""),
-        turns=list(said),
+        turns=[str(turn) for turn in said],
     )
 
 

@@ -312,7 +312,14 @@ def served(files: Files, tmp_path: Path) -> Iterator[str]:
     log = tmp_path / "log"
     with log.open("w") as file:
         process = subprocess.Popen(
-            command, stdout=file, stderr=subprocess.STDOUT, cwd=tmp_path, env=environment, text=True
+            command,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            cwd=tmp_path,
+            env=environment,
+            text=True,
+            # a shell's background job ignores Ctrl+C, and its children with it
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
     try:
         until = time.monotonic() + 120

@@ -225,7 +225,7 @@ def build_trainer(
     """
     import datasets
     from peft import LoraConfig, PeftConfig, PeftModel
-    from transformers.integrations import is_deepspeed_zero3_enabled
+    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, SFTTrainer
 
     from trimtab.axis.chat import ChatFormat
