@@ -288,7 +288,7 @@ def _rerouted(z: Metric | None, anew: Metric | None, rerouting: Rerouting | None
             light = "grey"  # under the hook itself the axis turns as far: no persona is left to contrast
         said = {arm: number(value, 2) for arm, value in cosines.items()}
         says.append(
-            f"that axis has cosine {said['tuned']} with the training axis, the capped base's {said['base+cap']}, the base's own "
+            f"the new axis has cosine {said['tuned']} with the training axis, the capped base's {said['base+cap']}, the base's own "
             f"{said['base']}"
         )
     if rerouting is not None and {"base", "tuned"} <= rerouting.probe.keys():
