@@ -288,8 +288,8 @@ def _rerouted(z: Metric | None, anew: Metric | None, rerouting: Rerouting | None
             light = "grey"  # under the hook itself the axis turns as far: no persona is left to contrast
         said = {arm: number(value, 2) for arm, value in cosines.items()}
         says.append(
-            f"the new axis has cosine {said['tuned']} with the training axis, the capped base's {said['base+cap']}, the base's own "
-            f"{said['base']}"
+            f"the new axis has cosine {said['tuned']} with the training axis, the capped base's {said['base+cap']}, "
+            f"the base's own {said['base']}"
         )
     if rerouting is not None and {"base", "tuned"} <= rerouting.probe.keys():
         tuned, base = rerouting.probe["tuned"], rerouting.probe["base"]
