@@ -400,8 +400,10 @@ def _train(run: Any, arguments: argparse.Namespace) -> None:
 
 def _train_further(run: Any, arguments: argparse.Namespace) -> None:
     """The further fine-tunings whose outcome the evaluation measures: of the tuned weights, and of the base beside them."""
+    from trimtab.train.run import STARTS
+
     for tuning in run.recipe.eval.durability:
-        for start in ("tuned", "base"):
+        for start in STARTS:
             _launch(run, arguments, "further", ["--on", tuning.name, "--start", start])
 
 

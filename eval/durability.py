@@ -16,8 +16,6 @@ from trimtab.eval.intervals import ClusterBootstrap
 from trimtab.eval.schema import Durability, Outlasting, Retention
 from trimtab.recipes.schema import FurtherTuning
 
-STARTS = ("tuned", "base")
-
 
 def after(start: str, tuning: str) -> str:
     """Name of the arm that a further fine-tuning of ``tuned`` or ``base`` gives."""

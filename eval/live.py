@@ -14,7 +14,7 @@ from trimtab.axis.directions import check_fits
 from trimtab.axis.layers import shape_of, text_config_of
 from trimtab.axis.sampling import SamplingOptions, sample_batch, seed_of
 from trimtab.eval.measure import above_floor, above_floor_by_layer
-from trimtab.eval.weights import Weights, open_weights
+from trimtab.eval.weights import Weights, open_subjects
 from trimtab.recipes.schema import ModelSection
 from trimtab.train.prepare import load_recipe_model
 from trimtab.train.subject import find_subject
@@ -169,15 +169,4 @@ def open_live(base: ModelSection, tuned: str, floor_path: str | Path) -> LiveArm
     loaded, form = load_recipe_model(base)
     layers, hidden = shape_of(loaded.model)
     check_fits(layers, hidden, floor=floor, file=floor_path)
-    if subject.whole:
-        weights = open_weights(loaded.model, {}, {"tuned": subject.load_whole(base, loaded)})
-    else:
-        try:
-            weights = open_weights(loaded.model, {"tuned": subject.name})
-        except (RuntimeError, ValueError) as error:  # PEFT: other shapes, or target modules that are not there
-            raise UserError(
-                f"this adapter does not go on {base.name!r}: {str(error).splitlines()[0]}",
-                file=subject.name,
-                remedy="name the base that it was trained from",
-            ) from error
-    return LiveArms(weights, form, floor)
+    return LiveArms(open_subjects(base, loaded, {"tuned": subject}), form, floor)

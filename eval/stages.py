@@ -26,7 +26,7 @@ from trimtab.eval.assemble import Measured, build_report
 from trimtab.eval.boundary_files import load_boundary_file
 from trimtab.eval.capability import measure_capability, tasks_of
 from trimtab.eval.card import model_card
-from trimtab.eval.durability import STARTS, after
+from trimtab.eval.durability import after
 from trimtab.eval.intervals import ClusterBootstrap
 from trimtab.eval.measure import (
     Ruler,
@@ -44,12 +44,12 @@ from trimtab.eval.report import load_report, render_html, write_report
 from trimtab.eval.rerouting import components, probe_auc
 from trimtab.eval.schema import ArmAnswer, Estimate, Report, Rerouting, Transcript, Turn
 from trimtab.eval.simulated import LiveTurn, live_conversations, simulated_suite, spread_out, user_model
-from trimtab.eval.weights import Weights, open_weights
+from trimtab.eval.weights import Weights, open_subjects
 from trimtab.recipes import data
 from trimtab.recipes.schema import EvalSection
 from trimtab.train.further import rows_of
 from trimtab.train.prepare import Prepared, sampling_options
-from trimtab.train.run import Run
+from trimtab.train.run import STARTS, Run
 from trimtab.train.subject import Subject, trained_subject, tuned_subject
 
 log = logging.getLogger("trimtab")
@@ -70,7 +70,8 @@ def eval_stage(run: Run, prepared: Prepared | None = None) -> dict[str, Any]:
 
     def work() -> dict[str, Any]:
         loaded, form = prepared()
-        return evaluate(run, loaded.facts, _open(run, loaded, subjects), form)
+        upon_tuned = [after("tuned", tuning.name) for tuning in run.recipe.eval.durability]
+        return evaluate(run, loaded.facts, open_subjects(run.recipe.model, loaded, subjects, upon_tuned), form)
 
     inputs = [
         run.recipe.eval.model_dump(),
@@ -101,22 +102,6 @@ def _given_files(run: Run) -> dict[str, str]:
     section = run.recipe.eval
     named = {"eval.conversations_file": section.conversations_file, "eval.boundary_file": section.boundary_file}
     return {key: file_fingerprint(path) for key, path in named.items() if path is not None and Path(path).is_file()}
-
-
-def _open(run: Run, loaded: Loaded, subjects: dict[str, Subject]) -> Weights:
-    """The weights of every arm. Further fine-tunings of whole weights are adapters of those, all others of the base."""
-    tuned = subjects["tuned"]
-    upon_tuned = {
-        name: subjects[name].name
-        for tuning in run.recipe.eval.durability
-        if tuned.whole and (name := after("tuned", tuning.name))
-    }
-    upon_base = {name: s.name for name, s in subjects.items() if not s.whole and name not in upon_tuned}
-    if not tuned.whole:
-        return open_weights(loaded.model, upon_base)
-    above = open_weights(tuned.load_whole(run.recipe.model, loaded), upon_tuned)
-    upon = {name: above[name] for name in upon_tuned}
-    return {**open_weights(loaded.model, upon_base), **upon, "tuned": above["base"]}
 
 
 def _subjects(run: Run) -> dict[str, Subject]:
@@ -157,7 +142,8 @@ def evaluate(run: Run, model_facts: dict[str, Any], weights: Weights, form: Chat
     arms = Arms(
         weights, form, floor, folder, sampling_options(section.sampling), section.seed, tuned_cap=section.tuned_cap
     )
-    reextracted = _reextract(run, arms, model_facts)
+    axis, reextracted = Axis.load(run.axis_path), _reextract(run, arms, model_facts)
+    cosines = {arm: cosine_rows(axis, again) for arm, again in reextracted.items()}
 
     roles, defaults = role_items(section.roles, section.questions), default_items(section.roles, section.questions)
     on_roles = {arm: arms.answers("roles", roles, arm) for arm in arms.names}
@@ -191,6 +177,9 @@ def evaluate(run: Run, model_facts: dict[str, Any], weights: Weights, form: Chat
     pressure = _pressure(run, arms)
     if users:
         pressure.extend(simulated_suite(users, simulated, main, floor))
+    on_simulated = {arm: spread_out(turns, len(users)) for arm, turns in simulated.items()}
+    talk_ids = [talk.id for talk in conversations]
+    user_ids = [f"simulated/{i}" for i in range(len(users))]
     measured = Measured(
         arms=arms.names,
         roles=roles,
@@ -208,10 +197,10 @@ def evaluate(run: Run, model_facts: dict[str, Any], weights: Weights, form: Chat
         further=[(tuning, _further_facts(run, tuning.name)) for tuning in section.durability],
         llr=_llr(section, arms, roles, {**on_roles, **on_further}, defaults, on_default),
         llr_professional=llr_of(arms, on_pro),
-        rerouting=_rerouting(run, arms, on_roles, on_default, roles, reextracted),
-        foretold=_foretold(section, arms, main, on_talks, conversations, simulated),
+        rerouting=_rerouting(run, arms, on_roles, on_default, roles, axis, cosines),
+        foretold=_foretold(section, arms, main, [(talk_ids, on_talks), (user_ids, on_simulated)]),
         users=users,
-        on_simulated={arm: spread_out(turns, len(users)) for arm, turns in simulated.items()},
+        on_simulated=on_simulated,
         pressure=pressure,
         capability=measure_capability(
             arms,
@@ -239,7 +228,6 @@ def evaluate(run: Run, model_facts: dict[str, Any], weights: Weights, form: Chat
         ],
     )  # fmt: skip
     axis_facts = dict((run.stage_record("axis") or {"facts": {}})["facts"])
-    cosines = {arm: cosine_rows(Axis.load(run.axis_path), again) for arm, again in reextracted.items()}
     axis_facts |= {f"cosine_reextracted_{arm}": row for arm, row in cosines.items()}
     report = build_report(
         measured,
@@ -441,7 +429,8 @@ def _rerouting(
     on_roles: dict[str, Answers],
     on_default: dict[str, Answers],
     roles: list[Item],
-    reextracted: dict[str, Axis],
+    axis: Axis,
+    cosines: dict[str, list[float]],
 ) -> Rerouting | None:
     """Probe and components at the floor's deepest layer; the probe reads the rollouts behind the axis, one question for all."""
     section, layer = run.recipe.eval, arms.floor.layers[-1]
@@ -464,7 +453,7 @@ def _rerouting(
         if auc is not None:
             probe[arm] = auc
     found = components(
-        Axis.load(run.axis_path),
+        axis,
         layer,
         {arm: answers.means[:, -1] for arm, answers in on_roles.items()},
         on_default["base"].means[:, -1],
@@ -472,36 +461,34 @@ def _rerouting(
         bootstrap=section.bootstrap,
         seed=section.seed,
     )
-    axis, window = Axis.load(run.axis_path), arms.floor.layers
-    cosines = {
-        arm: round(statistics.mean(cosine_rows(axis, again)[i] for i in window), 4)
-        for arm, again in reextracted.items()
-    }
-    return Rerouting(layer=layer, probe=probe, components=found, cosines=cosines) if probe or found or cosines else None
+    within = {arm: round(statistics.mean(row[i] for i in arms.floor.layers), 4) for arm, row in cosines.items()}
+    return Rerouting(layer=layer, probe=probe, components=found, cosines=within) if probe or found or within else None
 
 
 def _foretold(
     section: EvalSection,
     arms: Arms,
     ruler: Ruler,
-    on_talks: dict[str, list[Answers]],
-    conversations: list[data.Conversation],
-    simulated: dict[str, list[LiveTurn]],
+    talks: list[tuple[list[str], dict[str, list[Answers]]]],
 ) -> dict[str, Estimate]:
-    """Arm -> R2 of the position of an answer in a conversation, from the user's message before it alone."""
-    places: dict[str, list[tuple[str, float, str]]] = {}
-    for arm in arms.names if on_talks or simulated else []:
-        places[arm] = [
-            (prompt[-1]["content"], z, talk.id)
-            for turn in on_talks.get(arm, [])
-            for prompt, z, talk in zip(turn.prompts, ruler.z(turn.means), conversations, strict=True)
+    """Arm -> R2 of the position of an answer in a conversation, from the user's message before it alone.
+
+    Args:
+        section: of the recipe.
+        arms: the arms.
+        ruler: what z is measured with.
+        talks: sets of conversations: id of each, and arm -> turn by turn, the answers in all, with no prompt where one is over.
+    """
+    places = {
+        arm: [
+            (prompt[-1]["content"], z, talk)
+            for ids, played in talks
+            for turn in played.get(arm, [])
+            for prompt, z, talk in zip(turn.prompts, ruler.z(turn.means), ids, strict=True)
             if prompt
         ]
-        places[arm] += [
-            (prompt[-1]["content"], z, f"simulated/{i}")
-            for turn in simulated.get(arm, [])
-            for prompt, z, i in zip(turn.answers.prompts, ruler.z(turn.answers.means), turn.going, strict=True)
-        ]
+        for arm in arms.names
+    }
     messages = list(dict.fromkeys(message for rows in places.values() for message, _, _ in rows))
     if not messages:
         return {}

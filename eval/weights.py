@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -17,45 +17,86 @@ from typing import Any
 from peft import PeftModel
 
 from trimtab.axis.adapters import can_merge
+from trimtab.axis.errors import UserError
+from trimtab.axis.models import Loaded
+from trimtab.recipes.schema import ModelSection
+from trimtab.train.subject import Subject
 
 log = logging.getLogger("trimtab")
 
 Weights = Mapping[str, Callable[[], AbstractContextManager[Any]]]
 
 
-def open_weights(base: Any, adapters: Mapping[str, str | Path], whole: Mapping[str, Any] | None = None) -> Weights:
+def open_subjects(
+    section: ModelSection, base: Loaded, subjects: Mapping[str, Subject], upon_tuned: Collection[str] = ()
+) -> Weights:
+    """The base, and the weights under evaluation: see :func:`open_weights`.
+
+    Args:
+        section: of the recipe, from which the base was loaded.
+        base: the base.
+        subjects: name -> weights; of these only ``tuned`` may be whole.
+        upon_tuned: names of the adapters that belong upon the tuned weights where these are whole; all others upon the base.
+
+    Raises:
+        UserError: if weights can't be loaded, or are not the base's.
+    """
+    adapters = {name: subject.name for name, subject in subjects.items() if not subject.whole}
+    tuned = subjects["tuned"]
+    if not tuned.whole:
+        return open_weights(base.model, adapters)
+    upon = {name: adapters.pop(name) for name in upon_tuned}
+    above = open_weights(tuned.load_whole(section, base), upon)
+    return {**open_weights(base.model, adapters), **{name: above[name] for name in upon}, "tuned": above["base"]}
+
+
+def open_weights(base: Any, adapters: Mapping[str, str | Path]) -> Weights:
     """Name -> context manager that yields a model with those weights; ``base`` is always there.
 
     Args:
         base: the base model.
         adapters: name -> PEFT adapter, a folder or a hub id.
-        whole: name -> model with weights of its own.
+
+    Raises:
+        UserError: if an adapter does not go on the base.
     """
-    held = {name: _holding(model) for name, model in (whole or {}).items()}
     if not adapters:
-        return {"base": _holding(base), **held}
+        return {"base": _holding(base)}
     if can_merge(base):
         models = {"base": base}
         for name, folder in adapters.items():
             models[name] = _merged(base, str(folder))
-        return {**{name: _holding(model) for name, model in models.items()}, **held}
-    model: Any = None
+        return {name: _holding(model) for name, model in models.items()}
+    model = base
     for name, folder in adapters.items():
-        if model is None:
-            model = PeftModel.from_pretrained(base, str(folder), adapter_name=name)
-        else:
-            model.load_adapter(str(folder), adapter_name=name)
+        model = _with(model, str(folder), name)
     model.eval()
-    return {"base": _without_adapter(model), **{name: _with_adapter(model, name) for name in adapters}, **held}
+    return {"base": _without_adapter(model), **{name: _with_adapter(model, name) for name in adapters}}
+
+
+def _with(model: Any, folder: str, name: str = "default") -> Any:
+    """The model with one more adapter."""
+    try:
+        if not isinstance(model, PeftModel):
+            return PeftModel.from_pretrained(model, folder, adapter_name=name)
+        model.load_adapter(folder, adapter_name=name)
+        return model
+    except (RuntimeError, ValueError) as error:  # other shapes, or target modules that are not there
+        raise UserError(
+            f"this adapter does not go on the base model: {str(error).splitlines()[0]}",
+            file=folder,
+            remedy="name the base that it was trained from",
+        ) from error
 
 
 def _merged(base: Any, folder: str) -> Any:
     """A copy of the base with an adapter merged into it, or beside it where PEFT can't merge its kind."""
+    model = _with(copy.deepcopy(base), folder)
     try:
-        return PeftModel.from_pretrained(copy.deepcopy(base), folder).merge_and_unload().eval()
+        return model.merge_and_unload().eval()
     except (RuntimeError, NotImplementedError, AttributeError, ValueError) as error:
         log.info("%s is not merged, which makes it slower: %s", folder, error)
-        return PeftModel.from_pretrained(copy.deepcopy(base), folder).eval()  # anew: some layers are merged by now
+        return _with(copy.deepcopy(base), folder).eval()  # anew: some layers are merged by now
 
 
 def _holding(model: Any) -> Callable[[], AbstractContextManager[Any]]:

@@ -32,6 +32,7 @@ PATH_KEYS = (
     "eval.boundary_file",
     "eval.conversations_file",
     "eval.capability_folder",
+    "eval.durability.file",
 )
 # Those of them that also take what lies on the hub.
 HUB_KEYS = ("axis.path", "floor.path", "eval.boundary_file")
@@ -130,12 +131,9 @@ def recipe_of(sections: Mapping[str, Any], name: str, overrides: Sequence[str] =
         RecipeError: with every fault, each with key and remedy.
     """
     content = {section: dict(keys) for section, keys in sections.items()}
-    for key in PATH_KEYS:
-        section, _, option = key.partition(".")
-        value = content.get(section, {}).get(option)
+    for _, values, option, value in _paths(content):
         # the text is kept in the run folder and read there again
-        if isinstance(value, str) and not value.startswith("hf://"):
-            content[section][option] = os.path.abspath(Path(value).expanduser())
+        values[option] = os.path.abspath(Path(value).expanduser())
     return _load(yaml.safe_dump(content, sort_keys=False), Path(COMMAND_LINE), name, overrides)
 
 
@@ -202,22 +200,24 @@ def _override(draft: _Draft, override: str) -> None:
 
 
 def _resolve_paths(draft: _Draft, folder: Path) -> None:
+    for key, values, name, value in _paths(draft.data):
+        values[name] = _resolved(draft, folder, key, value)
+
+
+def _paths(content: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any], str, str]]:
+    """Key, the mapping it lies in, its name there, and the path: of every path in a recipe that is not on the hub."""
     for key in PATH_KEYS:
-        section, _, name = key.partition(".")
-        values = draft.data.get(section)
-        value = values.get(name) if isinstance(values, dict) else None
-        if isinstance(value, str):
-            draft.data[section][name] = _resolved(draft, folder, key, value)
-    values = draft.data.get("eval")
-    further = values.get("durability") if isinstance(values, dict) else None
-    for entry in further if isinstance(further, list) else []:
-        if isinstance(entry, dict) and isinstance(entry.get("file"), str):
-            entry["file"] = _resolved(draft, folder, "eval.durability", entry["file"])
+        *sections, name = key.split(".")
+        within: Any = content
+        for section in sections:
+            within = within.get(section) if isinstance(within, dict) else None
+        for values in within if isinstance(within, list) else [within]:
+            value = values.get(name) if isinstance(values, dict) else None
+            if isinstance(value, str) and not (key in HUB_KEYS and value.startswith("hf://")):
+                yield key, values, name, value
 
 
 def _resolved(draft: _Draft, folder: Path, key: str, value: str) -> str:
-    if value.startswith("hf://") and key in HUB_KEYS:
-        return value
     base = Path.cwd() if draft.from_command_line(key) else folder
     path = base / Path(value).expanduser()
     if not path.exists():

@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM
 from trimtab.axis.errors import UserError
 from trimtab.axis.files import read_jsonl, write_jsonl
 from trimtab.axis.models import Loaded
-from trimtab.eval.stages import _open, _subjects
+from trimtab.eval.stages import _subjects
+from trimtab.eval.weights import open_subjects
 from trimtab.recipes import data
 from trimtab.recipes.loader import RecipeError, load_recipe
 from trimtab.recipes.schema import FurtherTuning
@@ -150,7 +151,7 @@ def test_an_adapter_goes_on_and_whole_weights_get_one(folder: Path, tmp_path: Pa
     for start in ("tuned", "base"):
         train_further(upon, "mine", start, quiet=True)
     loaded = Loaded(build_model("llama", max_position_embeddings=2048), build_tokenizer(), {})
-    weights = _open(upon, loaded, _subjects(upon))
+    weights = open_subjects(upon.recipe.model, loaded, _subjects(upon), ["tuned-after-mine"])
     ids = torch.arange(1, 9)[None]
 
     def logits(model: Any) -> torch.Tensor:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.train import job
+from trimtab.train.run import MARKER, STARTS, open_run, run_folder
 
 log = logging.getLogger("trimtab")
 
@@ -33,12 +34,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Train; returns the exit code."""
     parser = job.argument_parser(__doc__ or "")
     parser.add_argument("--on", required=True, metavar="NAME", help="which entry of eval.durability")
-    parser.add_argument("--start", choices=("tuned", "base"), default="tuned", help="the weights to begin from")
+    parser.add_argument("--start", choices=STARTS, default=STARTS[0], help="the weights to begin from")
 
     def work(arguments: Any) -> None:
         from trimtab.axis.errors import UserError
         from trimtab.recipes.loader import load_recipe
-        from trimtab.train.run import MARKER, open_run, run_folder
 
         loaded = load_recipe(arguments.config, arguments.overrides)
         folder = run_folder(loaded, arguments.output_dir)
@@ -173,13 +173,10 @@ def _listed(value: Any) -> list[Any]:
 
 def _row(row: Any, number: int, file: str) -> dict[str, Any]:
     from trimtab.axis.errors import UserError
+    from trimtab.train.sources import is_message
 
     messages = row.get("messages") or [*_listed(row.get("prompt")), *_listed(row.get("completion"))]
-    whole = all(
-        isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
-        for message in messages
-    )
-    if not whole or len(messages) < 2 or messages[-1]["role"] != "assistant":
+    if not all(map(is_message, messages)) or len(messages) < 2 or messages[-1]["role"] != "assistant":
         raise UserError(
             f"row {number} is no conversation that ends with an answer",
             file=file,

@@ -22,6 +22,7 @@ from trimtab.recipes.schema import Recipe
 log = logging.getLogger("trimtab")
 
 MARKER = "run.json"
+STARTS = ("tuned", "base")  # what a further fine-tuning may begin from
 PACKAGES = (
     "torch",
     "transformers",
@@ -96,7 +97,7 @@ class Run:
         """Where the adapter lies that a further fine-tuning gives.
 
         Args:
-            start: the weights it began from, ``tuned`` or ``base``.
+            start: the weights it began from, one of :data:`STARTS`.
             tuning: name of the fine-tuning.
         """
         return Variant(self.folder / "durability" / f"{start}-{tuning}", f"durability_{start}_{tuning}")

@@ -57,7 +57,7 @@ def from_file(path: str, kind: Kind) -> list[TrainPrompt]:
     found = []
     for number, row in enumerate(read_jsonl(path, ours=False), start=1):
         messages = row.get("prompt")
-        if not isinstance(messages, list) or not messages or not all(_is_message(m) for m in messages):
+        if not isinstance(messages, list) or not messages or not all(map(is_message, messages)):
             raise UserError(
                 f"row {number} has no 'prompt' list of messages with role and content, both text",
                 file=path,
@@ -73,5 +73,6 @@ def from_file(path: str, kind: Kind) -> list[TrainPrompt]:
     return found
 
 
-def _is_message(message: object) -> bool:
+def is_message(message: object) -> bool:
+    """Whether this is a message in TRL's conversational format: ``role`` and ``content``, both text."""
     return isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
