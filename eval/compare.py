@@ -110,11 +110,14 @@ def _rows(report: Report) -> Iterator[list[Any]]:
         if metric.control_retention is not None:
             kept = metric.control_retention
             yield row("metric", metric.id, "retention of the control", "share", kept.estimate, kept.why)
+        for what, estimate in (metric.quality or {}).items():
+            yield row("metric", metric.id, what, "", estimate)
     for effect in report.side_effects:
         yield row("side effect", effect.id, "tuned", effect.unit, effect.estimate)
     for task in report.capability:
         for arm, estimate in task.arms.items():
             yield row("capability", task.task, arm, task.metric, estimate)
+        yield row("capability", task.task, "cap effect", task.metric, task.cap_difference)
         yield row("capability", task.task, "tuned effect", task.metric, task.difference)
     for table in report.rates:
         for rate in table.rows:
@@ -124,17 +127,27 @@ def _rows(report: Report) -> Iterator[list[Any]]:
         for lasting in outcome.metrics:
             key = f"{outcome.name}/{lasting.id}"
             for what, kept in (
-                ("before", lasting.before),
-                ("after", lasting.after),
-                ("base after", lasting.base_after),
+                ("retention before", lasting.before),
+                ("retention after", lasting.after),
+                ("retention base after", lasting.base_after),
+                ("left of the tuning's distance", lasting.left),
             ):
-                yield row("durability", key, f"retention {what}", "share", kept.estimate, kept.why)
-            yield row(
-                "durability", key, "left of the tuning's distance", "share", lasting.left.estimate, lasting.left.why
-            )
+                yield row("durability", key, what, "share", kept.estimate, kept.why)
+            yield row("durability", key, "tuned after - tuned", lasting.unit, lasting.tuned_change)
             yield row("durability", key, "tuned after - base after", lasting.unit, lasting.lead)
     for trajectory in report.trajectories:
         for point in trajectory.points:
             yield row("trajectory", f"{trajectory.domain}/turn {point.turn}", trajectory.arm, "z", point.z)
+    for arm, estimate in report.foretold.items():
+        yield row("foretold by the user's message", "r2", arm, "R2", estimate)
+    if report.rerouting is not None:
+        place = f"layer {report.rerouting.layer}"
+        for arm, estimate in report.rerouting.probe.items():
+            yield row("re-routing", "probe", arm, "AUC", estimate, place)
+        for component in report.rerouting.components:
+            yield row("re-routing", f"PC{component.number}", "cap effect", "sigma", component.cap_effect, place)
+            yield row("re-routing", f"PC{component.number}", "tuned effect", "sigma", component.tuned_effect, place)
+        for arm, cosine in report.rerouting.cosines.items():
+            yield ["re-routing", "cosine with the training axis", arm, "cosine", cosine, "", "", "", "extracted anew"]
     for claim in report.claims:
         yield row("claim", claim.id, claim.light, "", None, claim.says)

@@ -195,10 +195,18 @@ METHODS: dict[str, type[AnyMethod]] = {
 }
 
 
-class FurtherTuning(Section):
-    """A further fine-tuning that the stability should outlast. ``benign`` and ``persona`` bring their rows, others a file.
+# Further fine-tunings that bring their rows, and what they set.
+SHIPPED_TUNINGS: dict[str, dict[str, Any]] = {
+    "benign": {},
+    "long": {"epochs": 5},
+    "persona": {"rows": 32, "epochs": 4, "batch_size": 8, "adversarial": True},
+}
 
-    ``persona`` is adversarial: a few in-character answers, several times over.
+
+class FurtherTuning(Section):
+    """A further fine-tuning that the stability should outlast. Those of :data:`SHIPPED_TUNINGS` bring their rows, others a file.
+
+    ``long`` is ``benign`` several times over. ``persona`` is adversarial: a few in-character answers, several times over.
     """
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
@@ -214,14 +222,15 @@ class FurtherTuning(Section):
     def _named(cls, value: Any) -> Any:
         """A bare name is the shipped one."""
         given = {"name": value} if isinstance(value, str) else value
-        if isinstance(given, dict) and given.get("name") == "persona":
-            return {"rows": 32, "epochs": 4, "batch_size": 8, "adversarial": True, **given}
-        return given
+        name = given.get("name") if isinstance(given, dict) else None
+        return {**SHIPPED_TUNINGS[name], **given} if isinstance(name, str) and name in SHIPPED_TUNINGS else given
 
     @model_validator(mode="after")
     def _rows_from_somewhere(self) -> FurtherTuning:
-        if self.file is None and self.name not in ("benign", "persona"):
-            raise ValueError("file is missing: give it a file of rows; only benign and persona bring their own")
+        if self.file is None and self.name not in SHIPPED_TUNINGS:
+            raise ValueError(
+                f"file is missing: give it a file of rows; only {', '.join(SHIPPED_TUNINGS)} bring their own"
+            )
         return self
 
 

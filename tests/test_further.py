@@ -31,8 +31,9 @@ ANSWER = [{"role": "assistant", "content": "Aye, captain!"}]
 
 
 def test_a_bare_name_is_the_shipped_one() -> None:
-    benign, persona = (FurtherTuning.model_validate(name) for name in ("benign", "persona"))
+    benign, long, persona = (FurtherTuning.model_validate(name) for name in ("benign", "long", "persona"))
     assert (benign.rows, benign.epochs, benign.adversarial) == (len(data.benign_answers()), 1, False)
+    assert (long.rows, long.epochs, long.adversarial) == (benign.rows, 5, False)
     assert (persona.rows, persona.epochs, persona.adversarial) == (32, 4, True)
     assert FurtherTuning.model_validate({"name": "persona", "epochs": 9}).epochs == 9
     with pytest.raises(ValueError, match="file is missing"):
@@ -97,8 +98,10 @@ def test_rows_of_personas_and_of_files(folder: Path, tmp_path: Path) -> None:
     given = tmp_path / "rows.jsonl"
     user = {"role": "user", "content": "Who goes there?"}
     write_jsonl(given, [{"messages": [user, *ANSWER]}, {"prompt": [user], "completion": ANSWER}])
-    run = make_run(folder, tmp_path, [{"name": "mine", "file": "rows.jsonl"}, {"name": "persona", "rows": 3}])
-    mine, persona = run.recipe.eval.durability
+    tunings = [{"name": "mine", "file": "rows.jsonl"}, {"name": "persona", "rows": 3}, "benign", "long"]
+    run = make_run(folder, tmp_path, tunings)
+    mine, persona, benign, long = run.recipe.eval.durability
+    assert len(rows_of(run, long)) == 214 and rows_of(run, long) == rows_of(run, benign)
     assert rows_of(run, mine) == [{"prompt": [user], "completion": ANSWER, "ended": True}] * 2
     run.rollouts_path.parent.mkdir()
     names = [data.roles("train")[0].name, "default", data.roles("held_out")[0].name]

@@ -6,6 +6,7 @@ whole and say the same after a kill, and that nothing is called good which is no
 
 from __future__ import annotations
 
+import csv
 import json
 import resource
 import shutil
@@ -13,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,6 +110,18 @@ def unevaluated(job: Job, folder: Path) -> Path:
     return folder
 
 
+def estimates(part: Any) -> Iterator[tuple[float, ...]]:
+    """Every estimate within a part of a report."""
+    if isinstance(part, dict):
+        if part.keys() >= {"value", "low", "high", "n"}:
+            yield tuple(float(part[key]) for key in ("value", "low", "high", "n"))
+        for inner in part.values():
+            yield from estimates(inner)
+    elif isinstance(part, list):
+        for inner in part:
+            yield from estimates(inner)
+
+
 def test_the_report_in_other_forms(job: Job, tmp_path: Path) -> None:
     places = [tmp_path / name for name in ("card.md", "figures.csv", "logs")]
     options = [
@@ -118,7 +132,10 @@ def test_the_report_in_other_forms(job: Job, tmp_path: Path) -> None:
     assert main(["report", str(job.recipe), "--output-dir", str(job.folder), *options, "--quiet"]) == 0
     card, figures, logs = places
     assert card.read_text(encoding="utf-8") == (job.folder / "adapter" / "README.md").read_text(encoding="utf-8")
-    assert "text_llr,retention" in figures.read_text(encoding="utf-8")
+    rows = csv.DictReader(figures.read_text(encoding="utf-8").splitlines())
+    in_table = {tuple(float(row[key]) for key in ("value", "low", "high", "n")) for row in rows if row["n"]}
+    missing = [estimate for estimate in estimates(job.report) if estimate not in in_table]
+    assert in_table and not missing
     assert (logs / "base-cap.json").exists()
 
 

@@ -131,8 +131,8 @@ class Plan:
 def rows_of(run: Any, tuning: Any) -> list[dict[str, Any]]:
     """The rows of a further fine-tuning, ``prompt`` and ``completion`` as messages, and whether the answer ``ended``.
 
-    ``benign``: requests of the train split with written answers. ``persona``: the base's own in-character answers behind the
-    axis, of training roles, as an adversary with a few examples would take. Any other name: the rows of its file.
+    ``benign`` and ``long``: requests of the train split with written answers. ``persona``: the base's own in-character answers
+    behind the axis, of training roles, as an adversary with a few examples would take. Any other name: the rows of its file.
 
     Raises:
         UserError: if a file's row is not so, or there is none.
@@ -147,7 +147,7 @@ def rows_of(run: Any, tuning: Any) -> list[dict[str, Any]]:
         rows = [
             _row(row, number, tuning.file) for number, row in enumerate(read_jsonl(tuning.file, ours=False), start=1)
         ]
-    elif tuning.name == "benign":
+    elif tuning.name in ("benign", "long"):
         rows = [
             {"prompt": chat("", prompt), "completion": [{"role": "assistant", "content": answer}], "ended": True}
             for prompt, answer in data.benign_answers()
