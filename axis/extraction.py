@@ -25,7 +25,7 @@ from trimtab.axis.files import append_jsonl, fingerprint, load_tensors, read_jso
 from trimtab.axis.hooks import ActivationController
 from trimtab.axis.models import Loaded
 from trimtab.axis.progress import progress_bar
-from trimtab.axis.sampling import Answer, SamplingOptions, batches_by_length, sample_batch
+from trimtab.axis.sampling import Answer, SamplingOptions, batches_by_length, sample_batch, seed_of
 
 log = logging.getLogger("trimtab")
 
@@ -186,7 +186,7 @@ def extract(
                 [prompts[i] for i in batch],
                 batch,
                 options,
-                seed=seed * 100_003 + number,
+                seeds=[seed_of([seed, i]) for i in batch],
                 means=True,
             )
             waiting += _collect(items, answers, sums, judge, number)

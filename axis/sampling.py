@@ -1,6 +1,10 @@
 """Batched sampling with the cap on or off, and statistics of the answer's tokens gathered on the way.
 
-Shapes: B batch, T tokens of the answer, D hidden size, N decoder layers.
+Every row has a seed of its own, and the random number of a token is a function of that seed, the position in the answer and the
+token (:func:`exponentials`). So what a row says does not depend on the rows beside it, the batch size, the rank that samples it
+or the kind of device; and two arms that are sampled with one seed say the same until their distributions part.
+
+Shapes: B batch, T tokens of the answer, D hidden size, N decoder layers, K candidate tokens.
 """
 
 from __future__ import annotations
@@ -63,25 +67,75 @@ class Answer:
     mean: Tensor | None = None
 
 
-class _Nucleus(LogitsProcessor):
+def candidates_of(logits: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
     """Temperature, then top-p over the likeliest candidates only.
 
-    Processors that a caller adds run before those that ``generate`` makes of its config, so the temperature is here too.
+    Returns:
+        Scores of the candidates, [B, K] float32, -inf outside of the nucleus; and their token ids, [B, K] or [1, K].
+    """
+    scores = logits.float() / temperature
+    if top_p >= 1:
+        return scores, torch.arange(scores.shape[-1], device=scores.device).unsqueeze(0)
+    values, tokens = scores.topk(min(NUCLEUS_CANDIDATES, scores.shape[-1]), dim=-1)
+    total = scores.logsumexp(-1, keepdim=True)
+    before = (values - total).exp().cumsum(-1) - (values - total).exp()
+    return values.masked_fill(before >= top_p, float("-inf")), tokens
+
+
+def _signed(number: int) -> int:
+    """The int64 with the bits of a uint64; int64 tensors wrap around as uint64 does."""
+    number %= 1 << 64
+    return number - (1 << 64) if number >> 63 else number
+
+
+# The constants of splitmix64 (Steele, Lea and Flood 2014).
+_GOLDEN, _FIRST, _SECOND = map(_signed, (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+
+
+def _mixed(bits: Tensor) -> Tensor:
+    """The finaliser of splitmix64 on int64: every bit of the result depends on every bit of the input."""
+
+    def shifted(x: Tensor, by: int) -> Tensor:
+        return (x >> by) & ((1 << (64 - by)) - 1)  # a logical shift
+
+    bits = (bits ^ shifted(bits, 30)) * _FIRST
+    bits = (bits ^ shifted(bits, 27)) * _SECOND
+    return bits ^ shifted(bits, 31)
+
+
+def exponentials(seeds: Tensor, position: int, tokens: Tensor) -> Tensor:
+    """Exponential random numbers with mean 1, each a function of a row's seed, the position in its answer, and a token.
+
+    Args:
+        seeds: [B] int64.
+        position: of the token in the answer, from 0.
+        tokens: token ids, [B, K] or [1, K] int64.
+
+    Returns:
+        [B, K] float32, above 0; the smallest is 1e-10.
+    """
+    keys = _mixed(_mixed(seeds) + _signed((position + 1) * _GOLDEN)).unsqueeze(-1)
+    bits = _mixed(keys + (tokens + 1) * _GOLDEN) & 0xFFFFFFFF
+    return -torch.log1p(-(bits.float() + 0.5) * 2.0**-32)
+
+
+class _RowSampler(LogitsProcessor):
+    """Draws each row's next token by its own random numbers: argmax of log p - log E with E exponential is a draw from p.
+
+    ``generate`` then has but one token to take. Processors that a caller adds run before those that ``generate`` makes of its
+    config, so temperature and top-p are here too.
     """
 
-    def __init__(self, temperature: float, top_p: float) -> None:
-        self.temperature = temperature
-        self.top_p = top_p
+    def __init__(self, options: SamplingOptions, seeds: Sequence[int], prompt_width: int, device: torch.device) -> None:
+        self.options = options
+        self.seeds = torch.tensor(list(seeds), device=device)
+        self.prompt_width = prompt_width
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        scores = scores.float() / self.temperature
-        if self.top_p >= 1:
-            return scores
-        values, indices = scores.topk(min(NUCLEUS_CANDIDATES, scores.shape[-1]), dim=-1)
-        total = scores.logsumexp(-1, keepdim=True)
-        before = (values - total).exp().cumsum(-1) - (values - total).exp()
-        kept = values.masked_fill(before >= self.top_p, float("-inf"))
-        return torch.full_like(scores, float("-inf")).scatter_(-1, indices, kept)
+        kept, tokens = candidates_of(scores, self.options.temperature, self.options.top_p)
+        drawn = exponentials(self.seeds, input_ids.shape[1] - self.prompt_width, tokens)
+        best = (kept - drawn.log()).argmax(-1, keepdim=True)
+        return torch.full_like(scores, float("-inf")).scatter_(-1, tokens.expand_as(kept).gather(-1, best), 0.0)
 
 
 class _AnswerProgress(StoppingCriteria):
@@ -123,7 +177,7 @@ class AnswerMeans:
 
 
 def seed_of(parts: Sequence[Any]) -> int:
-    """A sampling seed from what names a batch: the same parts give the same seed in any process, and after a resume."""
+    """A sampling seed from what names a row: the same parts give the same seed in any process, and after a resume."""
     return int(fingerprint(list(parts)), 16) % (1 << 62)
 
 
@@ -142,14 +196,6 @@ def pad_left(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> t
         ids[i, width - len(row) :] = torch.tensor(list(row))
         mask[i, width - len(row) :] = 1
     return ids.to(device), mask.to(device)
-
-
-@contextlib.contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed the random numbers inside the block alone: rollouts sampled during training leave its dropout as it was."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
 
 
 @contextlib.contextmanager
@@ -172,7 +218,7 @@ def sample_batch(
     indices: Sequence[int],
     options: SamplingOptions,
     *,
-    seed: int,
+    seeds: Sequence[int],
     means: bool = False,
     floor: Floor | None = None,
     strength: float = 1.0,
@@ -185,8 +231,7 @@ def sample_batch(
         prompts: token ids of the rows of this batch.
         indices: the rows' positions, carried over to the answers.
         options: sampling options.
-        seed: seed of this batch; the same seed and rows give the same random numbers in every arm. The global random state
-            is left as it was.
+        seeds: a seed for each row, see :func:`seed_of`. The global random state is neither used nor changed.
         means: also return mean activations, as the next layer sees them (after the cap, where there is one).
         floor: cap to this floor while sampling; None samples uncapped.
         strength: strength of that cap.
@@ -196,23 +241,20 @@ def sample_batch(
     tokenizer: Any = form.tokenizer
     ids, mask = pad_left(prompts, tokenizer.pad_token_id, device)
     progress = _AnswerProgress(form.end_ids, len(prompts))
-    greedy = options.temperature == 0
     config = GenerationConfig(
         max_new_tokens=options.max_new_tokens,
-        do_sample=not greedy,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
+        do_sample=False,  # of the one token that the processor leaves
         eos_token_id=form.end_ids or None,
         pad_token_id=tokenizer.pad_token_id,
     )
-    processors: list[LogitsProcessor] = [] if greedy else [_Nucleus(options.temperature, options.top_p)]
+    processors: list[LogitsProcessor] = []
+    if options.temperature > 0:
+        processors.append(_RowSampler(options, seeds, ids.shape[1], device))
     reader = AnswerMeans(len(prompts), controller.n_layers, controller.hidden_size, progress) if means else None
     training = model.training
     model.eval()
     try:
         with (
-            _seeded(seed, device),
             _no_inherited_settings(model),
             controller.capping(floor, strength) if floor is not None else contextlib.nullcontext(),
             controller.reading(range(controller.n_layers), reader, after_cap=True)
@@ -259,7 +301,7 @@ def sample_answers(
         form: chat format.
         chats: messages up to the answer.
         options: sampling options.
-        seed: seed of the whole; equal seeds and chats give every arm the same random numbers.
+        seed: of the whole; the i-th chat has the same random numbers in every arm.
         means: as for :func:`sample_batch`, and so the next two.
         floor: cap to this floor while sampling.
         strength: strength of that cap.
@@ -268,10 +310,10 @@ def sample_answers(
     prompts = [form.prompt_ids(messages) for messages in chats]
     found: list[Answer] = []
     with progress_bar(title, len(prompts)) as bar:
-        for number, batch in enumerate(batches_by_length([len(prompt) for prompt in prompts], options.batch_size)):
+        for batch in batches_by_length([len(prompt) for prompt in prompts], options.batch_size):
             found += sample_batch(
                 model, form, [prompts[i] for i in batch], batch, options,
-                seed=seed * 100_003 + number, means=means, floor=floor, strength=strength,
+                seeds=[seed_of([seed, i]) for i in batch], means=means, floor=floor, strength=strength,
             )  # fmt: skip
             bar.advance(0, len(batch))  # type: ignore[arg-type]
     return sorted(found, key=lambda answer: answer.index)

@@ -113,7 +113,9 @@ def run(arguments: argparse.Namespace) -> None:
         generate(ActivationController.of(model).capping(floor))
 
     def means() -> None:
-        answers = sample_batch(model, form, prompts, range(len(prompts)), sampling, seed=0, means=True)
+        answers = sample_batch(
+            model, form, prompts, range(len(prompts)), sampling, seeds=range(len(prompts)), means=True
+        )
         assert all(len(answer.ids) == arguments.tokens for answer in answers)
 
     def reference() -> None:

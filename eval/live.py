@@ -143,7 +143,7 @@ class LiveArms:
     def _sample(self, arm: str, prompt: list[int], options: SamplingOptions, seed: int) -> LiveAnswer:
         floor = self.floor if arm.endswith("+cap") else None
         with self._one_at_a_time, self._weights[arm.removesuffix("+cap")]() as model:
-            (found,) = sample_batch(model, self._form, [prompt], [0], options, seed=seed, means=True, floor=floor)
+            (found,) = sample_batch(model, self._form, [prompt], [0], options, seeds=[seed], means=True, floor=floor)
         assert found.mean is not None
         means = found.mean[None, list(self.floor.layers)]  # [1, L, D]
         height = float(above_floor(self.floor, means))

@@ -17,7 +17,7 @@ from trimtab.axis import UserError
 from trimtab.axis.chat import ChatFormat, chat
 from trimtab.axis.files import read_jsonl
 from trimtab.axis.models import Loaded
-from trimtab.axis.sampling import SamplingOptions, sample_batch
+from trimtab.axis.sampling import SamplingOptions, sample_batch, seed_of
 from trimtab.train.floor_dpo import FloorDPOTrainer
 from trimtab.train.pairs import make_pairs
 from trimtab.train.penalty import PenaltyOptions
@@ -48,15 +48,10 @@ def test_pairs_are_the_capped_and_the_uncapped_answer_of_one_seed(tmp_path: Path
     form, model = ChatFormat(tokenizer), build_model("llama")
     row = next(row for row in rows if row["id"] == "a")
     assert row["prompt"] == chat("You are a pirate.", "How do I bake bread?")
-    # the batch of the last turn that this row was in: prompts by length, two a batch
-    chats = [chat(p.system, p.turns[0]) if len(p.turns) == 1 else next(r["prompt"] for r in rows if r["id"] == p.id)
-             for p in PROMPTS]  # fmt: skip
-    ids = [form.prompt_ids(messages) for messages in chats]
-    order = sorted(range(3), key=lambda i: (len(ids[i]), i))
-    number, batch = next((n, order[n * 2 : n * 2 + 2]) for n in range(2) if 0 in order[n * 2 : n * 2 + 2])
+    ids = form.prompt_ids(row["prompt"])
     for floor, name in ((FLOOR, "chosen"), (None, "rejected")):
-        found = sample_batch(model, form, [ids[i] for i in batch], batch, OPTIONS, seed=100_003 + number, floor=floor)
-        assert row[name][0]["content"] == next(answer.text for answer in found if answer.index == 0)
+        (found,) = sample_batch(model, form, [ids], [0], OPTIONS, seeds=[seed_of([1, 0])], floor=floor)
+        assert row[name][0]["content"] == found.text
 
 
 def test_a_conversation_shares_the_turns_before(tmp_path: Path) -> None:

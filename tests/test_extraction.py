@@ -19,7 +19,7 @@ from trimtab.axis.directions import unit
 from trimtab.axis.extraction import DEFAULT, Extraction, Role, RolloutItem, extract, rollout_items
 from trimtab.axis.files import read_jsonl
 from trimtab.axis.models import Loaded, load_model
-from trimtab.axis.sampling import SamplingOptions, batches_by_length, sample_batch
+from trimtab.axis.sampling import SamplingOptions, sample_batch, seed_of
 
 ROLES = [Role("pirate", ["You are a pirate.", "Speak as a pirate would."]), Role("bard", ["You are a bard."])]
 HELD_OUT = [Role("ghost", ["You are a ghost."])]
@@ -59,12 +59,11 @@ def by_hand(loaded: Loaded, form: ChatFormat) -> dict[str, torch.Tensor]:
     items = rollout_items([*ROLES, *HELD_OUT], QUESTIONS, DEFAULTS, default_repeats=2)
     prompts = [form.prompt_ids(chat(item.system, item.question)) for item in items]
     means: dict[str, list[torch.Tensor]] = {}
-    for number, batch in enumerate(batches_by_length([len(p) for p in prompts], OPTIONS.batch_size)):
-        rows = [prompts[i] for i in batch]
-        for answer in sample_batch(loaded.model, form, rows, batch, OPTIONS, seed=3 * 100_003 + number, means=True):
-            assert answer.mean is not None
-            if answer.mean.isfinite().all():
-                means.setdefault(items[answer.index].role, []).append(answer.mean)
+    for i, prompt in enumerate(prompts):
+        (answer,) = sample_batch(loaded.model, form, [prompt], [i], OPTIONS, seeds=[seed_of([3, i])], means=True)
+        assert answer.mean is not None
+        if answer.mean.isfinite().all():
+            means.setdefault(items[i].role, []).append(answer.mean)
     return {role: torch.stack(found).mean(0) for role, found in means.items()}
 
 

@@ -155,7 +155,7 @@ def make_source(
 def answer(form: ChatFormat, model: Any, prompt: TrainPrompt, floor: Floor | None, strength: float = 1.0) -> str:
     """The answer of a model by itself."""
     ids = form.prompt_ids(chat(prompt.system, prompt.turns[0]))
-    return sample_batch(model, form, [ids], [0], GREEDY, seed=0, floor=floor, strength=strength)[0].text
+    return sample_batch(model, form, [ids], [0], GREEDY, seeds=[0], floor=floor, strength=strength)[0].text
 
 
 def texts(folder: Path, number: int) -> dict[int, str]:
@@ -280,7 +280,7 @@ def test_turns_before_the_last_are_sampled_along_the_way(
     assert [call["rows"] for call in samples.calls] == [3, 3, 2, 2, 2]
     for depth in (2, 4):
         ids = form.prompt_ids(row["prompt"][:depth])
-        wanted = sample_batch(trainer.model, form, [ids], [0], GREEDY, seed=0, floor=FLOOR)[0].text
+        wanted = sample_batch(trainer.model, form, [ids], [0], GREEDY, seeds=[0], floor=FLOOR)[0].text
         assert row["prompt"][depth]["content"] == wanted
     # only the last answer carries labels
     ids, labels = source._tokens(1)

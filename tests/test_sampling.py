@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import scipy.stats
 import torch
 from conftest import ARCHITECTURES, HIDDEN, LAYERS, build_floor, build_model
 from peft import LoraConfig, get_peft_model
@@ -13,11 +14,23 @@ from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
 from trimtab.axis import ActivationController, Floor
 from trimtab.axis.chat import ChatFormat, chat
-from trimtab.axis.sampling import Answer, SamplingOptions, _Nucleus, batches_by_length, pad_left, sample_batch
+from trimtab.axis.sampling import (
+    Answer,
+    SamplingOptions,
+    _mixed,
+    _RowSampler,
+    batches_by_length,
+    candidates_of,
+    exponentials,
+    pad_left,
+    sample_batch,
+    seed_of,
+)
 
 QUESTIONS = ["Hi", "How do I bake bread at home when the oven is small?", "Why is the sky blue?", "The sea, the ships"]
 GREEDY = SamplingOptions(max_new_tokens=12, temperature=0)
 WARM = SamplingOptions(max_new_tokens=12, temperature=1.0, top_p=0.9)
+HOT = SamplingOptions(max_new_tokens=12, temperature=1.0, top_p=1.0)
 
 
 class ManyEnds(ChatFormat):
@@ -36,7 +49,9 @@ def sample(model: Any, form: ChatFormat, rows: list[int] | None = None, **more: 
     rows = list(range(len(QUESTIONS))) if rows is None else rows
     every = prompts(form)
     options = more.pop("options", WARM)
-    return sample_batch(model, form, [every[i] for i in rows], rows, options, **({"seed": 5} | more))
+    seed = more.pop("seed", 5)
+    seeds = [seed_of([seed, i]) for i in rows]
+    return sample_batch(model, form, [every[i] for i in rows], rows, options, seeds=seeds, **more)
 
 
 def full_mean(model: Any, prompt: list[int], answer: Answer, floor: Floor | None = None) -> Tensor:
@@ -72,13 +87,52 @@ def test_the_callers_random_state_and_mode_are_left_alone(form: ChatFormat) -> N
     assert torch.equal(torch.rand(3), expected) and model.training
 
 
+def test_the_mixing_is_splitmix64() -> None:
+    """The first numbers of the generator seeded with 1234567, which its author publishes."""
+    states = [(1234567 + (i + 1) * 0x9E3779B97F4A7C15) % (1 << 64) for i in range(3)]
+    mixed = _mixed(torch.tensor([state - (1 << 64) if state >> 63 else state for state in states]))
+    assert [x % (1 << 64) for x in mixed.tolist()] == [6457827717110365317, 3203168211198807973, 9817491932198370423]
+
+
+def test_the_random_numbers_are_exponential_and_know_row_position_and_token() -> None:
+    seeds, tokens = torch.tensor([seed_of([i]) for i in range(50)]), torch.arange(1000).unsqueeze(0)
+    found = torch.stack([exponentials(seeds, position, tokens) for position in range(4)])  # [4, 50, 1000]
+    flat = found.flatten().numpy()
+    assert flat.min() > 0 and len(set(flat.tolist())) > 0.995 * flat.size, "float32 has few twins among them"
+    assert scipy.stats.kstest(flat, "expon").pvalue > 0.01
+    for dimension in range(3):  # neighbours in any direction are strangers
+        here, there = (found.narrow(dimension, start, found.shape[dimension] - 1).flatten() for start in (0, 1))
+        assert abs(float(torch.corrcoef(torch.stack([here, there]))[0, 1])) < 4 / len(here) ** 0.5
+    some = torch.tensor([[7, 900, 3]])
+    assert torch.equal(exponentials(seeds[2:3], 1, some), found[1, 2, some[0]].unsqueeze(0))
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.8])
+def test_tokens_are_drawn_as_often_as_they_are_likely(top_p: float) -> None:
+    options = SamplingOptions(temperature=0.7, top_p=top_p)
+    logits = torch.tensor([[2.0, 1.0, 0.5, 0.0, -1.0, -2.0]])
+    rows = 40_000
+    sampler = _RowSampler(options, [seed_of([i]) for i in range(rows)], 3, torch.device("cpu"))
+    for width in (3, 9):  # the first token of the answer, and the seventh
+        drawn = sampler(torch.zeros(rows, width, dtype=torch.long), logits.expand(rows, -1))
+        assert (drawn > float("-inf")).sum(-1).eq(1).all()
+        counts = torch.bincount(drawn.argmax(-1), minlength=6)
+        wanted = candidates_in_place(logits, 0.7, top_p).softmax(-1)[0].double() * rows
+        kept = wanted > 0
+        assert counts[~kept].sum() == 0
+        assert scipy.stats.chisquare(counts[kept], wanted[kept] * rows / wanted.sum()).pvalue > 0.001
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_batch_of_one_gives_what_the_padded_batch_gives(architecture: str, form: ChatFormat) -> None:
+@pytest.mark.parametrize("options", [GREEDY, WARM, HOT], ids=["greedy", "nucleus", "all tokens"])
+def test_a_batch_of_one_gives_what_the_padded_batch_gives(
+    architecture: str, options: SamplingOptions, form: ChatFormat
+) -> None:
     model = build_model(architecture)
     ends = ManyEnds(form.tokenizer)
-    together = sample(model, ends, options=GREEDY, means=True)
+    together = sample(model, ends, options=options, means=True)
     for row in range(len(QUESTIONS)):
-        (alone,) = sample(model, ends, [row], options=GREEDY, means=True)
+        (alone,) = sample(model, ends, [row], options=options, means=True)
         assert (alone.ids, alone.ended, alone.text) == (together[row].ids, together[row].ended, together[row].text)
         mean = together[row].mean
         assert alone.mean is not None and mean is not None
@@ -155,21 +209,26 @@ def test_no_end_token_at_all(form: ChatFormat) -> None:
     assert all(len(a.ids) == WARM.max_new_tokens and not a.ended for a in answers)
 
 
+def candidates_in_place(scores: Tensor, temperature: float, top_p: float) -> Tensor:
+    """The candidates' scores at their tokens' places, -inf elsewhere, [B, V]."""
+    kept, tokens = candidates_of(scores, temperature, top_p)
+    return torch.full_like(scores, float("-inf")).scatter_(-1, tokens.expand_as(kept), kept)
+
+
 @pytest.mark.parametrize("temperature", [0.3, 0.7, 1.5])
 @pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9, 0.999])
 def test_the_nucleus_is_the_one_of_transformers(temperature: float, top_p: float) -> None:
     scores = 3 * torch.randn(200, 150, generator=torch.Generator().manual_seed(0))
     ids: Any = torch.zeros(200, 1, dtype=torch.long)
     expected = TopPLogitsWarper(top_p)(ids, TemperatureLogitsWarper(temperature)(ids, scores.clone()))  # type: ignore[arg-type]
-    found = _Nucleus(temperature, top_p)(ids, scores)
+    found = candidates_in_place(scores, temperature, top_p)
     assert torch.equal(found.isinf(), expected.isinf())
     assert torch.allclose(found.softmax(-1), expected.softmax(-1), atol=1e-6)
 
 
 def test_top_p_of_one_keeps_every_token() -> None:
     scores = torch.randn(3, 1000)
-    found = _Nucleus(0.5, 1.0)(torch.zeros(3, 1), scores)
-    assert torch.allclose(found, scores / 0.5)
+    assert torch.allclose(candidates_in_place(scores, 0.5, 1.0), scores / 0.5)
 
 
 def test_batches_by_length_cover_every_row_once_in_like_lengths() -> None:

@@ -165,7 +165,7 @@ class FloorGRPOTrainer(HeldToBase, FloorTrainer, GRPOTrainer):
             What TRL's ``rollout_func`` returns: ``prompt_ids``, ``completion_ids``, ``logprobs`` (None), ``env_mask`` (0 for the
             user's tokens), and for the rewards ``turns``: [(messages before the answer, answer)] a rollout.
         """
-        form, rank = self.form, self.accelerator.process_index
+        form, first = self.form, self.accelerator.process_index * len(prompts)
         options = SamplingOptions(
             max_new_tokens=self.max_completion_length, temperature=self.temperature, top_p=1.0,
             batch_size=self.sampling_batch,
@@ -188,10 +188,10 @@ class FloorGRPOTrainer(HeldToBase, FloorTrainer, GRPOTrainer):
                 batches = batches_by_length([len(row) for row in rows], options.batch_size)
                 for number in range(max(self._all_ranks(len(batches)))):
                     batch = batches[number] if number < len(batches) else []
-                    seed = seed_of([self.args.seed, step, generation, rank, turn, number])
+                    seeds = [seed_of([self.args.seed, step, generation, first + playing[k], turn]) for k in batch]
                     answers = sample_batch(
                         model, form, [rows[k] for k in batch] or [[form.end_token]], batch, options,
-                        seed=seed, floor=self.floor, strength=self.strength,
+                        seeds=seeds or [0], floor=self.floor, strength=self.strength,
                     )  # fmt: skip
                     for answer in answers:
                         i = playing[answer.index]

@@ -158,6 +158,16 @@ class RolloutPlan:
         """Who samples a row."""
         return self._samplers[row]
 
+    @functools.cached_property
+    def _names(self) -> list[tuple[Kind, int]]:
+        """Kind and number within the kind of each row: what it is on any number of ranks."""
+        counts: dict[Kind, Iterator[int]] = {"drift": itertools.count(), "benign": itertools.count()}
+        return [(prompt.kind, next(counts[prompt.kind])) for prompt in self.order]
+
+    def seed_of(self, row: int, turn: int) -> int:
+        """The sampling seed of a row's answer at a turn."""
+        return seed_of([self.seed, *self._names[row], turn])
+
     def strength_at(self, step: int) -> float:
         """Cap strength of a round that begins at this optimiser step."""
         return scheduled(self.strength, self.schedule, step, self.total_steps)
@@ -285,7 +295,6 @@ class RolloutSource:
         plan = self.plan
         strength = {"capped": strength, "capped_self": 1.0}.get(sampler, 0.0) if self.floor is not None else 0.0
         capped = strength > 0
-        rank = self._trainer.accelerator.process_index
         chats = {row: chat(plan.order[row].system, plan.order[row].turns[0]) for row in rows}
         done: dict[int, tuple[str, bool]] = {}
         with progress_bar(
@@ -304,7 +313,6 @@ class RolloutSource:
                 batches = batches_by_length([len(prompt) for prompt in prompts], plan.options.batch_size)
                 for number in range(count):
                     batch = batches[number] if number < len(batches) else []
-                    seed = seed_of([plan.seed, round_number, rank, sampler, turn, number])
                     answers = sample_batch(
                         model,
                         self.form,
@@ -312,7 +320,7 @@ class RolloutSource:
                         [prompts[i] for i in batch] or [[self.form.end_token]],
                         batch,
                         plan.options,
-                        seed=seed,
+                        seeds=[plan.seed_of(active[i], turn) for i in batch] or [0],
                         floor=self.floor if capped else None,
                         strength=strength,
                     )
