@@ -10,7 +10,7 @@ Shapes: B batch, T tokens of the answer, D hidden size, N decoder layers, K cand
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -185,6 +185,20 @@ def batches_by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]
     """Indices in batches of like length (shortest first), so that little is padded; the order is deterministic."""
     order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def batches_on_all_ranks(lengths: Sequence[int], batch_size: int, most: Callable[[int], int] = int) -> list[list[int]]:
+    """:func:`batches_by_length`, then empty batches until every rank has as many.
+
+    Under ZeRO-3 and FSDP each forward is a collective: a rank with fewer batches would leave the others waiting for ever.
+
+    Args:
+        lengths: of this rank's rows.
+        batch_size: rows a batch.
+        most: gives the largest of a number over all ranks, which all call it; by default there is no other rank.
+    """
+    batches = batches_by_length(lengths, batch_size)
+    return [*batches, *[[] for _ in range(most(len(batches)) - len(batches))]]
 
 
 def pad_left(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ is better explained by the role, negative = by the default Assistant.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from trimtab.axis.chat import ChatFormat, Message
 from trimtab.axis.progress import progress_bar
-from trimtab.axis.sampling import batches_by_length, pad_left
+from trimtab.axis.sampling import batches_on_all_ranks, pad_left
 
 SCORE_BATCH = 16  # answers a forward
 
@@ -30,6 +30,7 @@ def answer_logprobs(
     *,
     batch_size: int = SCORE_BATCH,
     title: str = "scoring",
+    most: Callable[[int], int] = int,
 ) -> list[float]:
     """Summed log-probability of each answer's tokens after its prompt, in nat; 0 for an empty answer.
 
@@ -40,6 +41,7 @@ def answer_logprobs(
         answers: texts.
         batch_size: rows a forward.
         title: label of the progress bar.
+        most: as of :func:`~trimtab.axis.sampling.batches_on_all_ranks`.
     """
     device = next(model.parameters()).device
     tokenizer: Any = form.tokenizer
@@ -49,10 +51,11 @@ def answer_logprobs(
     scored = [i for i, tail in enumerate(tails) if tail]
     lengths = [len(heads[i]) + len(tails[i]) for i in scored]
     with progress_bar(title, len(scored)) as bar:
-        for batch in batches_by_length(lengths, batch_size):
+        for batch in batches_on_all_ranks(lengths, batch_size, most):
             rows = [scored[i] for i in batch]
-            ids, attention = pad_left([heads[i] + tails[i] for i in rows], tokenizer.pad_token_id, device)
-            longest = max(len(tails[i]) for i in rows)
+            tokens = [heads[i] + tails[i] for i in rows] or [[form.end_token]]
+            ids, attention = pad_left(tokens, tokenizer.pad_token_id, device)
+            longest = max((len(tails[i]) for i in rows), default=0)
             logits = model(input_ids=ids, attention_mask=attention, logits_to_keep=longest + 1).logits
             for row, i in enumerate(rows):
                 count = len(tails[i])
@@ -74,6 +77,7 @@ def persona_llr(
     *,
     batch_size: int = SCORE_BATCH,
     title: str = "persona log-likelihood ratio",
+    most: Callable[[int], int] = int,
 ) -> list[float]:
     """Persona log-likelihood ratio of each answer, nat a token; NaN for an empty answer.
 
@@ -85,10 +89,12 @@ def persona_llr(
         answers: texts.
         batch_size: rows a forward.
         title: label of the progress bar.
+        most: as of :func:`~trimtab.axis.sampling.batches_on_all_ranks`.
     """
     both = answer_logprobs(
-        model, form, [*role_prompts, *default_prompts], [*answers, *answers], batch_size=batch_size, title=title
-    )
+        model, form, [*role_prompts, *default_prompts], [*answers, *answers],
+        batch_size=batch_size, title=title, most=most,
+    )  # fmt: skip
     counts = [len(form.answer_ids(answer)) for answer in answers]
     size = len(answers)
     return [(both[i] - both[size + i]) / counts[i] if counts[i] else float("nan") for i in range(size)]

@@ -1,7 +1,10 @@
-"""What accelerate launches in test_engines.py: ``train/sft.py`` itself, and a note of the engine that it really ran on.
+"""What accelerate launches in test_engines.py: an entry script itself, and a note of the engine that it really ran on.
 
-Each rank writes ``$TRIMTAB_PROBE/rank-<n>.json`` at its first training step. A config that is silently ignored (several are, on
-a CPU) shows there: in the wrapper around the model, the world size, and the parameters that are in pieces.
+Each rank writes ``$TRIMTAB_PROBE/rank-<n>.json`` when training ends. A config that is silently ignored (several are, on a CPU)
+shows there: in the wrapper around the model, the world size, and the parameters that are in pieces.
+
+FSDP2 does not start on a CPU by itself: accelerate makes DDP of it, without a word. ``fsdp2`` in ``$TRIMTAB_ENGINE`` opens a way
+that only tests take: gloo under the type of several GPUs, on the CPU's tensors.
 """
 
 from __future__ import annotations
@@ -9,37 +12,87 @@ from __future__ import annotations
 import json
 import os
 import runpy
+import time
 from pathlib import Path
 from typing import Any
 
-from trimtab.train import floor_sft
+from transformers import Trainer
+from transformers.trainer_callback import TrainerCallback
 
-SCRIPT = Path(__file__).resolve().parent.parent / "train" / "sft.py"
-
-
-class ProbedTrainer(floor_sft.FloorSFTTrainer):
-    """The trainer, which looks at what it runs on before its first step."""
-
-    noted = False
-
-    def training_step(self, model: Any, *arguments: Any, **settings: Any) -> Any:
-        if not self.noted:
-            self.noted = True
-            weights = list(self.model.parameters())
-            sharded = [p for p in weights if hasattr(p, "ds_status") and p.numel() == 0 and p.ds_numel > 0]
-            accelerator = self.accelerator
-            facts = {
-                "distributed_type": accelerator.distributed_type.value,
-                "processes": accelerator.num_processes,
-                "wrapper": type(model).__name__,
-                "zero_stage": model.zero_optimization_stage() if hasattr(model, "zero_optimization_stage") else None,
-                "weights": len(weights),
-                "sharded": len(sharded),
-            }
-            path = Path(os.environ["TRIMTAB_PROBE"]) / f"rank-{accelerator.process_index}.json"
-            path.write_text(json.dumps(facts), encoding="utf-8")
-        return super().training_step(model, *arguments, **settings)
+FOLDER = Path(__file__).resolve().parent.parent / "train"
 
 
-floor_sft.FloorSFTTrainer = ProbedTrainer  # type: ignore[misc]
-runpy.run_path(str(SCRIPT), run_name="__main__")
+class Probe(TrainerCallback):
+    """Looks at what the trainer runs on at its first step, and times the others."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+        self.facts: dict[str, Any] = {}
+        self.starts: list[float] = []
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self.starts.append(time.perf_counter())
+        if self.facts:
+            return
+        trainer, accelerator = self.trainer, self.trainer.accelerator
+        weights = list(trainer.model.parameters())
+        model = trainer.model_wrapped
+        self.facts = {
+            "distributed_type": accelerator.distributed_type.value,
+            "processes": accelerator.num_processes,
+            "wrapper": type(model).__name__,
+            "zero_stage": model.zero_optimization_stage() if hasattr(model, "zero_optimization_stage") else None,
+            "weights": len(weights),
+            "sharded": sum(map(_in_pieces, weights)),
+            "from_step": trainer.state.global_step,
+            "checkpointing": sorted({kind for module in trainer.model.modules() for kind in _checkpointing(module)}),
+        }
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        self.starts.append(time.perf_counter())
+        steps = [later - earlier for earlier, later in zip(self.starts, self.starts[1:], strict=False)]
+        path = Path(os.environ["TRIMTAB_PROBE"]) / f"rank-{self.trainer.accelerator.process_index}.json"
+        path.write_text(json.dumps({**self.facts, "step_seconds": steps, "peak_kib": _peak_kib()}), encoding="utf-8")
+
+
+def _in_pieces(weight: Any) -> bool:
+    """Whether this rank holds but a part: ZeRO-3 keeps none while it is not in use, FSDP2 a shard."""
+    zero3 = hasattr(weight, "ds_status") and weight.numel() == 0 and weight.ds_numel > 0
+    return zero3 or hasattr(weight, "device_mesh")
+
+
+def _checkpointing(module: Any) -> list[str]:
+    """How a module's forward is checkpointed in training, if it is."""
+    if not getattr(module, "gradient_checkpointing", False):
+        return []
+    reentrant = module._gradient_checkpointing_func.keywords.get("use_reentrant")
+    return ["reentrant" if reentrant else "non-reentrant"]
+
+
+def _peak_kib() -> int:
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _several_gpus_without_one() -> None:
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
+
+    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+    PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)  # type: ignore[method-assign]
+
+
+_init = Trainer.__init__
+
+
+def _probed(self: Any, *arguments: Any, **settings: Any) -> None:
+    _init(self, *arguments, **settings)
+    self.add_callback(Probe(self))
+
+
+if __name__ == "__main__":
+    Trainer.__init__ = _probed  # type: ignore[method-assign]
+    if os.environ["TRIMTAB_ENGINE"] == "fsdp2":
+        _several_gpus_without_one()
+    runpy.run_path(str(FOLDER / f"{os.environ['TRIMTAB_METHOD']}.py"), run_name="__main__")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,8 +17,11 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from trimtab.cli.launch import resolve_accelerate_config
+
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "train" / "sft.py"
+PROBE = Path(__file__).resolve().parent / "engine_probe.py"
 
 
 def write_recipe(path: Path, model: Path, method: str = "sft", **train: Any) -> Path:
@@ -107,6 +112,45 @@ def run(arguments: Sequence[str], *, timeout: float = 900, **options: Any) -> su
         process.communicate()
         raise
     return subprocess.CompletedProcess(arguments, process.returncode, out, errors)
+
+
+# Two processes with as many rows a step as one: 2 x 4 x 1 as 1 x 4 x 2.
+TWO_PROCESSES = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
+
+
+def launch(
+    engine: str, method: str, model: Path, folder: Path, resume: bool = False
+) -> tuple[Path, list[dict[str, Any]]]:
+    """Train under one of the shipped accelerate files, started by accelerate with the probe around the entry script.
+
+    Args:
+        engine: name of the file; ``cpu`` is one process, all others two.
+        method: ``sft``, ``distill``, ``grpo`` or ``dpo``.
+        model: folder of the model.
+        folder: where the run folder, its recipe and the notes go.
+        resume: go on in a run folder that is there.
+
+    Returns:
+        The run folder, and what each rank ran on: see ``engine_probe.py``.
+    """
+    name = f"{method}-{engine}"
+    notes, run_folder = folder / f"{name}-notes", folder / name
+    assert run_folder.exists() == resume
+    shutil.rmtree(notes, ignore_errors=True)
+    notes.mkdir()
+    train = {} if engine == "cpu" else dict(TWO_PROCESSES)
+    if engine == "fsdp2":  # with use_cpu accelerate makes DDP of it
+        train["use_cpu"] = False
+    recipe = write_recipe(folder / f"{name}.yaml", model, method, **train)
+    config = resolve_accelerate_config(engine, into=folder)
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+    if engine != "cpu":
+        launcher += ["--num_processes", "2"]
+    arguments = command(recipe, run_folder, script=PROBE, launcher=launcher)
+    variables = {"TRIMTAB_PROBE": str(notes), "TRIMTAB_ENGINE": engine, "TRIMTAB_METHOD": method}
+    done = run(arguments, env=environment(**variables), cwd=folder)
+    assert done.returncode == 0, done.stderr[-6000:]
+    return run_folder, [json.loads(path.read_text(encoding="utf-8")) for path in sorted(notes.iterdir())]
 
 
 def train_here(arguments: Sequence[str], log: Path, method: str = "sft") -> None:

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +31,7 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 from trimtab.axis import ActivationController, Floor, UserError
 from trimtab.axis.adapters import as_base, merged_if_quicker
 from trimtab.axis.chat import ChatFormat
-from trimtab.axis.sampling import SamplingOptions, batches_by_length, sample_batch, seed_of
+from trimtab.axis.sampling import SamplingOptions, batches_on_all_ranks, sample_batch, seed_of
 from trimtab.train.barrier import BarrierOptions, BenignRows, HeldToBase
 from trimtab.train.penalty import Figures, FloorPenalty, FloorTrainer, PenaltyOptions, refuse_base_target, stop_on_nan
 from trimtab.train.schedule import Schedule, WithinStep, scheduled
@@ -59,7 +59,9 @@ class OffPolicy:
     truncated: float
 
 
-def off_policy(learner: Tensor, sampler: Tensor, mask: Tensor, limit: float) -> OffPolicy:
+def off_policy(
+    learner: Tensor, sampler: Tensor, mask: Tensor, limit: float, total: Callable[[Tensor], Tensor] = torch.clone
+) -> OffPolicy:
     """Truncated importance ratios of sampled tokens.
 
     Args:
@@ -67,19 +69,18 @@ def off_policy(learner: Tensor, sampler: Tensor, mask: Tensor, limit: float) -> 
         sampler: log mu, [B, T].
         mask: tokens that count, [B, T].
         limit: C, the largest ratio.
+        total: adds sums up over ranks, so that the figures are those of all tokens; by default there is no other rank.
     """
     kept = mask.bool()
     difference = (learner - sampler).float().masked_fill(~kept, 0.0)
     raw = difference.exp()
-    count = kept.sum().clamp(min=1)
     weights = raw.masked_fill(~kept, 0.0)
-    size = weights.sum().square() / (weights.square().sum() * count).clamp(min=torch.finfo(torch.float32).tiny)
-    return OffPolicy(
-        raw.clamp(max=limit),
-        float(difference.abs().sum() / count),
-        float(size),
-        float(((raw > limit) & kept).sum() / count),
-    )
+    cut = (raw > limit) & kept
+    sums = [kept.sum(), difference.abs().sum(), weights.sum(), weights.square().sum(), cut.sum()]
+    count, distance, first, second, beyond = total(torch.stack([part.double() for part in sums])).tolist()
+    count = max(count, 1.0)
+    size = first**2 / (second * count) if second else 0.0
+    return OffPolicy(raw.clamp(max=limit), distance / count, size, beyond / count)
 
 
 class FloorGRPOTrainer(HeldToBase, FloorTrainer, GRPOTrainer):
@@ -180,14 +181,12 @@ class FloorGRPOTrainer(HeldToBase, FloorTrainer, GRPOTrainer):
         step = self.state.global_step
         generation = self._generations.next(step)
         # all ranks play as many turns: under ZeRO-3 every forward is a collective
-        longest = max(self._all_ranks(max(map(len, users))))
+        longest = self.most(max(map(len, users)))
         with self._sampler() as model:
             for turn in range(longest):
                 playing = [i for i, user in enumerate(users) if len(user) > turn]
                 rows = [prompt_ids[i] + completion_ids[i] for i in playing]
-                batches = batches_by_length([len(row) for row in rows], options.batch_size)
-                for number in range(max(self._all_ranks(len(batches)))):
-                    batch = batches[number] if number < len(batches) else []
+                for batch in batches_on_all_ranks([len(row) for row in rows], options.batch_size, self.most):
                     seeds = [seed_of([self.args.seed, step, generation, first + playing[k], turn]) for k in batch]
                     answers = sample_batch(
                         model, form, [rows[k] for k in batch] or [[form.end_token]], batch, options,
@@ -213,9 +212,9 @@ class FloorGRPOTrainer(HeldToBase, FloorTrainer, GRPOTrainer):
             "turns": turns,
         }
 
-    def _all_ranks(self, number: int) -> list[int]:
-        found: list[int] = self.accelerator.gather(torch.tensor([number], device=self.accelerator.device)).tolist()
-        return found
+    def most(self, number: int) -> int:
+        """The largest of a number over all ranks, which all must call this."""
+        return int(self.accelerator.gather(torch.tensor([number], device=self.accelerator.device)).max())
 
     def _generate_and_score_completions(self, inputs: Any) -> Any:
         """TRL's own, and then the importance ratio folded into the advantages."""
@@ -244,7 +243,7 @@ class FloorGRPOTrainer(HeldToBase, FloorTrainer, GRPOTrainer):
                 self.controller.capping(self.floor, strength),
             ):
                 sampler = logprobs(self.model)
-        found = off_policy(learner, sampler, mask, self.ratio_limit)
+        found = off_policy(learner, sampler, mask, self.ratio_limit, lambda sums: self.accelerator.reduce(sums, "sum"))
         self._say_how_far(found, mode)
         if self.correct_ratio:
             advantages = batch["advantages"]
@@ -253,17 +252,15 @@ class FloorGRPOTrainer(HeldToBase, FloorTrainer, GRPOTrainer):
         return batch
 
     def _say_how_far(self, found: OffPolicy, mode: str) -> None:
-        mine = torch.tensor([found.log_ratio, found.sample_size, found.truncated], device=self.accelerator.device)
-        log_ratio, size, truncated = self.accelerator.reduce(mine, "mean").tolist()
-        for name, value in (("log_ratio", log_ratio), ("sample_size", size), ("truncated", truncated)):
-            self._metrics[mode][f"off_policy/{name}"].append(value)
-        far = size < LEAST_SAMPLE_SIZE or log_ratio > MOST_LOG_RATIO
+        for name in ("log_ratio", "sample_size", "truncated"):
+            self._metrics[mode][f"off_policy/{name}"].append(getattr(found, name))
+        far = found.sample_size < LEAST_SAMPLE_SIZE or found.log_ratio > MOST_LOG_RATIO
         if far and not self._warned:
             self._warned = True
             log.warning(
                 "step %d: rollouts are far off-policy (mean |log ratio| %.2f, effective sample size %.0f %%): lower "
                 "method.cap_strength, or anneal it with method.cap_schedule",
-                self.state.global_step, log_ratio, 100 * size,
+                self.state.global_step, found.log_ratio, 100 * found.sample_size,
             )  # fmt: skip
 
     def _compute_loss(self, model: Any, inputs: Any) -> Tensor:

@@ -146,10 +146,22 @@ class Figures:
 
 
 class FloorTrainer:
-    """What the trainers of all methods do alike, beside TRL's class: log the floor's figures, save the floor with the adapter."""
+    """What the trainers of all methods do alike, beside TRL's class: log the floor's figures, save the floor with the adapter.
+
+    A step's loss spans several forwards (the method's rows, and the benign ones). Under reentrant checkpointing each gives the
+    same weights a gradient of its own, and ZeRO-3, which takes one a backward, stops at an assertion. TRL chooses reentrant for
+    adapters under ZeRO-3; so non-reentrant is set again, unless ``gradient_checkpointing_kwargs`` asks for the other.
+    """
 
     floor: Any  # a Floor; FloorSFTTrainer may have None
     _figures: Figures
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        asked = (getattr(kwargs.get("args"), "gradient_checkpointing_kwargs", None) or {}).get("use_reentrant", False)
+        super().__init__(*args, **kwargs)
+        settings = self.args.gradient_checkpointing_kwargs  # type: ignore[attr-defined]
+        if settings is not None and "use_reentrant" in settings:
+            settings["use_reentrant"] = asked
 
     @property
     def _mode(self) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from trimtab.axis import UserError
-from trimtab.axis.sampling import batches_by_length, pad_left
+from trimtab.axis.sampling import batches_on_all_ranks, pad_left
 from trimtab.axis.scoring import SCORE_BATCH, answer_logprobs, persona_llr
 
 log = logging.getLogger("trimtab")
@@ -26,7 +26,8 @@ RewardFunction = Callable[..., list[float | None]]
 class TurnReward:
     """A reward of single answers, turned into one of whole completions.
 
-    Subclasses give :meth:`score`. TRL wants ``__name__``; the trainer is bound after it was made.
+    Subclasses give :meth:`score`. TRL wants ``__name__``; the trainer is bound afterwards. One that calls the model must do
+    as many forwards as every other rank: see :func:`~trimtab.axis.sampling.batches_on_all_ranks` and the trainer's ``most``.
     """
 
     name = ""
@@ -62,18 +63,18 @@ class PersonaRatio(TurnReward):
         """-LLR of each answer, nat a token."""
         scored = [i for i, prompt in enumerate(prompts) if prompt[0]["role"] == "system"]
         values = [float("nan")] * len(texts)
-        if scored:
-            with self.trainer.as_base() as model:
-                found = persona_llr(
-                    model,
-                    self.trainer.form,
-                    [prompts[i] for i in scored],
-                    [prompts[i][1:] for i in scored],
-                    [texts[i] for i in scored],
-                    title="reward: persona ratio",
-                )
-            for i, value in zip(scored, found, strict=True):
-                values[i] = -value
+        with self.trainer.as_base() as model:
+            found = persona_llr(
+                model,
+                self.trainer.form,
+                [prompts[i] for i in scored],
+                [prompts[i][1:] for i in scored],
+                [texts[i] for i in scored],
+                title="reward: persona ratio",
+                most=self.trainer.most,
+            )
+        for i, value in zip(scored, found, strict=True):
+            values[i] = -value
         return values
 
 
@@ -88,7 +89,9 @@ class CappedSelfLikelihood(TurnReward):
     def score(self, prompts: list[list[dict[str, str]]], texts: list[str]) -> list[float]:
         """Log-probability a token, nat."""
         with self.trainer.as_base(capped=True) as model:
-            sums = answer_logprobs(model, self.trainer.form, prompts, texts, title="reward: capped self")
+            sums = answer_logprobs(
+                model, self.trainer.form, prompts, texts, title="reward: capped self", most=self.trainer.most
+            )
         counts = [len(self.trainer.form.answer_ids(text)) for text in texts]
         return [value / count if count else float("nan") for value, count in zip(sums, counts, strict=True)]
 
@@ -117,9 +120,10 @@ class AboveFloor(TurnReward):
         rows = [[*form.prompt_ids(prompt), *tail] for prompt, tail in zip(prompts, tails, strict=True)]
         values = [float("nan")] * len(texts)
         scored = [i for i, tail in enumerate(tails) if tail]
-        for batch in batches_by_length([len(rows[i]) for i in scored], SCORE_BATCH):
+        for batch in batches_on_all_ranks([len(rows[i]) for i in scored], SCORE_BATCH, trainer.most):
             chosen = [scored[k] for k in batch]
-            ids, mask = pad_left([rows[i] for i in chosen], form.tokenizer.pad_token_id, trainer.accelerator.device)
+            tokens = [rows[i] for i in chosen] or [[form.end_token]]
+            ids, mask = pad_left(tokens, form.tokenizer.pad_token_id, trainer.accelerator.device)
             with trainer.controller.uncapped(), trainer.controller.recording(floor.layers) as recording:
                 trainer.model(input_ids=ids, attention_mask=mask, logits_to_keep=1)
             projections = trainer.penalty.base_projections(recording)
