@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from conftest import build_model, build_tokenizer
-from tiny_recipe import SCRIPT, adapter, command, environment, largest_difference, launch, run
+from tiny_recipe import FORKS, adapter, command, largest_difference, launch, train_here, write_recipe
 
 from trimtab.axis.files import read_jsonl
 
@@ -35,13 +35,15 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def one_process(method: str, model: Path) -> Path:
-    """The run folder of one process."""
-    folder = model.parent / f"{method}-cpu"
+    """The run folder of one process, of the entry script alone."""
+    folder = model.parent / f"{method}-alone"
     if not folder.exists():
-        _, notes = launch("cpu", method, model, model.parent)
-        assert [(note["distributed_type"], note["processes"], note["zero_stage"]) for note in notes] == [
-            ("NO", 1, None)
-        ]
+        recipe = write_recipe(model.parent / f"{method}-alone.yaml", model, method)
+        log = model.parent / f"{method}-alone.log"
+        process = FORKS.Process(target=train_here, args=(command(recipe, folder)[2:], log, method))
+        process.start()
+        process.join(300)
+        assert process.exitcode == 0, log.read_text(encoding="utf-8")[-6000:]
     return folder
 
 
@@ -91,14 +93,9 @@ def test_two_processes_train_the_adapter_of_one(
     assert largest_difference(adapter(folder), adapter(alone)) < 1e-4
 
 
-def test_one_process_by_accelerate_is_the_plain_script(model: Path, tmp_path: Path) -> None:
+def test_one_process_by_accelerate_is_the_plain_script(model: Path) -> None:
     alone = one_process("sft", model)
-    shutil.copytree(alone, tmp_path / "copy")
-    arguments = command(model.parent / "sft-cpu.yaml", tmp_path / "copy", script=SCRIPT)
-    for name in ("adapter", "checkpoints", "rollouts"):
-        shutil.rmtree(tmp_path / "copy" / name)
-    (tmp_path / "copy" / "stages" / "train.json").unlink()
-    done = run(arguments, env=environment())
-    assert done.returncode == 0, done.stderr[-6000:]
-    assert largest_difference(adapter(tmp_path / "copy"), adapter(alone)) == 0.0
-    assert rollouts(tmp_path / "copy") == rollouts(alone)
+    folder, notes = launch("cpu", "sft", model, model.parent)
+    assert [(note["distributed_type"], note["processes"], note["zero_stage"]) for note in notes] == [("NO", 1, None)]
+    assert largest_difference(adapter(folder), adapter(alone)) == 0.0
+    assert rollouts(folder) == rollouts(alone)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import multiprocessing
 import random
 import subprocess
 import time
@@ -14,7 +13,7 @@ from typing import Any
 
 import pytest
 from conftest import build_model, build_tokenizer
-from tiny_recipe import adapter, command, largest_difference, train_here, write_recipe
+from tiny_recipe import FORKS, adapter, command, largest_difference, train_here, write_recipe
 
 from trimtab.axis.errors import UserError
 from trimtab.axis.files import load_tensors, read_jsonl
@@ -22,11 +21,6 @@ from trimtab.recipes.loader import load_recipe
 from trimtab.train.job import last_checkpoint, naming_a_full_disk, whole_checkpoints
 from trimtab.train.run import open_run
 
-# Forked from a server that has imported everything: a start takes a fraction of a second, and each process is a fresh one.
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(
-    ["trimtab.train.floor_sft", "trimtab.train.prepare", "trimtab.train.rollouts", "tiny_recipe"]
-)
 PATIENCE = 300.0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -22,6 +23,11 @@ from trimtab.cli.launch import resolve_accelerate_config
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "train" / "sft.py"
 PROBE = Path(__file__).resolve().parent / "engine_probe.py"
+# Forked from a server that has imported everything: a start takes a fraction of a second, and each process is a fresh one.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(
+    ["trimtab.train.floor_sft", "trimtab.train.prepare", "trimtab.train.rollouts", "tiny_recipe"]
+)
 
 
 def write_recipe(path: Path, model: Path, method: str = "sft", **train: Any) -> Path:
