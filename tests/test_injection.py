@@ -12,6 +12,7 @@ from conftest import ARCHITECTURES, VOCAB, build_floor, build_model, build_token
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
+from trimtab.axis import ActivationController
 from trimtab.losses import FloorInjection, axis_floor_loss, floor_gradients
 
 FLOOR = build_floor((1, 2), tau=2.0)
@@ -126,9 +127,20 @@ def tuned(model: Any) -> Any:
 
 
 def test_example_plain_pytorch() -> None:
-    model = tuned(build_model("llama", max_position_embeddings=512))
-    losses = example("plain_pytorch").train(model, build_tokenizer(), FLOOR, steps=6)
-    assert len(losses) == 12 and sum(losses[-2:]) < sum(losses[:2])
+    """The penalty on a fixed text falls by its weight; the losses are of another text each step, and go up and down with it."""
+    ids = torch.arange(5, 45)[None]
+
+    def penalty_after(steps: int, weight: float) -> float:
+        model = tuned(build_model("llama", max_position_embeddings=512))
+        losses = example("plain_pytorch").train(model, build_tokenizer(), FLOOR, steps=steps, weight=weight)
+        assert len(losses) == 2 * steps
+        with torch.no_grad(), ActivationController.of(model).recording(FLOOR.layers) as recording:
+            model(input_ids=ids)
+        hidden = {layer: recording.last(layer) for layer in FLOOR.layers}
+        return float(axis_floor_loss(hidden, FLOOR, torch.ones_like(ids, dtype=torch.bool)))
+
+    before, without, with_it = (penalty_after(*given) for given in ((0, 0.0), (6, 0.0), (6, 1.0)))
+    assert before - with_it > 1.5 * (before - without) > 0
 
 
 def test_example_transformers_trainer(tmp_path: Path) -> None:
