@@ -8,6 +8,8 @@ PYTHON ?= python3.11
 # The version that trimtab is tested with. TORCH=torch takes whatever is newest.
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
+# Test files run side by side, each process on one thread; two threads a process on two cores would be slower.
+WORKERS ?= 2
 FOLDERS := axis losses train eval recipes cli accelerate_configs
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
@@ -19,7 +21,7 @@ demo: .venv/.ready-demo
 	$(BIN)/trimtab run smollm2-135m/demo --output-dir runs/demo
 
 test: .venv/.ready-dev
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 check: .venv/.ready-dev links
 	$(BIN)/ruff check .

@@ -242,7 +242,8 @@ def sample_batch(
     Args:
         model: the model, with or without an adapter.
         form: chat format of its tokenizer.
-        prompts: token ids of the rows of this batch.
+        prompts: token ids of the rows of this batch; of none, a token's answer is sampled for nothing, so that other ranks need
+            not wait: see :func:`batches_on_all_ranks`.
         indices: the rows' positions, carried over to the answers.
         options: sampling options.
         seeds: a seed for each row, see :func:`seed_of`. The global random state is neither used nor changed.
@@ -253,6 +254,8 @@ def sample_batch(
     controller = ActivationController.of(model)
     device = next(model.parameters()).device
     tokenizer: Any = form.tokenizer
+    if not prompts:
+        prompts, seeds = [[form.end_token]], [0]
     ids, mask = pad_left(prompts, tokenizer.pad_token_id, device)
     progress = _AnswerProgress(form.end_ids, len(prompts))
     config = GenerationConfig(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import runpy
 import time
 from pathlib import Path
@@ -51,8 +52,9 @@ class Probe(TrainerCallback):
     def on_train_end(self, *_: Any, **__: Any) -> None:
         self.starts.append(time.perf_counter())
         steps = [later - earlier for earlier, later in zip(self.starts, self.starts[1:], strict=False)]
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         path = Path(os.environ["TRIMTAB_PROBE"]) / f"rank-{self.trainer.accelerator.process_index}.json"
-        path.write_text(json.dumps({**self.facts, "step_seconds": steps, "peak_kib": _peak_kib()}), encoding="utf-8")
+        path.write_text(json.dumps({**self.facts, "step_seconds": steps, "peak_kib": peak}), encoding="utf-8")
 
 
 def _in_pieces(weight: Any) -> bool:
@@ -67,12 +69,6 @@ def _checkpointing(module: Any) -> list[str]:
         return []
     reentrant = module._gradient_checkpointing_func.keywords.get("use_reentrant")
     return ["reentrant" if reentrant else "non-reentrant"]
-
-
-def _peak_kib() -> int:
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def _several_gpus_without_one() -> None:

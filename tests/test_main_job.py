@@ -132,6 +132,7 @@ def test_the_report_in_other_forms(job: Job, tmp_path: Path) -> None:
     assert main(["report", str(job.recipe), "--output-dir", str(job.folder), *options, "--quiet"]) == 0
     card, figures, logs = places
     assert card.read_text(encoding="utf-8") == (job.folder / "adapter" / "README.md").read_text(encoding="utf-8")
+    assert "text_llr,retention" in figures.read_text(encoding="utf-8")
     rows = csv.DictReader(figures.read_text(encoding="utf-8").splitlines())
     in_table = {tuple(float(row[key]) for key in ("value", "low", "high", "n")) for row in rows if row["n"]}
     missing = [estimate for estimate in estimates(job.report) if estimate not in in_table]

@@ -189,8 +189,8 @@ class FloorGRPOTrainer(HeldToBase, FloorTrainer, GRPOTrainer):
                 for batch in batches_on_all_ranks([len(row) for row in rows], options.batch_size, self.most):
                     seeds = [seed_of([self.args.seed, step, generation, first + playing[k], turn]) for k in batch]
                     answers = sample_batch(
-                        model, form, [rows[k] for k in batch] or [[form.end_token]], batch, options,
-                        seeds=seeds or [0], floor=self.floor, strength=self.strength,
+                        model, form, [rows[k] for k in batch], batch, options,
+                        seeds=seeds, floor=self.floor, strength=self.strength,
                     )  # fmt: skip
                     for answer in answers:
                         i = playing[answer.index]

@@ -33,7 +33,7 @@ from trimtab.axis.adapters import merged_if_quicker
 from trimtab.axis.chat import ChatFormat, chat
 from trimtab.axis.files import fingerprint, read_jsonl, write_jsonl
 from trimtab.axis.progress import progress_bar
-from trimtab.axis.sampling import SamplingOptions, batches_by_length, sample_batch, seed_of
+from trimtab.axis.sampling import SamplingOptions, batches_on_all_ranks, sample_batch, seed_of
 from trimtab.train.schedule import Schedule, scheduled
 
 log = logging.getLogger("trimtab")
@@ -310,17 +310,15 @@ class RolloutSource:
                         answered = {"role": "assistant", "content": done[row][0]}
                         chats[row] = [*chats[row], answered, {"role": "user", "content": plan.order[row].turns[turn]}]
                 prompts = [self.form.prompt_ids(chats[row]) for row in active]
-                batches = batches_by_length([len(prompt) for prompt in prompts], plan.options.batch_size)
-                for number in range(count):
-                    batch = batches[number] if number < len(batches) else []
+                lengths = [len(prompt) for prompt in prompts]
+                for batch in batches_on_all_ranks(lengths, plan.options.batch_size, lambda _, most=count: most):
                     answers = sample_batch(
                         model,
                         self.form,
-                        # a rank without rows samples a token's answer for nothing, so that the others need not wait
-                        [prompts[i] for i in batch] or [[self.form.end_token]],
+                        [prompts[i] for i in batch],
                         batch,
                         plan.options,
-                        seeds=[plan.seed_of(active[i], turn) for i in batch] or [0],
+                        seeds=[plan.seed_of(active[i], turn) for i in batch],
                         floor=self.floor if capped else None,
                         strength=strength,
                     )
