@@ -3,8 +3,8 @@
 Each rank writes ``$TRIMTAB_PROBE/rank-<n>.json`` when training ends. A config that is silently ignored (several are, on a CPU)
 shows there: in the wrapper around the model, the world size, and the parameters that are in pieces.
 
-FSDP2 does not start on a CPU by itself: accelerate makes DDP of it, without a word. ``fsdp2`` in ``$TRIMTAB_ENGINE`` opens a way
-that only tests take: gloo under the type of several GPUs, on the CPU's tensors.
+FSDP2 does not start on a CPU by itself: accelerate makes DDP of it, without a word. ``fsdp2...`` in ``$TRIMTAB_ENGINE`` opens a
+way that only tests take: gloo under the type of several GPUs, on the CPU's tensors.
 """
 
 from __future__ import annotations
@@ -79,6 +79,13 @@ def _several_gpus_without_one() -> None:
     PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)  # type: ignore[method-assign]
 
 
+def _weights_of_4_bits_as_on_a_gpu() -> None:
+    """On a CPU with bfloat16 bitsandbytes packs a weight anew at its first use, in place: a sharded one doesn't outlive that."""
+    import bitsandbytes.nn.modules as layers
+
+    layers.has_avx512bf16 = lambda: False
+
+
 _init = Trainer.__init__
 
 
@@ -89,6 +96,8 @@ def _probed(self: Any, *arguments: Any, **settings: Any) -> None:
 
 if __name__ == "__main__":
     Trainer.__init__ = _probed  # type: ignore[method-assign]
-    if os.environ["TRIMTAB_ENGINE"] == "fsdp2":
+    if os.environ["TRIMTAB_ENGINE"].startswith("fsdp2"):
         _several_gpus_without_one()
+    if os.environ.get("TRIMTAB_QUANTIZATION") == "nf4":
+        _weights_of_4_bits_as_on_a_gpu()
     runpy.run_path(str(FOLDER / f"{os.environ['TRIMTAB_METHOD']}.py"), run_name="__main__")

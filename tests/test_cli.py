@@ -173,7 +173,7 @@ def test_the_deepspeed_file_is_found_from_any_folder(tmp_path: Path, monkeypatch
 def test_unknown_accelerate_config_lists_the_known(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="did you mean 'zero3'"):
         resolve_accelerate_config("zeroo3")
-    with pytest.raises(UserError, match="ddp, ddp-cpu, fsdp2"):
+    with pytest.raises(UserError, match="ddp, ddp-cpu, ddp-multinode, fsdp2"):
         resolve_accelerate_config("xyzzy")
     wrong = tmp_path / "wrong.yaml"
     wrong.write_text("model: x\n", encoding="utf-8")

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from conftest import build_floor, build_model
 
+from trimtab.cli.launch import accelerate_configs
 from trimtab.recipes.loader import shipped_recipes
 
 ROOT = Path(__file__).parents[1]
@@ -43,3 +46,16 @@ def test_every_recipe_that_the_readme_names_ships() -> None:
     named = set(re.findall(r"\b((?:smollm2|qwen3|llama|gemma)[\w.\-]*/(?:sft|demo))\b", text))
     assert named
     assert named <= set(shipped_recipes())
+
+
+def test_the_scripts_for_clusters_parse() -> None:
+    text = (ROOT / "docs/clusters.md").read_text(encoding="utf-8")
+    for script in re.findall(r"```bash\n(.*?)```", text, re.DOTALL):
+        subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+    (manifest,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    service, job = yaml.safe_load_all(manifest)
+    (command,) = job["spec"]["template"]["spec"]["containers"][0]["args"]
+    subprocess.run(["bash", "-n"], input=command, text=True, check=True)
+    assert service["metadata"]["name"] == job["spec"]["template"]["spec"]["subdomain"]
+    for name in re.findall(r"accelerate_configs/([\w-]+)\.yaml|CONFIGS/([\w-]+)\.yaml", text):
+        assert "".join(name) in accelerate_configs()

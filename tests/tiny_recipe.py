@@ -125,7 +125,7 @@ TWO_PROCESSES = {"per_device_train_batch_size": 4, "gradient_accumulation_steps"
 
 
 def launch(
-    engine: str, method: str, model: Path, folder: Path, resume: bool = False
+    engine: str, method: str, model: Path, folder: Path, resume: bool = False, quantization: str | None = None
 ) -> tuple[Path, list[dict[str, Any]]]:
     """Train under one of the shipped accelerate files, started by accelerate with the probe around the entry script.
 
@@ -135,6 +135,7 @@ def launch(
         model: folder of the model.
         folder: where the run folder, its recipe and the notes go.
         resume: go on in a run folder that is there.
+        quantization: of the base: ``nf4``, ``int8`` or None.
 
     Returns:
         The run folder, and what each rank ran on: see ``engine_probe.py``.
@@ -145,15 +146,24 @@ def launch(
     shutil.rmtree(notes, ignore_errors=True)
     notes.mkdir()
     train = {} if engine == "cpu" else dict(TWO_PROCESSES)
-    if engine == "fsdp2":  # with use_cpu accelerate makes DDP of it
+    if engine.startswith("fsdp2"):  # with use_cpu accelerate makes DDP of it
         train["use_cpu"] = False
     recipe = write_recipe(folder / f"{name}.yaml", model, method, **train)
+    if quantization is not None:
+        content = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+        content["model"]["quantization"] = quantization
+        recipe.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
     config = resolve_accelerate_config(engine, into=folder)
+    if engine == "zero3-offload":  # no -cpu twin: on a CPU there is nothing to offload from, but it runs
+        changed = {**yaml.safe_load(config.read_text(encoding="utf-8")), "use_cpu": True}
+        config = folder / f"{name}-accelerate.yaml"
+        config.write_text(yaml.safe_dump(changed), encoding="utf-8")
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
     if engine != "cpu":
         launcher += ["--num_processes", "2"]
     arguments = command(recipe, run_folder, script=PROBE, launcher=launcher)
     variables = {"TRIMTAB_PROBE": str(notes), "TRIMTAB_ENGINE": engine, "TRIMTAB_METHOD": method}
+    variables["TRIMTAB_QUANTIZATION"] = quantization or ""
     done = run(arguments, env=environment(**variables), cwd=folder)
     assert done.returncode == 0, done.stderr[-6000:]
     return run_folder, [json.loads(path.read_text(encoding="utf-8")) for path in sorted(notes.iterdir())]
