@@ -76,4 +76,6 @@ def can_merge(model: Any) -> bool:
         for layer in model.modules()
         if isinstance(layer, BaseTunerLayer)
     )
-    return whole and placed and all(p.device.type == "cpu" and p.is_floating_point() for p in parameters)
+    # 4-bit blocks are stored in a floating dtype, 8-bit ones as whole numbers
+    plain = all(p.is_floating_point() and not hasattr(p, "quant_state") for p in parameters)
+    return whole and placed and plain and all(p.device.type == "cpu" for p in parameters)
