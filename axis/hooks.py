@@ -37,11 +37,8 @@ def project(hidden: Tensor, direction: Tensor) -> Tensor:
         return hidden.float() @ direction.to(device=hidden.device, dtype=torch.float32)
 
 
-def cap(hidden: Tensor, direction: Tensor, tau: float | Tensor, strength: float = 1.0) -> Tensor:
-    """The cap: ``h + strength * relu(tau - <h, v>) * v``, equal to ``h - v * min(<h, v> - tau, 0)`` at strength 1.
-
-    Computed in float32 and returned in the dtype of ``hidden``. In bfloat16 the capped projection may fall short of tau by the
-    rounding of ``h`` (about 0.4 % of its largest component), so compare with a tolerance.
+def lift(hidden: Tensor, direction: Tensor, tau: float | Tensor, strength: float | Tensor = 1.0) -> Tensor:
+    """What the cap adds: ``strength * relu(tau - <h, v>) * v``, in float32.
 
     Args:
         hidden: [..., D].
@@ -51,7 +48,16 @@ def cap(hidden: Tensor, direction: Tensor, tau: float | Tensor, strength: float 
     """
     direction = direction.to(device=hidden.device, dtype=torch.float32)
     shortfall = torch.relu(tau - project(hidden, direction))
-    return (hidden.float() + strength * shortfall.unsqueeze(-1) * direction).to(hidden.dtype)
+    return strength * shortfall.unsqueeze(-1) * direction
+
+
+def cap(hidden: Tensor, direction: Tensor, tau: float | Tensor, strength: float = 1.0) -> Tensor:
+    """The cap: ``h + strength * relu(tau - <h, v>) * v``, equal to ``h - v * min(<h, v> - tau, 0)`` at strength 1.
+
+    Computed in float32 and returned in the dtype of ``hidden``. In bfloat16 the capped projection may fall short of tau by the
+    rounding of ``h`` (about 0.4 % of its largest component), so compare with a tolerance. Arguments as for :func:`lift`.
+    """
+    return (hidden.float() + lift(hidden, direction, tau, strength)).to(hidden.dtype)
 
 
 @dataclass

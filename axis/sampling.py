@@ -58,6 +58,8 @@ class Answer:
         ended: False where it was cut at ``max_new_tokens``.
         mean: mean activation over the answer's tokens, [N, D] float32, where asked for. The last token of a cut answer is
             sampled but never fed through the model, so it is not in the mean.
+        logprobs: the sampler's own log-probability of each token, and of the end where the answer has one; None where it tells
+            none.
     """
 
     index: int
@@ -65,6 +67,23 @@ class Answer:
     ids: list[int]
     ended: bool
     mean: Tensor | None = None
+    logprobs: list[float] | None = None
+
+
+def answer_of(form: ChatFormat, index: int, tokens: list[int], **more: Any) -> Answer:
+    """The answer in a row of sampled tokens, which ends at the first end-of-turn token.
+
+    Args:
+        form: chat format.
+        index: position of its prompt.
+        tokens: what was sampled; anything may follow the end.
+        **more: further fields of the answer.
+    """
+    tokenizer: Any = form.tokenizer
+    ends = set(form.end_ids)
+    end = next((i for i, token in enumerate(tokens) if token in ends), None)
+    kept = tokens if end is None else tokens[:end]
+    return Answer(index, tokenizer.decode(kept, skip_special_tokens=True), kept, end is not None, **more)
 
 
 def candidates_of(logits: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
@@ -287,16 +306,11 @@ def sample_batch(
             )
     finally:
         model.train(training)
-    answers: list[Answer] = []
-    all_means = reader.means() if reader is not None else None
-    ends = set(form.end_ids)
-    for row, index in enumerate(indices):
-        tokens = output[row, ids.shape[1] :].tolist()
-        end = next((i for i, token in enumerate(tokens) if token in ends), None)
-        kept = tokens if end is None else tokens[:end]
-        text = tokenizer.decode(kept, skip_special_tokens=True)
-        answers.append(Answer(index, text, kept, end is not None, None if all_means is None else all_means[row]))
-    return answers
+    all_means = reader.means() if reader is not None else [None] * len(prompts)
+    return [
+        answer_of(form, index, output[row, ids.shape[1] :].tolist(), mean=all_means[row])
+        for row, index in enumerate(indices)
+    ]
 
 
 def sample_answers(

@@ -22,7 +22,7 @@ NOT_YOURS_IN_ROWS = {
 }
 NOT_YOURS_IN_GRPO = {
     "reward_weights": "remove it: each entry of method.rewards has a weight",
-    "use_vllm": "remove it: vLLM samples without the cap, as hooks don't reach it",
+    "vllm_importance_sampling_correction": "remove it: method.correct_ratio and method.ratio_limit cover vLLM as well",
     "generation_kwargs": "remove it: what shapes the samples beyond temperature would make the importance ratio wrong",
 }
 NOT_YOURS = {

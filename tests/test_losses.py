@@ -300,13 +300,13 @@ def no_checkpointing(model: Any) -> None:
 def non_reentrant(model: Any) -> None:
     """The usual checkpointing."""
     model.enable_input_require_grads()
-    model.base_model.model.activation_checkpointing_enable({"use_reentrant": False})
+    model.base_model.model.gradient_checkpointing_enable({"use_reentrant": False})
 
 
 def reentrant(model: Any) -> None:
     """The old one, in whose regions hooks would see tensors without gradient."""
     model.enable_input_require_grads()
-    model.base_model.model.activation_checkpointing_enable({"use_reentrant": True})
+    model.base_model.model.gradient_checkpointing_enable({"use_reentrant": True})
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

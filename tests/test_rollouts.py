@@ -231,7 +231,7 @@ def test_sampling_leaves_random_state_mode_and_checkpointing_alone(tmp_path: Pat
     trainer = make_trainer()
     model = trainer.model.train()
     base = model.base_model.model
-    base.activation_checkpointing_enable({"use_reentrant": True}, every_n_layers=2)
+    base.gradient_checkpointing_enable({"use_reentrant": True}, every_n_layers=2)
     layers = base.model.layers
     before = [(layer.gradient_checkpointing, layer._gradient_checkpointing_func) for layer in layers]
     assert [enabled for enabled, _ in before] == [True, False, True, False]

@@ -9,6 +9,9 @@ which every loss type of TRL multiplies into its own surrogate: (B, T) advantage
 is scored by a forward with the very weights, cap and strength that sampled, pi_old by one without the cap. The cap's strength is
 annealed over the run; at 0 nothing is corrected, since nothing is off-policy.
 
+With ``use_vllm`` the rollouts come from vLLM, capped by the plugin in it, and mu is what vLLM itself says of its tokens; the
+ratio then covers its arithmetic too, at strength 0 as well, and takes the place of TRL's own correction.
+
 Rollouts may have several user turns: the whole conversation is one completion, in which the user's tokens carry no loss.
 """
 
@@ -19,6 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,15 +35,24 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 from trimtab.axis import ActivationController, Floor, UserError
 from trimtab.axis.adapters import as_base, merged_if_quicker
 from trimtab.axis.chat import ChatFormat
-from trimtab.axis.sampling import SamplingOptions, batches_on_all_ranks, sample_batch, seed_of
+from trimtab.axis.sampling import Answer, SamplingOptions, batches_on_all_ranks, sample_batch, seed_of
 from trimtab.train.barrier import BarrierOptions, BenignRows, HeldToBase
 from trimtab.train.penalty import Figures, FloorPenalty, FloorTrainer, PenaltyOptions, refuse_base_target, stop_on_nan
 from trimtab.train.schedule import Schedule, WithinStep, scheduled
+from trimtab.train.vllm_rollouts import VLLMRollouts, before_vllm_starts
 
 log = logging.getLogger("trimtab")
 
 # Beyond these the batch says little about the learner: half of it is wasted, or tokens differ by a factor of e on average.
 LEAST_SAMPLE_SIZE, MOST_LOG_RATIO = 0.5, 1.0
+
+# Generations of a process in which vLLM is held against transformers: the first, and the first with weights sent to it.
+HELD_AGAINST = 2
+# Nat a token: from where on the cap shows in log-probabilities, and from where on the two differ by more than rounding.
+APART, FAR = 0.02, 0.1
+
+# Gives an answer to each row of tokens, its index the row's place; all ranks call it alike.
+Sampler = Callable[[Sequence[Sequence[int]], Sequence[int]], list[Answer]]
 
 
 @dataclass(frozen=True)
@@ -120,6 +133,9 @@ class FloorGRPOTrainer(HeldToBase, FloorTrainer, GRPOTrainer):
         sampling_batch: int = 64,
         **kwargs: Any,
     ) -> None:
+        if (arguments := kwargs.get("args")) is not None and arguments.use_vllm:
+            arguments.vllm_importance_sampling_correction = False  # the ratio here is of the same two
+            before_vllm_starts()
         super().__init__(*args, rollout_func=_rollout, **kwargs)
         self.floor = floor
         self.form = form
@@ -133,7 +149,12 @@ class FloorGRPOTrainer(HeldToBase, FloorTrainer, GRPOTrainer):
         self._figures = Figures()
         self._warned = False
         self._generations = WithinStep()
+        self._generated = 0
         _check_settings(self.args, self.penalty)
+        self.vllm = None
+        if self.use_vllm:
+            main = self.accelerator.is_main_process
+            self.vllm = VLLMRollouts(self.vllm_generation, form, floor, main=main, most=self.most)
         self.hold_to_base(floor, barrier or BarrierOptions(), benign_rows)
 
     @property
@@ -142,8 +163,17 @@ class FloorGRPOTrainer(HeldToBase, FloorTrainer, GRPOTrainer):
         return scheduled(self.cap_strength, self.cap_schedule, self.state.global_step, self.state.max_steps)
 
     @contextlib.contextmanager
-    def _sampler(self) -> Iterator[Any]:
-        """The model as it samples: merged where that is what makes sampling quick, and capped."""
+    def _sampler(self) -> Iterator[Sampler]:
+        """What answers rows of tokens, given their seeds, capped at this step's strength."""
+        if self.vllm is not None:
+            vllm = self.vllm
+            with vllm.capped(self.strength):
+                yield lambda rows, _: vllm.sample(rows)
+            return
+        options = SamplingOptions(
+            max_new_tokens=self.max_completion_length, temperature=self.temperature, top_p=1.0,
+            batch_size=self.sampling_batch,
+        )  # fmt: skip
         with (
             unwrap_model_for_generation(
                 self.model_wrapped,
@@ -151,9 +181,19 @@ class FloorGRPOTrainer(HeldToBase, FloorTrainer, GRPOTrainer):
                 gather_deepspeed3_params=self.args.ds3_gather_for_generation,
                 gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
             ) as model,
-            merged_if_quicker(model),
+            merged_if_quicker(model),  # merged where that is what makes sampling quick
         ):
-            yield model
+
+            def sample(rows: Sequence[Sequence[int]], seeds: Sequence[int]) -> list[Answer]:
+                found: list[Answer] = []
+                for batch in batches_on_all_ranks([len(row) for row in rows], options.batch_size, self.most):
+                    found += sample_batch(
+                        model, self.form, [rows[k] for k in batch], batch, options,
+                        seeds=[seeds[k] for k in batch], floor=self.floor, strength=self.strength,
+                    )  # fmt: skip
+                return found
+
+            yield sample
 
     def as_base(self, *, capped: bool = False) -> contextlib.AbstractContextManager[Any]:
         """The frozen base, without gradient, for rewards; ``capped`` makes it the capped self."""
@@ -163,51 +203,46 @@ class FloorGRPOTrainer(HeldToBase, FloorTrainer, GRPOTrainer):
         """Play conversations: one completion each, from the first answer to the last, user turns in between unscored.
 
         Returns:
-            What TRL's ``rollout_func`` returns: ``prompt_ids``, ``completion_ids``, ``logprobs`` (None), ``env_mask`` (0 for the
-            user's tokens), and for the rewards ``turns``: [(messages before the answer, answer)] a rollout.
+            What TRL's ``rollout_func`` returns: ``prompt_ids``, ``completion_ids``, ``logprobs`` (the sampler's own, from vLLM;
+            NaN for tokens that it did not sample), ``env_mask`` (0 for the user's tokens), and for the rewards ``turns``:
+            [(messages before the answer, answer)] a rollout.
         """
         form, first = self.form, self.accelerator.process_index * len(prompts)
-        options = SamplingOptions(
-            max_new_tokens=self.max_completion_length, temperature=self.temperature, top_p=1.0,
-            batch_size=self.sampling_batch,
-        )  # fmt: skip
         heads = [[message for message in prompt if message["role"] == "system"] for prompt in prompts]
         users = [[message for message in prompt if message["role"] == "user"] for prompt in prompts]
         chats = [[*head, user[0]] for head, user in zip(heads, users, strict=True)]
         prompt_ids = [form.prompt_ids(chat) for chat in chats]
         completion_ids: list[list[int]] = [[] for _ in prompts]
         env_mask: list[list[int]] = [[] for _ in prompts]
+        logprobs: list[list[float]] = [[] for _ in prompts]
         turns: list[list[tuple[list[dict[str, str]], str]]] = [[] for _ in prompts]
         step = self.state.global_step
         generation = self._generations.next(step)
         # all ranks play as many turns: under ZeRO-3 every forward is a collective
         longest = self.most(max(map(len, users)))
-        with self._sampler() as model:
+        with self._sampler() as sample:
             for turn in range(longest):
                 playing = [i for i, user in enumerate(users) if len(user) > turn]
                 rows = [prompt_ids[i] + completion_ids[i] for i in playing]
-                for batch in batches_on_all_ranks([len(row) for row in rows], options.batch_size, self.most):
-                    seeds = [seed_of([self.args.seed, step, generation, first + playing[k], turn]) for k in batch]
-                    answers = sample_batch(
-                        model, form, [rows[k] for k in batch], batch, options,
-                        seeds=seeds, floor=self.floor, strength=self.strength,
-                    )  # fmt: skip
-                    for answer in answers:
-                        i = playing[answer.index]
-                        ids = [*answer.ids, form.end_token] if answer.ended else list(answer.ids)
-                        completion_ids[i] += ids or [form.end_token]
-                        env_mask[i] += [1] * len(ids or [form.end_token])
-                        turns[i].append((list(chats[i]), answer.text))
-                        if len(users[i]) > turn + 1:
-                            said = {"role": "assistant", "content": answer.text}
-                            between = form.ids_between(chats[i], users[i][turn + 1], ended=answer.ended)
-                            chats[i] = [*chats[i], said, users[i][turn + 1]]
-                            completion_ids[i] += between
-                            env_mask[i] += [0] * len(between)
+                seeds = [seed_of([self.args.seed, step, generation, first + i, turn]) for i in playing]
+                for answer in sample(rows, seeds):
+                    i = playing[answer.index]
+                    ids = [*answer.ids, form.end_token] if answer.ended else list(answer.ids)
+                    completion_ids[i] += ids
+                    env_mask[i] += [1] * len(ids)
+                    logprobs[i] += answer.logprobs or [math.nan] * len(ids)
+                    turns[i].append((list(chats[i]), answer.text))
+                    if len(users[i]) > turn + 1:
+                        said = {"role": "assistant", "content": answer.text}
+                        between = form.ids_between(chats[i], users[i][turn + 1], ended=answer.ended)
+                        chats[i] = [*chats[i], said, users[i][turn + 1]]
+                        completion_ids[i] += between
+                        env_mask[i] += [0] * len(between)
+                        logprobs[i] += [math.nan] * len(between)
         return {
             "prompt_ids": prompt_ids,
             "completion_ids": completion_ids,
-            "logprobs": None,
+            "logprobs": None if self.vllm is None else logprobs,
             "env_mask": env_mask,
             "turns": turns,
         }
@@ -222,7 +257,7 @@ class FloorGRPOTrainer(HeldToBase, FloorTrainer, GRPOTrainer):
         strength = self.strength
         mode = self._mode
         self._metrics[mode]["cap_strength"].append(strength)
-        if strength == 0.0:
+        if strength == 0.0 and self.vllm is None:
             return batch
         ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
         attention = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
@@ -230,26 +265,70 @@ class FloorGRPOTrainer(HeldToBase, FloorTrainer, GRPOTrainer):
         width = batch["completion_ids"].size(1)
         size = self.args.per_device_train_batch_size
 
-        def logprobs(model: Any) -> Tensor:
-            found: Tensor = self._get_per_token_logps_and_entropies(model, ids, attention, width, batch_size=size)[0]
+        def logprobs(*, capped: bool) -> Tensor:
+            inner = self.accelerator.unwrap_model(self.model)
+            with (
+                merged_if_quicker(inner) if capped else contextlib.nullcontext(),
+                self.controller.capping(self.floor, strength, enabled=capped),
+            ):
+                found: Tensor = self._get_per_token_logps_and_entropies(
+                    self.model, ids, attention, width, batch_size=size
+                )[0]
             return found
 
         with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
             learner = batch.get("old_per_token_logps")
-            learner = logprobs(self.model) if learner is None else learner
-            inner = self.accelerator.unwrap_model(self.model)
-            with (
-                merged_if_quicker(inner),
-                self.controller.capping(self.floor, strength),
-            ):
-                sampler = logprobs(self.model)
-        found = off_policy(learner, sampler, mask, self.ratio_limit, lambda sums: self.accelerator.reduce(sums, "sum"))
+            learner = logprobs(capped=False) if learner is None else learner
+            if self.vllm is None:
+                sampler = logprobs(capped=True)
+            else:
+                told = batch["sampling_per_token_logps"]
+                sampler = batch["sampling_per_token_logps"] = torch.where(told.isnan(), learner, told)
+                if self._generated < HELD_AGAINST:
+                    self._generated += 1
+                    self._hold_against(sampler, logprobs(capped=True), learner, mask, mode)
+        found = off_policy(learner, sampler, mask, self.ratio_limit, self._over_ranks)
         self._say_how_far(found, mode)
         if self.correct_ratio:
             advantages = batch["advantages"]
             advantages = advantages.unsqueeze(1) if advantages.dim() == 1 else advantages
             batch["advantages"] = advantages * found.ratio
         return batch
+
+    def end(self) -> None:
+        """Stop a colocated vLLM, then give back what training holds."""
+        if self.vllm is not None:
+            self.vllm.close()
+        super().end()
+
+    def _over_ranks(self, sums: Tensor) -> Tensor:
+        total: Any = self.accelerator.reduce(sums, "sum")
+        return total  # type: ignore[no-any-return]
+
+    def _hold_against(self, vllm: Tensor, capped: Tensor, uncapped: Tensor, mask: Tensor, mode: str) -> None:
+        """Hold vLLM's log-probabilities of its own tokens against transformers', [B, T] each.
+
+        Raises:
+            UserError: if they are those of the uncapped policy.
+        """
+        pairs = [(vllm, capped), (vllm, uncapped), (capped, uncapped)]
+        sums = [((one - other).abs() * mask).sum() for one, other in pairs]
+        *distances, count = self._over_ranks(torch.stack([*sums, mask.sum()]).double()).tolist()
+        to_capped, to_uncapped, apart = (distance / max(count, 1.0) for distance in distances)
+        self._metrics[mode]["vllm/distance"].append(to_capped)
+        if apart > APART and to_capped >= to_uncapped:
+            raise UserError(
+                f"vLLM samples as if it did not cap: its log-probabilities lie {to_capped:.3f} nat from the capped policy's "
+                f"and {to_uncapped:.3f} from the uncapped one's",
+                key="train.use_vllm",
+                remedy="report the model's architecture, or set train.use_vllm=false",
+            )
+        if to_capped > FAR:
+            log.warning(
+                "vLLM's log-probabilities lie %.3f nat a token from transformers' of the same policy: the importance ratio "
+                "corrects for it, and wastes rollouts; compare dtype, quantization and attention of the two",
+                to_capped,
+            )
 
     def _say_how_far(self, found: OffPolicy, mode: str) -> None:
         for name in ("log_ratio", "sample_size", "truncated"):
@@ -293,12 +372,6 @@ def _rollout(prompts: Any, trainer: Any) -> dict[str, Any]:
 
 
 def _check_settings(arguments: Any, penalty: FloorPenalty) -> None:
-    if arguments.use_vllm:
-        raise UserError(
-            "vLLM samples without the cap: the hooks do not reach it",
-            key="train.use_vllm",
-            remedy="set train.use_vllm=false",
-        )
     beyond = {"top_p": 1.0, "top_k": 0, "min_p": None, "repetition_penalty": 1.0}
     for name, neutral in beyond.items():
         if getattr(arguments, name, neutral) not in (neutral, None):

@@ -196,7 +196,7 @@ def train_variant(
         }
         run.record(variant.stage_name, inputs, found, seconds=seconds)
         log.info("adapter: %s", adapter)
-    trainer.accelerator.end_training()
+    trainer.end()
     return adapter
 
 

@@ -174,6 +174,11 @@ class FloorTrainer:
         self._figures.flush(self._mode, trainer.accelerator, trainer._metrics[self._mode])
         super().log(logs, start_time)  # type: ignore[misc]
 
+    def end(self) -> None:
+        """Give back what training holds beside the model: the process group."""
+        trainer: Any = self
+        trainer.accelerator.end_training()
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)  # type: ignore[misc]
         trainer: Any = self

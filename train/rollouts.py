@@ -20,7 +20,7 @@ import itertools
 import logging
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -189,6 +189,10 @@ def _in_turn(share: float, other: Sampler) -> Iterator[Sampler]:
         yield "student" if int((count + 1) * share + 1e-9) > int(count * share + 1e-9) else other
 
 
+def _always(number: int) -> Callable[[int], int]:
+    return lambda _: number
+
+
 class RolloutSource:
     """Makes rows of token ids for a TRL trainer, sampling rounds when they are first needed.
 
@@ -311,7 +315,7 @@ class RolloutSource:
                         chats[row] = [*chats[row], answered, {"role": "user", "content": plan.order[row].turns[turn]}]
                 prompts = [self.form.prompt_ids(chats[row]) for row in active]
                 lengths = [len(prompt) for prompt in prompts]
-                for batch in batches_on_all_ranks(lengths, plan.options.batch_size, lambda _, most=count: most):
+                for batch in batches_on_all_ranks(lengths, plan.options.batch_size, _always(count)):
                     answers = sample_batch(
                         model,
                         self.form,
