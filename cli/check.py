@@ -1,6 +1,7 @@
 """``trimtab check``: what a recipe would do, found out on the meta device, without weights.
 
-The memory plan is an estimate for choosing hardware; activations depend on kernels and may differ by a third.
+The memory plan is an estimate for choosing hardware; activations depend on kernels and may differ by a third. The time is that of
+:mod:`trimtab.cli.work`.
 Shapes: N decoder layers, D hidden size, B rows a GPU, T tokens a row, V vocabulary.
 """
 
@@ -23,6 +24,7 @@ from trimtab.axis.errors import UserError
 from trimtab.axis.layers import find_decoder_layers, shape_of, text_config_of
 from trimtab.axis.models import choose_device, choose_dtype, meta_model
 from trimtab.cli.launch import default_accelerate, read_accelerate_config, resolve_accelerate_config
+from trimtab.cli.work import Work, estimate_work
 from trimtab.losses.divergence import CHUNK
 from trimtab.recipes.loader import LoadedRecipe
 from trimtab.recipes.rules import floor_layers
@@ -268,7 +270,10 @@ def bytes_inside_layer(config: Any, size: int, *, autocast: bool) -> int:
     head = int(getattr(config, "head_dim", None) or hidden // config.num_attention_heads)
     queries = head * int(config.num_attention_heads)
     keys = head * int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+    chosen = getattr(config, "num_experts_per_tok", None)
     inner = int(getattr(config, "intermediate_size", None) or 4 * hidden)
+    if chosen:  # a mixture of experts: the chosen ones
+        inner = chosen * int(config.moe_intermediate_size)
     kept = size * (4 * inner + 4 * hidden + 2 * queries + 4 * keys)
     if size < 4:
         kept += 4 * 3 * hidden + (0 if autocast else 4 * (inner + queries + hidden))
@@ -363,6 +368,11 @@ def check_recipe(
     console = Console()
     console.print(_structure_table(loaded, structure))
     console.print(_memory_table(plan, strategy))
+    if not strategy.cpu and recipe.eval.tuned is None:
+        work = estimate_work(
+            recipe, structure.parameters, config, sharded=strategy.shards_weights, processes=strategy.processes
+        )
+        console.print(_work_table(work))
     if gpu_memory is not None:
         largest = max(plan.phases, key=plan.total)
         if plan.total(largest) > gpu_memory:
@@ -387,6 +397,21 @@ def _structure_table(loaded: LoadedRecipe, structure: Structure) -> Table:
     unreached = [layer for layer in structure.window if structure.adapted and layer < structure.adapted[0]]
     if unreached:
         table.add_row("note", f"floor layers {unreached} lie below every adapter: the penalty moves nothing there")
+    return table
+
+
+def _work_table(work: Work) -> Table:
+    table = Table("", "hours", "GPUs", title="time on H100s, an estimate from arithmetic alone", title_justify="left")
+    rows = {
+        "axis, floor, pairs": (work.before, 1),
+        "training: rollouts": (work.rollouts, work.processes),
+        "training: steps": (work.steps, work.processes),
+        "evaluation": (work.after, 1),
+    }
+    for name, (seconds, gpus) in rows.items():
+        table.add_row(name, f"{seconds / 3600:.2f}", str(gpus))
+    table.add_section()
+    table.add_row("GPU-hours", f"{work.gpu_hours:.1f}", "")
     return table
 
 
