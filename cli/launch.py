@@ -184,7 +184,10 @@ def launch_training(
     log.info("training: %s", " ".join(command))
     code = subprocess.run(command, env=environment, check=False).returncode
     if code != 0:
-        raise TrainingFailed(f"training ended with exit code {code}; its own message stands above")
+        raise TrainingFailed(
+            f"training ended with exit code {code}; its own message stands above, and the same command goes on from the last "
+            "whole checkpoint"
+        )
 
 
 def _check_gpus(config: Path, num_processes: int | None) -> None:

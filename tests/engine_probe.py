@@ -13,6 +13,7 @@ import json
 import os
 import resource
 import runpy
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ class Probe(TrainerCallback):
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         self.starts.append(time.perf_counter())
+        _break(self.trainer)
         if self.facts:
             return
         trainer, accelerator = self.trainer, self.trainer.accelerator
@@ -55,6 +57,18 @@ class Probe(TrainerCallback):
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         path = Path(os.environ["TRIMTAB_PROBE"]) / f"rank-{self.trainer.accelerator.process_index}.json"
         path.write_text(json.dumps({**self.facts, "step_seconds": steps, "peak_kib": peak}), encoding="utf-8")
+
+
+def _break(trainer: Any) -> None:
+    """Break one rank at one step, as ``$TRIMTAB_BREAK`` says: ``nan:<rank>:<step>`` or ``kill:<rank>:<step>``."""
+    how, rank, step = (os.environ.get("TRIMTAB_BREAK") or "no:0:0").split(":")
+    if how == "no" or (trainer.accelerator.process_index, trainer.state.global_step) != (int(rank), int(step)):
+        return
+    (Path(os.environ["TRIMTAB_PROBE"]) / "broken").touch()
+    if how == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    weight = next(p for n, p in trainer.model.named_parameters() if "lora_B" in n)
+    weight.data.fill_(float("nan"))
 
 
 def _in_pieces(weight: Any) -> bool:

@@ -13,7 +13,19 @@ from typing import Any
 
 import pytest
 from conftest import build_model, build_tokenizer
-from tiny_recipe import FORKS, adapter, command, largest_difference, launch, train_here, write_recipe
+from tiny_recipe import (
+    FORKS,
+    PROBE,
+    TWO_PROCESSES,
+    adapter,
+    command,
+    environment,
+    largest_difference,
+    launch,
+    run,
+    train_here,
+    write_recipe,
+)
 
 from trimtab.axis.files import read_jsonl
 
@@ -92,6 +104,35 @@ def test_two_processes_train_the_adapter_of_one(
         assert [row[name] for row in ours] == pytest.approx([row[name] for row in theirs], rel=1e-3, abs=1e-5), name
     # ... and the same adapter
     assert largest_difference(adapter(folder), adapter(alone)) < 1e-4
+
+
+@pytest.mark.distributed
+def test_a_run_goes_on_with_another_number_of_processes(model: Path, tmp_path: Path) -> None:
+    """Begun by two and ended by one, and the other way round; with as many rows a step, or not at all."""
+    method = "sft"
+    alone = one_process(method, model)
+    two, _ = launch("ddp-cpu", method, model, tmp_path)
+
+    def half(whole: Path, name: str) -> Path:
+        copy = tmp_path / "again" / name
+        shutil.copytree(whole, copy, ignore=shutil.ignore_patterns("adapter", "checkpoint-4"))
+        (copy / "stages" / "train.json").unlink()
+        return copy
+
+    half(two, f"{method}-cpu")
+    by_one, notes = launch("cpu", method, model, tmp_path / "again", resume=True)
+    assert [(note["from_step"], note["processes"]) for note in notes] == [(2, 1)]
+    half(alone, f"{method}-ddp-cpu")
+    by_two, notes = launch("ddp-cpu", method, model, tmp_path / "again", resume=True)
+    assert [(note["from_step"], note["processes"]) for note in notes] == [(2, 2)] * 2
+    for folder in (two, by_one, by_two):
+        assert largest_difference(adapter(folder), adapter(alone)) < 1e-4
+    wrong = half(two, "wrong")
+    recipe = write_recipe(tmp_path / "wrong.yaml", model, method, **TWO_PROCESSES)
+    script = PROBE.parent.parent / "train" / f"{method}.py"
+    done = run(command(recipe, wrong, script=script), env=environment(), cwd=tmp_path)
+    assert done.returncode == 2
+    assert "8 rows a step" in done.stderr and "train.gradient_accumulation_steps=2" in done.stderr
 
 
 @pytest.mark.distributed

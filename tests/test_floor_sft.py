@@ -377,8 +377,12 @@ def test_schedules() -> None:
 
 def test_a_loss_that_is_not_finite_stops_with_place_and_remedy(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, make_rows(8), extra={"floor_weight": float("inf")})
-    with pytest.raises(UserError, match=r"(?s)train.learning_rate: the loss is (inf|nan) at step 0.*remedy: lower"):
+    fault = r"(?s)train.learning_rate: the loss is (inf|nan) at step 0 on rank 0.*remedy: lower"
+    with pytest.raises(UserError, match=fault) as caught:
         trainer.train()
+    kept = json.loads(Path(str(caught.value.file)).read_text(encoding="utf-8"))
+    assert (kept["step"], kept["rank"], kept["loss"]) == (0, 0, "inf")
+    assert kept["rows"] and all(row["ids"] and row["text"] for row in kept["rows"])
 
 
 def test_a_batch_without_answer_tokens_is_told(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from trl.trainer.dpo_trainer import DPOTrainer
 
 from trimtab.axis import Floor
 from trimtab.train.barrier import BarrierOptions, BenignRows, HeldToBase
-from trimtab.train.penalty import Figures, FloorPenalty, FloorTrainer, PenaltyOptions, refuse_base_target, stop_on_nan
+from trimtab.train.penalty import Figures, FloorPenalty, FloorTrainer, PenaltyOptions, refuse_base_target
 
 
 class FloorDPOTrainer(HeldToBase, FloorTrainer, DPOTrainer):
@@ -64,6 +64,6 @@ class FloorDPOTrainer(HeldToBase, FloorTrainer, DPOTrainer):
             loss = loss + weight * terms
         if (barrier := self.benign_loss(model, figures)) is not None:
             loss = loss + barrier
-        stop_on_nan(loss, self.processing_class, inputs["input_ids"], self.state.global_step)
+        self.stop_on_nan(loss, inputs["input_ids"])
         self._figures.add(self._mode, figures)
         return (loss, outputs) if return_outputs else loss

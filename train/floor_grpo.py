@@ -37,7 +37,7 @@ from trimtab.axis.adapters import as_base, merged_if_quicker
 from trimtab.axis.chat import ChatFormat
 from trimtab.axis.sampling import Answer, SamplingOptions, batches_on_all_ranks, sample_batch, seed_of
 from trimtab.train.barrier import BarrierOptions, BenignRows, HeldToBase
-from trimtab.train.penalty import Figures, FloorPenalty, FloorTrainer, PenaltyOptions, refuse_base_target, stop_on_nan
+from trimtab.train.penalty import Figures, FloorPenalty, FloorTrainer, PenaltyOptions, refuse_base_target
 from trimtab.train.schedule import Schedule, WithinStep, scheduled
 from trimtab.train.vllm_rollouts import VLLMRollouts, before_vllm_starts
 
@@ -361,7 +361,7 @@ class FloorGRPOTrainer(HeldToBase, FloorTrainer, GRPOTrainer):
             loss = loss + weight * terms / count
         if (barrier := self.benign_loss(model, figures)) is not None:
             loss = loss + barrier / self.current_gradient_accumulation_steps
-        stop_on_nan(loss, self.processing_class, inputs["completion_ids"], self.state.global_step)
+        self.stop_on_nan(loss, torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1))
         self._figures.add(mode, figures)
         return loss
 

@@ -26,7 +26,7 @@ from trimtab.axis import ActivationController, Floor, UserError
 from trimtab.axis.adapters import as_base
 from trimtab.axis.head import OutputHead
 from trimtab.train.barrier import BarrierOptions, BenignBarrier
-from trimtab.train.penalty import Figures, FloorPenalty, FloorTrainer, PenaltyOptions, stop_on_nan
+from trimtab.train.penalty import Figures, FloorPenalty, FloorTrainer, PenaltyOptions
 
 
 class FloorCollator(DataCollatorForLanguageModeling):
@@ -128,7 +128,7 @@ class FloorSFTTrainer(FloorTrainer, SFTTrainer):
             barrier = step.mean(self.barrier.terms(model, benign, figures))
             loss = barrier if loss is None else loss + barrier
         assert loss is not None
-        stop_on_nan(loss, self.processing_class, inputs["input_ids"], self.state.global_step)
+        self.stop_on_nan(loss, inputs["input_ids"])
         self._figures.add(self._mode, figures)
         return (loss, outputs) if return_outputs else loss
 

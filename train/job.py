@@ -31,6 +31,7 @@ from trimtab.recipes.loader import load_recipe
 
 log = logging.getLogger("trimtab")
 
+SPREAD = "spread.json"
 FOLDER_PATIENCE = 60  # seconds; rank 0 makes the run folder within a few
 
 
@@ -169,6 +170,7 @@ def train_variant(
     state = PartialState()
     trainer = make_trainer(arguments)
     checkpoint = last_checkpoint(variant.checkpoints)
+    check_spread(variant.checkpoints / SPREAD, trainer, resumed=checkpoint is not None)
     if checkpoint is not None:
         log.info("resuming from %s", checkpoint)
     started = time.monotonic()
@@ -356,6 +358,50 @@ def peak_memory() -> int:
         return int(torch.cuda.max_memory_allocated())
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def check_spread(path: Path, trainer: Any, *, resumed: bool) -> None:
+    """Refuse to go on with other rows a step than the run began with; note them where it begins.
+
+    The recipe says rows a micro-batch and micro-batches a step; how many processes there are is known only here.
+
+    Args:
+        path: the note, beside the checkpoints.
+        trainer: the trainer.
+        resumed: whether training goes on from a checkpoint.
+
+    Raises:
+        UserError: if the rows of a step are not as many, or the engine's checkpoints can't be read by so many processes.
+    """
+    from trimtab.axis.files import read_json, write_json
+
+    arguments, accelerator = trainer.args, trainer.accelerator
+    processes, micro = accelerator.num_processes, arguments.per_device_train_batch_size
+    rows = processes * micro * arguments.gradient_accumulation_steps
+    if resumed and path.exists():
+        begun = read_json(path)
+        if begun["rows"] != rows:
+            per_step = f"{processes} process(es) x {micro} rows x {arguments.gradient_accumulation_steps} micro-batches"
+            needed = begun["rows"] / (processes * micro)
+            fits = needed >= 1 and needed == int(needed)
+            raise UserError(
+                f"this run was begun with {begun['rows']} rows a step, and {per_step} are {rows}",
+                file=path.parent,
+                key="train.gradient_accumulation_steps",
+                remedy=f"set train.gradient_accumulation_steps={int(needed)}"
+                if fits
+                else f"choose rows and micro-batches whose product with {processes} is {begun['rows']}",
+            )
+        if begun["processes"] != processes and trainer.is_deepspeed_enabled:
+            raise UserError(
+                f"DeepSpeed's checkpoints are in {begun['processes']} parts, one for each process that wrote them, and this is "
+                f"{processes}",
+                file=path.parent,
+                key="--num-processes",
+                remedy=f"resume with --num-processes {begun['processes']}",
+            )
+    elif accelerator.is_main_process:
+        write_json(path, {"rows": rows, "processes": processes})
 
 
 def check_steps(arguments: Any) -> None:

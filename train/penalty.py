@@ -9,12 +9,14 @@ import contextlib
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from trimtab.axis import ActivationController, Floor, Recording, UserError
+from trimtab.axis.files import write_json
 from trimtab.axis.layers import find_decoder_layers
 from trimtab.losses import axis_floor_terms, projections
 from trimtab.losses.axis_floor import Shape
@@ -174,6 +176,35 @@ class FloorTrainer:
         self._figures.flush(self._mode, trainer.accelerator, trainer._metrics[self._mode])
         super().log(logs, start_time)  # type: ignore[misc]
 
+    def stop_on_nan(self, loss: Tensor, ids: Tensor) -> None:
+        """Stop at a loss that is not finite, with the micro-batch written beside the checkpoints.
+
+        One rank that stops ends the others too: the launcher sees to it.
+
+        Args:
+            loss: of this micro-batch.
+            ids: its rows, [B, T].
+
+        Raises:
+            UserError: naming step, rank and file.
+        """
+        if bool(torch.isfinite(loss.detach()).all()):
+            return
+        trainer: Any = self
+        step, rank = trainer.state.global_step, trainer.accelerator.process_index
+        path = Path(trainer.args.output_dir) / f"not-finite-step-{step}-rank-{rank}.json"
+        tokenizer = trainer.processing_class
+        rows = [{"ids": row.tolist(), "text": tokenizer.decode(row, skip_special_tokens=True)} for row in ids]
+        # NaN is no JSON
+        write_json(path, {"step": step, "rank": rank, "loss": str(float(loss.detach())), "rows": rows})
+        raise UserError(
+            f"the loss is {float(loss.detach())} at step {step} on rank {rank}; the batch begins {rows[0]['text'][:200]!r}",
+            file=path,
+            key="train.learning_rate",
+            remedy="lower train.learning_rate or method.floor_weight, or use dtype bfloat16 instead of float16; "
+            "the batch is in the file, the last checkpoint is whole, and the same command resumes from it",
+        )
+
     def end(self) -> None:
         """Give back what training holds beside the model: the process group."""
         trainer: Any = self
@@ -236,20 +267,4 @@ def refuse_base_target(options: PenaltyOptions, method: str) -> None:
             f"the base-relative target is not available for {method}",
             key="method.floor_target",
             remedy="set method.floor_target=absolute",
-        )
-
-
-def stop_on_nan(loss: Tensor, tokenizer: Any, ids: Tensor, step: int) -> None:
-    """Stop at a loss that is not finite.
-
-    Raises:
-        UserError: naming the step and the batch.
-    """
-    if not bool(torch.isfinite(loss.detach()).all()):
-        text = tokenizer.decode(ids[0], skip_special_tokens=True)[:200]
-        raise UserError(
-            f"the loss is {float(loss.detach())} at step {step}; the batch begins {text!r}",
-            key="train.learning_rate",
-            remedy="lower train.learning_rate or method.floor_weight, or use dtype bfloat16 instead of float16; "
-            "the last checkpoint is whole and the same command resumes from it",
         )

@@ -176,11 +176,14 @@ class RolloutPlan:
         """The round of a row."""
         return row // (self.rows_a_step * self.every)
 
+    def rows_in(self, round_number: int) -> range:
+        """The rows of a round."""
+        size = self.rows_a_step * self.every
+        return range(round_number * size, min((round_number + 1) * size, len(self.order)))
+
     def rows_of(self, round_number: int, rank: int, ranks: int) -> list[int]:
         """The rows of a round that this rank's data loader will ask for."""
-        size = self.rows_a_step * self.every
-        rows = range(round_number * size, min((round_number + 1) * size, len(self.order)))
-        return [row for row in rows if (row // self.batch_size) % ranks == rank]
+        return [row for row in self.rows_in(round_number) if (row // self.batch_size) % ranks == rank]
 
 
 def _in_turn(share: float, other: Sampler) -> Iterator[Sampler]:
@@ -256,16 +259,23 @@ class RolloutSource:
         accelerator = self._trainer.accelerator
         rank, ranks = accelerator.process_index, accelerator.num_processes
         rows = self.plan.rows_of(round_number, rank, ranks)
-        path = self.folder / f"round-{round_number:04d}-of-rank-{rank}.jsonl"
-        identity = fingerprint([[self.plan.order[row].id for row in rows], self.plan.seed, ranks])
-        records = read_jsonl(path) if path.exists() else []
-        there = len(records) == len(rows) and all(record["identity"] == identity for record in records)
+        identity = fingerprint([[self.plan.order[row].id for row in self.plan.rows_in(round_number)], self.plan.seed])
+        stem = f"round-{round_number:04d}-of-rank-"
+        ours = [self.folder / f"{stem}{each}.jsonl" for each in range(ranks)]
+        files = sorted(self.folder.glob(f"{stem}*.jsonl"))  # by whatever number of ranks they were made
+        found = [record for path in files for record in read_jsonl(path)]
+        known = {record["row"]: record for record in found if record["identity"] == identity}
         # A kill may have come between the files of two ranks: then all sample the round again, none of it was trained on.
+        there = all(row in known for row in rows)
         absent = accelerator.reduce(torch.tensor(float(not there), device=accelerator.device), "sum")
         if float(absent) > 0:
+            if rank == 0:
+                for path in set(files) - set(ours):
+                    path.unlink()
             records = self._sample(round_number, rows, identity)
-            write_jsonl(path, records)
-        self._answers = {record["row"]: record for record in records}
+            write_jsonl(ours[rank], records)
+            known = {record["row"]: record for record in records}
+        self._answers = {row: known[row] for row in rows}
 
     def _sample(self, round_number: int, rows: Sequence[int], identity: str) -> list[dict[str, Any]]:
         from trl.models.utils import unwrap_model_for_generation

@@ -242,13 +242,17 @@ def run_folder(loaded: LoadedRecipe, output_dir: str | None) -> Path:
     return Path(chosen).expanduser().resolve()
 
 
+ELSEWHERE = ("output_dir", "per_device_train_batch_size", "gradient_accumulation_steps")
+
+
 def recipe_identity(loaded: LoadedRecipe) -> str:
     """Hash of what makes a run: the resolved recipe without the place it writes to and without what is measured.
 
     Measuring has a record of its own, and a trained run may be measured again in another way; whether there is a control decides
-    what is trained.
+    what is trained. How the rows of a step are spread over processes and micro-batches is no part of it: training itself holds
+    their number, see :func:`trimtab.train.job.check_spread`.
     """
     resolved = dict(loaded.resolved)
-    resolved["train"] = {key: value for key, value in resolved.get("train", {}).items() if key != "output_dir"}
+    resolved["train"] = {key: value for key, value in resolved.get("train", {}).items() if key not in ELSEWHERE}
     resolved["eval"] = {"control": resolved["eval"]["control"]}
     return fingerprint(resolved)

@@ -1,0 +1,96 @@
+"""One rank of two breaks: the job ends by itself, soon, says why, and goes on from the last checkpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import build_model, build_tokenizer
+from tiny_recipe import PROBE, TWO_PROCESSES, adapter, command, environment, largest_difference, write_recipe
+
+from trimtab.cli.launch import resolve_accelerate_config
+from trimtab.train.job import last_checkpoint
+
+SOON = 60.0  # seconds from the break to the end of the launcher
+
+
+class Broken:
+    """A job of two processes, of which one breaks."""
+
+    def __init__(self, folder: Path, engine: str, how: str) -> None:
+        model = folder / "model"
+        build_model("llama", max_position_embeddings=2048).save_pretrained(model)
+        build_tokenizer().save_pretrained(model)
+        self.folder, self.notes = folder / "run", folder / "notes"
+        self.notes.mkdir()
+        recipe = write_recipe(folder / "recipe.yaml", model, "sft", **TWO_PROCESSES)
+        config = resolve_accelerate_config(engine, into=folder)
+        launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+        self.command = command(recipe, self.folder, script=PROBE, launcher=[*launcher, "--num_processes", "2"])
+        self.variables = {"TRIMTAB_PROBE": str(self.notes), "TRIMTAB_ENGINE": engine, "TRIMTAB_METHOD": "sft"}
+        self.log = folder / "log"
+        code, self.seconds = self.start(TRIMTAB_BREAK=how)
+        assert code != 0
+
+    def start(self, **variables: str) -> tuple[int, float]:
+        """Run the command; its exit code, and the seconds from the break to its end."""
+        with self.log.open("w") as file:
+            process = subprocess.Popen(
+                self.command, env=environment(**self.variables, **variables), cwd=self.folder.parent, stdout=file,
+                stderr=file, start_new_session=True,
+            )  # fmt: skip
+        broken, until = None, time.monotonic() + 300
+        while process.poll() is None and time.monotonic() < until:
+            if broken is None and (self.notes / "broken").exists():
+                broken = time.monotonic()
+                until = broken + SOON
+            time.sleep(0.05)
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            pytest.fail(f"the launcher still ran after {SOON} s: {self.log.read_text()[-3000:]}")
+        return process.returncode, time.monotonic() - (broken or time.monotonic())
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("engine", ["ddp-cpu", "zero3-cpu"])
+def test_a_killed_rank_ends_the_job_and_it_goes_on(tmp_path: Path, engine: str) -> None:
+    if engine.startswith("zero"):
+        pytest.importorskip("deepspeed")
+        if shutil.which("c++") is None:
+            pytest.skip("DeepSpeed compiles its shared-memory operator with c++")
+    job = Broken(tmp_path, engine, "kill:1:3")
+    said = job.log.read_text(encoding="utf-8")
+    print(f"{engine}: {job.seconds:.1f} s from the kill to the end of the launcher")
+    assert "rank      : 1" in said and "SIGKILL" in said
+    assert Path(str(last_checkpoint(job.folder / "checkpoints"))).name == "checkpoint-2"
+    assert not (job.folder / "adapter").exists()
+    assert job.start()[0] == 0, job.log.read_text(encoding="utf-8")[-3000:]
+    assert json.loads((job.notes / "rank-0.json").read_text(encoding="utf-8"))["from_step"] == 2
+    if engine == "ddp-cpu":
+        whole = Broken.__new__(Broken)
+        whole.__dict__ |= vars(job) | {"folder": tmp_path / "whole"}
+        whole.command = [word.replace(str(job.folder), str(whole.folder)) for word in job.command]
+        assert whole.start()[0] == 0
+        assert largest_difference(adapter(job.folder), adapter(whole.folder)) < 1e-5
+
+
+@pytest.mark.distributed
+def test_nan_on_one_rank_stops_all_with_the_batch_saved(tmp_path: Path) -> None:
+    job = Broken(tmp_path, "ddp-cpu", "nan:1:3")
+    said = job.log.read_text(encoding="utf-8")
+    print(f"{job.seconds:.1f} s from the NaN to the end of the launcher")
+    assert "the loss is nan at step 3 on rank 1" in said and "lower train.learning_rate" in said
+    (kept,) = (job.folder / "checkpoints").glob("not-finite-*.json")
+    assert kept.name == "not-finite-step-3-rank-1.json"
+    found = json.loads(kept.read_text(encoding="utf-8"))
+    assert len(found["rows"]) == TWO_PROCESSES["per_device_train_batch_size"]
+    assert Path(str(last_checkpoint(job.folder / "checkpoints"))).name == "checkpoint-2"
+    assert job.start()[0] == 0, job.log.read_text(encoding="utf-8")[-3000:]
