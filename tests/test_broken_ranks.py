@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from conftest import build_model, build_tokenizer
-from tiny_recipe import PROBE, TWO_PROCESSES, adapter, command, environment, largest_difference, write_recipe
+from tiny_recipe import PROBE, TWO_PROCESSES, command, environment, write_recipe
 
 from trimtab.cli.launch import resolve_accelerate_config
 from trimtab.train.job import last_checkpoint
@@ -74,12 +74,6 @@ def test_a_killed_rank_ends_the_job_and_it_goes_on(tmp_path: Path, engine: str) 
     assert not (job.folder / "adapter").exists()
     assert job.start()[0] == 0, job.log.read_text(encoding="utf-8")[-3000:]
     assert json.loads((job.notes / "rank-0.json").read_text(encoding="utf-8"))["from_step"] == 2
-    if engine == "ddp-cpu":
-        whole = Broken.__new__(Broken)
-        whole.__dict__ |= vars(job) | {"folder": tmp_path / "whole"}
-        whole.command = [word.replace(str(job.folder), str(whole.folder)) for word in job.command]
-        assert whole.start()[0] == 0
-        assert largest_difference(adapter(job.folder), adapter(whole.folder)) < 1e-5
 
 
 @pytest.mark.distributed

@@ -103,5 +103,8 @@ def test_two_hosts_train_the_adapter_of_one_process(
     found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(notes.iterdir())]
     assert [(note["distributed_type"], note["processes"]) for note in found] == [(kind, 2)] * 2
     assert found[0]["zero_stage"] == (3 if engine.startswith("zero3") else None)
+    for note in found:
+        share = note["sharded"] / note["weights"]
+        assert share > 0.95 if engine.startswith("zero3") else share == 0
     assert rollouts(folder) == rollouts(alone)
     assert largest_difference(adapter(folder), adapter(alone)) < 1e-4

@@ -17,6 +17,7 @@ import pytest
 import torch
 import yaml
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
 from trl.generation.vllm_client import VLLMClient
 from trl.generation.vllm_generation import VLLMGeneration
 from vllm import LLM
@@ -24,6 +25,7 @@ from vllm import LLM
 from trimtab.axis import ActivationController, Floor, UserError
 from trimtab.axis import vllm_cap as plugin
 from trimtab.axis.chat import ChatFormat
+from trimtab.axis.directions import unit
 from trimtab.axis.files import read_jsonl
 from trimtab.train.vllm_rollouts import VLLMRollouts
 
@@ -259,3 +261,45 @@ def test_the_plugin_is_what_vllm_finds() -> None:
 
     (found,) = [entry for entry in entry_points(group="vllm.general_plugins") if entry.name == "trimtab"]
     assert found.load() is plugin.register
+
+
+# Wide enough for the heads that vLLM's CPU kernels know.
+TINY = {
+    "hidden_size": 256, "intermediate_size": 192, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "head_dim": 64, "max_position_embeddings": 512, "initializer_range": 0.1, "tie_word_embeddings": True,
+}  # fmt: skip
+EXPERTS = {"moe_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2, "mlp_only_layers": []}
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "gemma2", "gemma3_text", "olmo3"])
+def test_every_family_is_capped_where_transformers_caps_it(
+    kind: str, form: ChatFormat, prompts: list[list[int]], tmp_path: Path
+) -> None:
+    """Random models of each architecture: the layers of some return their output in two parts, of others whole."""
+    extra = EXPERTS if kind == "qwen3_moe" else {"query_pre_attn_scalar": 64} if kind.startswith("gemma") else {}
+    config = AutoConfig.for_model(kind, **TINY, **extra, vocab_size=len(form.tokenizer), eos_token_id=2, pad_token_id=2)  # type: ignore[arg-type]
+    torch.manual_seed(0)
+    attention = "eager" if kind.startswith("gemma") else "sdpa"
+    model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention).eval()
+    model.save_pretrained(tmp_path / "model")
+    form.tokenizer.save_pretrained(tmp_path / "model")
+    directions = unit(torch.randn(2, TINY["hidden_size"], generator=torch.Generator().manual_seed(1)))
+    floor = Floor((1, 2), directions, torch.tensor([1.0, 1.0]), torch.ones(2))
+    command = [sys.executable, str(Path(__file__).with_name("says_of_tokens.py")), str(tmp_path / "model")]
+    floor.save(tmp_path / "floor.safetensors")
+    command += [str(tmp_path / "floor.safetensors"), json.dumps(prompts[:4])]
+    done = subprocess.run(command, env=dict(os.environ), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    said = json.loads(done.stdout.split("SAID")[1])
+    for strength in (0.0, 1.0):
+        own, other = 0.0, 0.0
+        for prompt, (ids, told) in zip(prompts, said[str(strength)], strict=False):
+            for capped_too in (False, True):
+                with capped(model, floor, 1.0 if capped_too else 0.0):
+                    distance = float((logprobs(model, prompt, ids) - torch.tensor(told)).abs().mean())
+                if capped_too == bool(strength):
+                    own = max(own, distance)
+                else:
+                    other = max(other, distance)
+        print(f"{kind}, strength {strength:g}: {own:.1e} from the same policy, {other:.1e} from the other")
+        assert own < 2e-3 < 0.02 < other
