@@ -2,7 +2,7 @@
 # make test    all tests
 # make check   ruff, mypy, pyright
 # make bench   benchmarks
-# make test-vllm   what needs vLLM, in an environment of its own (.venv-vllm, 4 GB), on a CPU; about ten minutes
+# make test-vllm   what needs vLLM, in an environment of its own (.venv-vllm, 4 GB), on a CPU
 # Each makes .venv from a bare python3.11 first; a stamp file remembers that it is done.
 
 PYTHON ?= python3.11
