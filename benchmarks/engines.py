@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
-from conftest import build_model, build_tokenizer
+from conftest import save_model
 from tiny_recipe import adapter, largest_difference, launch
 
 ENGINES = ("ddp-cpu", "zero2-cpu", "zero3-cpu", "fsdp2")
@@ -48,8 +48,7 @@ def main() -> None:
     folder = given.folder.resolve()
     folder.mkdir(parents=True)
     model = folder / "model"
-    build_model("llama", max_position_embeddings=2048).save_pretrained(model)
-    build_tokenizer().save_pretrained(model)
+    save_model(model)
     table = [HEAD, ["---"] * len(HEAD)]
     for method in given.methods:
         alone, (one,) = launch("cpu", method, model, folder)

@@ -124,10 +124,9 @@ def _passes(recipe: Recipe) -> float:
     learner = 4.0 if train.get("gradient_checkpointing", True) else 3.0
     benign = recipe.data.benign_share if method.benign_kl_weight or method.benign_axis_weight else 0.0
     if isinstance(method, GrpoMethod):
-        beside = 2.0 + (1.0 if train.get("beta", 0.0) else 0.0) + 2.0 * len(method.rewards)
-    elif isinstance(method, DpoMethod):
-        beside = 1.0
-        learner, beside = 2 * learner, 2 * beside  # chosen and rejected
-    else:
-        beside = (1.0 - recipe.data.benign_share) if method.name == "distill" else 0.0
-    return learner + beside + benign * (1.0 if not isinstance(method, GrpoMethod | DpoMethod) else learner + 1.0)
+        reference = 1.0 if train.get("beta", 0.0) else 0.0
+        return learner + 2.0 + reference + 2.0 * len(method.rewards) + benign * (learner + 1.0)
+    if isinstance(method, DpoMethod):  # chosen and rejected
+        return 2 * (learner + 1.0) + benign * (2 * learner + 1.0)
+    teacher = (1.0 - recipe.data.benign_share) if method.name == "distill" else 0.0
+    return learner + teacher + benign

@@ -103,6 +103,13 @@ def build_model(architecture: str, seed: int = 0, **changes: Any) -> Any:
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=implementation).eval()
 
 
+def save_model(folder: Path, **changes: Any) -> Path:
+    """A tiny Llama with its tokenizer in a folder, as ``from_pretrained`` wants them, with room for 2048 tokens; the folder."""
+    build_model("llama", **{"max_position_embeddings": 2048, **changes}).save_pretrained(folder)
+    build_tokenizer().save_pretrained(folder)
+    return folder
+
+
 def build_floor(layers: tuple[int, ...] = (1, 2), *, tau: float = 0.5, hidden: int = HIDDEN, seed: int = 7) -> Floor:
     """A floor along random directions."""
     generator = torch.Generator().manual_seed(seed)

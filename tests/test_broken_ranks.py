@@ -7,13 +7,12 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-from conftest import build_model, build_tokenizer
-from tiny_recipe import PROBE, TWO_PROCESSES, command, environment, write_recipe
+from conftest import save_model
+from tiny_recipe import PROBE, TWO_PROCESSES, command, environment, launcher, write_recipe
 
 from trimtab.cli.launch import resolve_accelerate_config
 from trimtab.train.job import last_checkpoint
@@ -26,14 +25,13 @@ class Broken:
 
     def __init__(self, folder: Path, engine: str, how: str) -> None:
         model = folder / "model"
-        build_model("llama", max_position_embeddings=2048).save_pretrained(model)
-        build_tokenizer().save_pretrained(model)
+        save_model(model)
         self.folder, self.notes = folder / "run", folder / "notes"
         self.notes.mkdir()
         recipe = write_recipe(folder / "recipe.yaml", model, "sft", **TWO_PROCESSES)
         config = resolve_accelerate_config(engine, into=folder)
-        launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
-        self.command = command(recipe, self.folder, script=PROBE, launcher=[*launcher, "--num_processes", "2"])
+        start = [*launcher(config), "--num_processes", "2"]
+        self.command = command(recipe, self.folder, script=PROBE, launcher=start)
         self.variables = {"TRIMTAB_PROBE": str(self.notes), "TRIMTAB_ENGINE": engine, "TRIMTAB_METHOD": "sft"}
         self.log = folder / "log"
         code, self.seconds = self.start(TRIMTAB_BREAK=how)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import build_model, build_tokenizer
+from conftest import save_model
 from tiny_recipe import (
     FORKS,
     PROBE,
@@ -40,10 +40,7 @@ FIGURES = {
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("engines") / "model"
-    build_model("llama", max_position_embeddings=2048).save_pretrained(folder)
-    build_tokenizer().save_pretrained(folder)
-    return folder
+    return save_model(tmp_path_factory.mktemp("engines") / "model")
 
 
 def one_process(method: str, model: Path) -> Path:
@@ -140,15 +137,11 @@ def test_a_base_of_4_bits_is_sharded_and_trains_alike(tmp_path: Path) -> None:
     """Adapters are bfloat16 then, TRL's choice, so the steps part by its rounding; the first has the same loss and gradient."""
     pytest.importorskip("bitsandbytes")
     model = tmp_path / "model"  # wide enough for a block of 64 weights
-    build_model(
-        "llama", hidden_size=64, intermediate_size=128, head_dim=16, max_position_embeddings=2048
-    ).save_pretrained(model)
-    build_tokenizer().save_pretrained(model)
+    save_model(model, hidden_size=64, intermediate_size=128, head_dim=16)
     _, (note, _) = found = launch("fsdp2-qlora", "sft", model, tmp_path, quantization="nf4")
     assert (note["distributed_type"], note["processes"]) == ("FSDP", 2)
-    assert (
-        note["sharded"] / note["weights"] > 0.95
-    )  # 0.68 where 4-bit blocks are stored as bytes: FSDP leaves those whole
+    # 0.68 where 4-bit blocks are stored as bytes: FSDP leaves those whole
+    assert note["sharded"] / note["weights"] > 0.95
     alone, _ = launch("cpu", "sft", model, tmp_path, quantization="nf4")
     ours, theirs = (read_jsonl(folder / "metrics.jsonl")[0] for folder in (found[0], alone))
     for name in ("loss", "grad_norm", "floor_penalty"):

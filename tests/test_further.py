@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import build_model, build_tokenizer
+from conftest import build_model, build_tokenizer, save_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tiny_recipe import largest_difference, write_recipe
@@ -52,8 +52,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny base, an adapter of it, and the same weights whole."""
     found = tmp_path_factory.mktemp("further")
     for name in ("base", "whole"):
-        build_model("llama", max_position_embeddings=2048).save_pretrained(found / name)
-        build_tokenizer().save_pretrained(found / name)
+        save_model(found / name)
     torch.manual_seed(3)
     config = LoraConfig(r=2, target_modules=["o_proj"], init_lora_weights=False)
     peft: Any = get_peft_model(build_model("llama", max_position_embeddings=2048), config)

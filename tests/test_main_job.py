@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import build_model, build_tokenizer
+from conftest import save_model
 from safetensors.torch import load_file
 from tiny_recipe import environment, run, write_recipe
 from transformers import AutoModelForCausalLM
@@ -79,8 +79,7 @@ def trimtab(*arguments: str | Path) -> tuple[subprocess.CompletedProcess[str], f
 def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     """The recipe with a control, run once from nothing."""
     folder = tmp_path_factory.mktemp("job")
-    build_model("llama", max_position_embeddings=2048).save_pretrained(folder / "model")
-    build_tokenizer().save_pretrained(folder / "model")
+    save_model(folder / "model")
     path = write_recipe(folder / "tiny.yaml", folder / "model")
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
     path.write_text(yaml.safe_dump({**content, "eval": EVAL}, sort_keys=False), encoding="utf-8")
@@ -272,8 +271,7 @@ def test_training_that_changes_nothing_is_never_good(job: Job, tmp_path: Path) -
 @pytest.mark.parametrize("method", ["distill", "grpo", "dpo"])
 def test_every_method_ends_in_a_report(method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """With its control, by ``trimtab run``, which picks the entry script; then the merged weights give the figures again."""
-    build_model("llama", max_position_embeddings=2048).save_pretrained(tmp_path / "model")
-    build_tokenizer().save_pretrained(tmp_path / "model")
+    save_model(tmp_path / "model")
     path = write_recipe(tmp_path / "tiny.yaml", tmp_path / "model", method, max_steps=2)
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
     path.write_text(yaml.safe_dump({**content, "eval": {**EVAL, "reextract_roles": 0}}), encoding="utf-8")

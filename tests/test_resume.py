@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import build_model, build_tokenizer
+from conftest import save_model
 from tiny_recipe import FORKS, adapter, command, largest_difference, train_here, write_recipe
 
 from trimtab.axis.errors import UserError
@@ -74,8 +74,7 @@ class Job:
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """6 steps, a checkpoint and a round every 2, answers sampled with random numbers, dropout in the learner."""
     folder = tmp_path_factory.mktemp("recipe")
-    build_model("llama", max_position_embeddings=2048).save_pretrained(folder / "model")
-    build_tokenizer().save_pretrained(folder / "model")
+    save_model(folder / "model")
     path = write_recipe(folder / "resume.yaml", folder / "model", max_steps=6)
     text = path.read_text(encoding="utf-8")
     assert "temperature: 0\n" in text and "lora_dropout: 0.0\n" in text
@@ -112,8 +111,7 @@ def assert_same_run(job: Job, unbroken: Job) -> None:
 @pytest.mark.parametrize("method", ["distill", "grpo", "dpo"])
 def test_every_method_resumes(method: str, tmp_path: Path) -> None:
     """Killed after a checkpoint at a random moment, twice: the same adapter as of the run that was not."""
-    build_model("llama", max_position_embeddings=2048).save_pretrained(tmp_path / "model")
-    build_tokenizer().save_pretrained(tmp_path / "model")
+    save_model(tmp_path / "model")
     recipe = write_recipe(tmp_path / "recipe.yaml", tmp_path / "model", method, max_steps=8, save_steps=2)
     whole, broken = Job(tmp_path / "whole", recipe, method), Job(tmp_path / "broken", recipe, method)
     assert whole.finish() == 0, whole.tail()

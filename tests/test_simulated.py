@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import build_arms, build_floor, build_model, build_tokenizer
+from conftest import build_arms, build_floor, save_model
 from judge_endpoint import KEY, Endpoint
 
 from trimtab.axis import UserError
@@ -94,8 +94,7 @@ def test_an_endpoint_that_fails_is_no_end_of_a_conversation(arms: Arms, endpoint
 
 
 def test_a_local_model_plays_too(arms: Arms, tmp_path: Path) -> None:
-    build_model("llama", max_position_embeddings=2048).save_pretrained(tmp_path / "user")
-    build_tokenizer().save_pretrained(tmp_path / "user")
+    save_model(tmp_path / "user")
     ask = user_model({"model": str(tmp_path / "user"), "endpoint": None}, seed=0)
     chats = [as_user(user, []) for user in data.simulated_users(2)]
     assert ask(chats, 0) == ask(chats, 0) and len(ask(chats, 0)) == 2

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import CHATML, build_model, build_tokenizer, capped_by_hand
+from conftest import CHATML, build_model, build_tokenizer, capped_by_hand, save_model
 from peft import LoraConfig, get_peft_model
 
 from trimtab.axis import Floor, UserError
@@ -46,8 +46,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("base")
-    build_model("llama", max_position_embeddings=2048).save_pretrained(folder)
-    build_tokenizer().save_pretrained(folder)
+    save_model(folder)
     return folder
 
 

@@ -10,15 +10,14 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
-from conftest import build_model, build_tokenizer
+from conftest import save_model
 from test_engines import one_process, rollouts
-from tiny_recipe import PROBE, TWO_PROCESSES, adapter, command, environment, largest_difference, write_recipe
+from tiny_recipe import PROBE, TWO_PROCESSES, adapter, command, environment, largest_difference, launcher, write_recipe
 
 from trimtab.cli.launch import resolve_accelerate_config
 
@@ -60,10 +59,7 @@ def hosts() -> Iterator[list[str]]:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("hosts") / "model"
-    build_model("llama", max_position_embeddings=2048).save_pretrained(folder)
-    build_tokenizer().save_pretrained(folder)
-    return folder
+    return save_model(tmp_path_factory.mktemp("hosts") / "model")
 
 
 @pytest.mark.distributed
@@ -88,12 +84,11 @@ def test_two_hosts_train_the_adapter_of_one_process(
     with contextlib.ExitStack() as running:
         processes = []
         for rank, host in enumerate(hosts):
-            launcher = ["ip", "netns", "exec", host, sys.executable, "-m", "accelerate.commands.launch"]
-            launcher += ["--config_file", str(config), "--num_processes", "2", "--machine_rank", str(rank)]
-            launcher += ["--main_process_ip", FIRST]
+            start = ["ip", "netns", "exec", host, *launcher(config), "--num_processes", "2"]
+            start += ["--machine_rank", str(rank), "--main_process_ip", FIRST]
             log = running.enter_context((tmp_path / f"host-{rank}.log").open("w"))
             process = subprocess.Popen(
-                command(recipe, folder, script=PROBE, launcher=launcher),
+                command(recipe, folder, script=PROBE, launcher=start),
                 env=environment(**variables), cwd=tmp_path, stdout=log, stderr=log, start_new_session=True,
             )  # fmt: skip
             running.callback(process.kill)

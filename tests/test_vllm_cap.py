@@ -13,7 +13,7 @@ from conftest import HIDDEN, LAYERS, build_floor, build_model, capped_by_hand
 from test_grpo import letters, logprobs, make_trainer, one_batch, rows_of
 from torch import Tensor, nn
 
-from trimtab.axis import UserError
+from trimtab.axis import ActivationController, UserError
 from trimtab.axis import vllm_cap as plugin
 from trimtab.train.vllm_rollouts import VLLMRollouts
 
@@ -47,18 +47,12 @@ def test_loaded_and_switched_on_it_is_the_cap(strength: float) -> None:
     assert plugin._load_floor(worker, plugin.floor_payload(FLOOR)) == {"layers": [1, 2]}
     assert torch.equal(logits(model), uncapped), "a loaded floor caps nothing before its strength is set"
     assert plugin._set_strength(worker, str(strength)) == {"strength": [pytest.approx(strength)]}
-    with plain_cap(plain, strength):
+    with ActivationController.of(plain).capping(FLOOR, strength):
         wanted = logits(plain)
     assert not torch.allclose(wanted, uncapped, atol=0.1)
     torch.testing.assert_close(logits(model), wanted, atol=1e-5, rtol=1e-5)
     plugin._set_strength(worker, "0.0")
     assert torch.equal(logits(model), uncapped)
-
-
-def plain_cap(model: Any, strength: float) -> Any:
-    from trimtab.axis import ActivationController
-
-    return ActivationController.of(model).capping(FLOOR, strength)
 
 
 def test_another_floor_takes_the_place_of_the_first() -> None:

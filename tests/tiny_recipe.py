@@ -107,6 +107,11 @@ def command(recipe: Path, folder: Path, *, script: Path = SCRIPT, launcher: Sequ
     return [*start, str(script), "--config", str(recipe), "--output_dir", str(folder), "--quiet"]
 
 
+def launcher(config: Path) -> list[str]:
+    """``accelerate launch`` with a file of its own."""
+    return [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+
+
 def run(arguments: Sequence[str], *, timeout: float = 900, **options: Any) -> subprocess.CompletedProcess[str]:
     """Run to the end, output captured; a launcher that takes too long is ended together with its ranks."""
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -158,10 +163,8 @@ def launch(
         changed = {**yaml.safe_load(config.read_text(encoding="utf-8")), "use_cpu": True}
         config = folder / f"{name}-accelerate.yaml"
         config.write_text(yaml.safe_dump(changed), encoding="utf-8")
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
-    if engine != "cpu":
-        launcher += ["--num_processes", "2"]
-    arguments = command(recipe, run_folder, script=PROBE, launcher=launcher)
+    processes = [] if engine == "cpu" else ["--num_processes", "2"]
+    arguments = command(recipe, run_folder, script=PROBE, launcher=[*launcher(config), *processes])
     variables = {"TRIMTAB_PROBE": str(notes), "TRIMTAB_ENGINE": engine, "TRIMTAB_METHOD": method}
     variables["TRIMTAB_QUANTIZATION"] = quantization or ""
     done = run(arguments, env=environment(**variables), cwd=folder)

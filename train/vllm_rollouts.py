@@ -128,9 +128,8 @@ class VLLMRollouts:
         for index in range(len(prompts)):
             ids = list(tokens[index])
             said = [math.nan if row[0] is None else float(row[0]) for row in logprobs[index]]
-            if (
-                ids[-1] in self.form.end_ids and ids[-1] != self.form.end_token
-            ):  # the conversation goes on with the latter
+            # a conversation goes on with the template's own end, whatever ended the answer
+            if ids[-1] in self.form.end_ids and ids[-1] != self.form.end_token:
                 said[-1] = math.nan
             answers.append(answer_of(self.form, index, ids, logprobs=said))
         return answers
