@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import VOCAB, build_floor, build_model, build_tokenizer
+from conftest import LAYERS, VOCAB, build_floor, build_model, build_tokenizer
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from test_floor_sft import make_rows, make_trainer, wake
 
-from trimtab.axis.adapters import can_merge, merged
+from trimtab.axis.adapters import can_merge, merged, merged_weights
 from trimtab.axis.models import load_model
 from trimtab.train.floor_distill import FloorDistillTrainer
 from trimtab.train.floor_sft import FloorSFTTrainer
@@ -61,6 +63,49 @@ def test_merged_for_a_while_and_given_back(kind: str) -> None:
             torch.testing.assert_close(model(input_ids=IDS).logits, wanted, atol=1e-5, rtol=1e-4)
         assert model(input_ids=IDS).logits.equal(wanted)
     assert all(value.equal(before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "another head"])
+def test_weights_one_by_one_are_those_of_the_merged_model(kind: str) -> None:
+    """And those of the base, which a hundred rounds leave as it was, in bfloat16 too."""
+    chosen = (
+        lora("lora") | {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
+        if kind == "another head"
+        else lora(kind)
+    )
+    plain = build_model("llama").bfloat16()
+    model = get_peft_model(copy.deepcopy(plain), LoraConfig(task_type="CAUSAL_LM", **chosen)).eval()
+    wake(model)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for _ in range(100):
+        found = {name: weight.clone() for name, weight in merged_weights(model)}
+    assert all(value.equal(before[name]) for name, value in model.state_dict().items())
+    wanted = copy.deepcopy(model).merge_and_unload().state_dict()
+    assert found.keys() == wanted.keys()
+    for name, weight in found.items():
+        torch.testing.assert_close(weight, wanted[name], atol=0, rtol=0)
+    assert sum(not found[name].equal(value) for name, value in plain.state_dict().items()) >= 4
+    for name, weight in merged_weights(model, base=True):
+        assert weight.equal(plain.state_dict()[name]), name
+
+
+def test_experts_are_sent_as_the_checkpoint_has_them(tmp_path: Path) -> None:
+    """One weight in transformers, under two adapters, and many in the file: readers of files know them by no other name."""
+    plain = build_model("qwen3_moe", moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2, mlp_only_layers=[])
+    plain.save_pretrained(tmp_path / "plain")
+    experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    config = LoraConfig(r=4, target_modules=["q_proj"], target_parameters=experts, task_type="CAUSAL_LM")
+    model = get_peft_model(plain, config).eval()
+    wake(model)
+    base, found = (
+        {name: weight.clone() for name, weight in merged_weights(model, base=which)} for which in (True, False)
+    )
+    model.merge_and_unload().save_pretrained(tmp_path / "merged")
+    for weights, folder in ((base, "plain"), (found, "merged")):
+        wanted = load_file(tmp_path / folder / "model.safetensors")
+        assert weights.keys() == wanted.keys()
+        assert all(weight.equal(wanted[name]) for name, weight in weights.items())
+    assert sum(not found[name].equal(weight) for name, weight in base.items()) == LAYERS * (1 + 4 * 3)
 
 
 def test_adapters_above_the_floor_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: Any) -> None:
