@@ -24,13 +24,14 @@ from trimtab.axis.errors import UserError
 from trimtab.axis.layers import find_decoder_layers, shape_of, text_config_of
 from trimtab.axis.models import choose_device, choose_dtype, meta_model
 from trimtab.cli.launch import default_accelerate, read_accelerate_config, resolve_accelerate_config
-from trimtab.cli.work import Work, estimate_work
+from trimtab.cli.work import QUANTIZED, Work, estimate_work
 from trimtab.losses.divergence import CHUNK
 from trimtab.recipes.loader import LoadedRecipe
 from trimtab.recipes.rules import floor_layers
 from trimtab.recipes.schema import GrpoMethod, Recipe
 
 GIB = 1024**3
+VLLM = "vLLM"
 TRAINING, ROLLOUTS, ALONE = "training", "rollouts", "axis, floor, eval"
 # CUDA context and libraries, and what the allocator can't use.
 CONTEXT, SLACK, SLACK_ROW = 1.0, 0.05, "context and slack"
@@ -206,17 +207,27 @@ def _with_adapters(recipe: Recipe, model: nn.Module) -> nn.Module:
     return found
 
 
-def plan_memory(recipe: Recipe, structure: Structure, config: Any, strategy: Strategy) -> MemoryPlan:
+def plan_memory(
+    recipe: Recipe, structure: Structure, config: Any, strategy: Strategy, gpu_memory: float | None = None
+) -> MemoryPlan:
     """Memory of each phase on one GPU, in GiB.
 
     Training: weights + 16 bytes a trainable parameter (float32 value, gradient, two AdamW moments) + activations + the largest
     block of logits. Under ZeRO-3 and FSDP2 weights are sharded, and two decoder layers and the embedding are whole at any
-    moment. Rollouts: weights (whole under ZeRO-3, which gathers them) and the KV cache. The stages before and after training run
-    on one device with the whole model.
+    moment. Rollouts: weights (whole under ZeRO-3, which gathers them) and the KV cache; or, by a colocated vLLM, what that
+    claims of the GPU, while training goes on too unless it sleeps then. The stages before and after training run on one device
+    with the whole model.
+
+    Args:
+        recipe: the recipe.
+        structure: of the model.
+        config: of the text decoder.
+        strategy: how training is spread.
+        gpu_memory: GiB of a GPU, of which vLLM claims its share; without it, the least that it can do with.
     """
     train, n = recipe.train, strategy.processes
     size = choose_dtype(recipe.model.dtype, choose_device("cpu"))[0].itemsize if strategy.cpu else _size(recipe)
-    weights = structure.parameters * {"nf4": 0.55, "int8": 1.05}.get(recipe.model.quantization or "", size)
+    weights = structure.parameters * QUANTIZED.get(recipe.model.quantization or "", size)
     shard = n if strategy.shards_weights else 1
     states = n if strategy.kind in ("zero2", "zero3", "fsdp2") else 1
     live = 2 * structure.layer_parameters + structure.embedding_parameters
@@ -229,19 +240,37 @@ def plan_memory(recipe: Recipe, structure: Structure, config: Any, strategy: Str
     checkpointing = train.get("gradient_checkpointing", train.get("activation_checkpointing", True))
     activations = structure.layers * state + inside if checkpointing else structure.layers * inside
     logits = _compared_tokens(recipe) * config.vocab_size * 4 * 4
+    cache = _kv_cache(recipe, config, _rollout_batch(recipe)[0], size)
+    sampler = {"weights": weights + weights / n if strategy.kind == "zero3" else resident, "KV cache": cache}
+    asleep: dict[str, float] = {}
+    if train.get("use_vllm"):
+        sampler = {"weights": resident}
+        if train.get("vllm_mode", "colocate") == "colocate":
+            least = weights / int(train.get("vllm_tensor_parallel_size", 1)) + cache
+            claimed = least if gpu_memory is None else _vllm_share(recipe) * gpu_memory * GIB
+            if claimed < least:
+                raise UserError(
+                    f"vLLM gets {claimed / GIB:.1f} GiB of a GPU, and its weights and the cache of a batch are {least / GIB:.1f}",
+                    key="train.vllm_gpu_memory_utilization",
+                    remedy="raise it, or train.vllm_tensor_parallel_size, over whose GPUs vLLM splits the weights",
+                )
+            sampler[VLLM] = claimed
+            asleep = {} if train.get("vllm_enable_sleep_mode") else {VLLM: claimed}
     phases = {
-        TRAINING: {"weights": resident, "adapter and optimiser": adapter, "activations": activations, "logits": logits},
-        ROLLOUTS: {
-            "weights": weights + weights / n if strategy.kind == "zero3" else resident,
-            "adapter and optimiser": adapter,
-            "KV cache": _kv_cache(recipe, config, _rollout_batch(recipe)[0], size),
-        },
+        TRAINING: {"weights": resident, "adapter and optimiser": adapter, "activations": activations, "logits": logits}
+        | asleep,
+        ROLLOUTS: {"adapter and optimiser": adapter, **sampler},
         ALONE: {"weights": weights, "KV cache": _kv_cache(recipe, config, recipe.axis.sampling.batch_size, size)},
     }
     plan = MemoryPlan({phase: {name: value / GIB for name, value in parts.items()} for phase, parts in phases.items()})
     for phase, parts in plan.phases.items():
         parts[SLACK_ROW] = (0 if strategy.cpu else CONTEXT) + SLACK * plan.total(phase)
     return plan
+
+
+def _vllm_share(recipe: Recipe) -> float:
+    """The share of a GPU that a colocated vLLM claims; TRL's default where the recipe says none."""
+    return float(recipe.train.get("vllm_gpu_memory_utilization", 0.3))
 
 
 def _size(recipe: Recipe) -> int:
@@ -325,13 +354,15 @@ def advice(recipe: Recipe, plan: MemoryPlan, strategy: Strategy, gpu_memory: flo
             found.append("--accelerate fsdp2 or zero3, which shard the weights over GPUs")
         elif plan.phases[TRAINING]["weights"] > gpu_memory / 2:
             found.append(f"more GPUs: --num-processes {strategy.processes * 2}")
+        if VLLM in plan.phases[TRAINING]:
+            found.append("train.vllm_enable_sleep_mode=true, which frees what vLLM holds while a step is trained")
     sampling, key = _rollout_batch(recipe)
     if plan.total(ROLLOUTS) > gpu_memory:
         if plan.phases[ROLLOUTS]["weights"] > gpu_memory and strategy.kind == "zero3":
             found.append(
                 "--accelerate fsdp2: under zero3 the whole model is gathered on every GPU while rollouts are sampled"
             )
-        elif plan.phases[ROLLOUTS]["KV cache"] > gpu_memory / 4 and sampling > 1:
+        elif plan.phases[ROLLOUTS].get("KV cache", 0.0) > gpu_memory / 4 and sampling > 1:
             found.append(f"{key}={max(sampling // 4, 1)}, which samples more slowly")
     if plan.total(ALONE) > gpu_memory:
         if plan.phases[ALONE]["weights"] > gpu_memory:
@@ -364,7 +395,7 @@ def check_recipe(
     model = build_meta_model(recipe)
     config = text_config_of(model)
     structure = find_structure(recipe, model)
-    plan = plan_memory(recipe, structure, config, strategy)
+    plan = plan_memory(recipe, structure, config, strategy, gpu_memory)
     console = Console()
     console.print(_structure_table(loaded, structure))
     console.print(_memory_table(plan, strategy))

@@ -17,6 +17,7 @@ from trimtab.recipes.schema import DpoMethod, GrpoMethod, Recipe
 FLOPS, MEMORY, LINK = 989e12, 3.35e12, 450e9
 REACHED_FLOPS, REACHED_MEMORY, REACHED_LINK = 0.35, 0.6, 0.5
 LAUNCH = 0.6e-3  # seconds a decoder layer and token, of a Python loop that launches its kernels
+QUANTIZED = {"nf4": 0.55, "int8": 1.05}  # bytes a weight, with its scales
 PROMPT = 200  # tokens of a prompt, about: a role, a question, or a conversation so far
 DOCUMENTS, ANSWER = 400, 256  # of a capability task without a limit, and the tokens that it has answered
 
@@ -71,7 +72,7 @@ def estimate_work(recipe: Recipe, parameters: int, config: Any, *, sharded: bool
     """
     train, method, section = recipe.train, recipe.method, recipe.eval
     active = active_parameters(parameters, config)
-    weights = parameters * (0.55 if recipe.model.quantization == "nf4" else 2)
+    weights = parameters * QUANTIZED.get(recipe.model.quantization or "", 2)
 
     def sampling(answers: float, tokens: int, batch: int, *, alone: bool) -> float:
         """Seconds to sample so many answers, on one GPU with the whole model or on all."""

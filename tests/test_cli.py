@@ -300,6 +300,27 @@ def test_check_shards_the_plan_and_says_what_to_do(recipe: Path) -> None:
         check_recipe(loaded, "single", None, 1)
 
 
+def test_check_counts_what_vllm_claims(recipe: Path) -> None:
+    from trimtab.cli.check import check_recipe
+
+    def phases(gpu_memory: float | None, *given: str) -> Any:
+        loaded = load_recipe(recipe, ["train.use_vllm=true", *given])
+        return check_recipe(loaded, "zero3", 8, gpu_memory)[1].phases
+
+    plain = check_recipe(load_recipe(recipe), "zero3", 8, 64)[1].phases
+    whole = plain["axis, floor, eval"]["weights"]
+    colocated = phases(64, "train.vllm_gpu_memory_utilization=0.25")
+    assert colocated["training"]["vLLM"] == colocated["rollouts"]["vLLM"] == pytest.approx(16)
+    assert "KV cache" not in colocated["rollouts"]
+    assert colocated["rollouts"]["weights"] < plain["rollouts"]["weights"], "nothing is gathered to sample"
+    assert "vLLM" not in phases(64, "train.vllm_enable_sleep_mode=true")["training"]
+    alone, split = (phases(None, f"train.vllm_tensor_parallel_size={size}")["rollouts"]["vLLM"] for size in (1, 8))
+    assert alone - split == pytest.approx(whole * 7 / 8)
+    assert "vLLM" not in phases(64, "train.vllm_mode=server")["rollouts"]
+    with pytest.raises(UserError, match=r"train\.vllm_gpu_memory_utilization"):
+        phases(0.9 * whole, "train.vllm_gpu_memory_utilization=0.1")
+
+
 @pytest.mark.parametrize(
     ("overrides", "fault"),
     [
