@@ -10,7 +10,7 @@ Shapes: B batch, T tokens of the answer, D hidden size, N decoder layers, K cand
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -311,6 +311,40 @@ def sample_batch(
         answer_of(form, index, output[row, ids.shape[1] :].tolist(), mean=all_means[row])
         for row, index in enumerate(indices)
     ]
+
+
+# Gives an answer to each row of tokens, its index the row's place, by the row's seed; all ranks call it alike.
+Sampler = Callable[[Sequence[Sequence[int]], Sequence[int]], Iterable[Answer]]
+
+
+def sample_on_all_ranks(
+    model: Any,
+    form: ChatFormat,
+    rows: Sequence[Sequence[int]],
+    seeds: Sequence[int],
+    options: SamplingOptions,
+    *,
+    most: Callable[[int], int],
+    floor: Floor | None,
+    strength: float,
+) -> Iterator[Answer]:
+    """An answer to each row of tokens, its index the row's place, as its batch is done; all ranks call the model equally often.
+
+    Args:
+        model: as for :func:`sample_batch`.
+        form: chat format.
+        rows: token ids up to the answers; perhaps none.
+        seeds: a seed for each row.
+        options: sampling options.
+        most: as of :func:`batches_on_all_ranks`.
+        floor: cap to this floor while sampling.
+        strength: strength of that cap.
+    """
+    for batch in batches_on_all_ranks([len(row) for row in rows], options.batch_size, most):
+        yield from sample_batch(
+            model, form, [rows[k] for k in batch], batch, options,
+            seeds=[seeds[k] for k in batch], floor=floor, strength=strength,
+        )  # fmt: skip
 
 
 def sample_answers(

@@ -25,6 +25,14 @@ TRAIN_CLASSES = {
     "grpo": ("trl", "trainer/grpo_config.py", "GRPOConfig"),
     "dpo": ("trl", "trainer/dpo_config.py", "DPOConfig"),
 }
+# Of GRPOConfig, what says how rollouts are sampled by vLLM: SFT and distillation take it too, and sample by the same part of TRL.
+VLLM_SETTINGS = (
+    "mode", "model_impl", "enable_sleep_mode", "server_base_url", "server_host", "server_port", "server_timeout", "group_port",
+    "gpu_memory_utilization", "max_model_length", "tensor_parallel_size",
+)  # fmt: skip
+VLLM_KEYS = ("use_vllm", *(f"vllm_{name}" for name in VLLM_SETTINGS))
+ROWS = ("sft", "distill")
+
 LORA_CLASSES = (
     ("peft", "tuners/lora/config.py", "LoraConfig"),
     ("peft", "config.py", "PeftConfig"),
@@ -41,8 +49,11 @@ def train_config(method: str) -> str:
 
 
 def train_fields(method: str) -> Fields:
-    """Field name -> annotation of a method's config class."""
-    return _fields_of((TRAIN_CLASSES[method], *_TRAIN_BASES))
+    """Field name -> annotation of what ``train`` takes: a method's config class, and how vLLM is run."""
+    own = _fields_of((TRAIN_CLASSES[method], *_TRAIN_BASES))
+    if method not in ROWS:
+        return own
+    return {**own, **{key: annotation for key, annotation in train_fields("grpo").items() if key in VLLM_KEYS}}
 
 
 def lora_fields() -> Fields:

@@ -134,6 +134,11 @@ def _train(recipe: Recipe) -> Iterator[Fault]:
         if recipe.train.get(key) is True:
             fault = "rows can't be packed: on-the-fly rollouts, benign rows and the floor loss need each row by itself"
             yield Fault(fault, f"set train.{key}=false", f"train.{key}")
+    for key in recipe.train:
+        if key.startswith("vllm_") and recipe.train.get("use_vllm") is not True:
+            yield Fault(
+                "has no effect: vLLM samples nothing", "set train.use_vllm=true, or remove this key", f"train.{key}"
+            )
     dropout = recipe.lora.get("lora_dropout", 0)
     if isinstance(recipe.method, GrpoMethod) and isinstance(dropout, int | float) and dropout > 0:
         yield Fault(

@@ -20,6 +20,9 @@ from typing import Any
 
 from transformers import Trainer
 from transformers.trainer_callback import TrainerCallback
+from trl.distributed import DistributedBackend
+
+from trimtab.axis.adapters import merged_weights
 
 FOLDER = Path(__file__).resolve().parent.parent / "train"
 
@@ -56,7 +59,16 @@ class Probe(TrainerCallback):
         steps = [later - earlier for earlier, later in zip(self.starts, self.starts[1:], strict=False)]
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         path = Path(os.environ["TRIMTAB_PROBE"]) / f"rank-{self.trainer.accelerator.process_index}.json"
-        path.write_text(json.dumps({**self.facts, "step_seconds": steps, "peak_kib": peak}), encoding="utf-8")
+        facts = {**self.facts, "step_seconds": steps, "peak_kib": peak, "sent": self._sent()}
+        path.write_text(json.dumps(facts), encoding="utf-8")
+
+    def _sent(self) -> dict[str, list[float]]:
+        """Sum and norm of each weight that a sampler would be sent."""
+        if os.environ.get("TRIMTAB_QUANTIZATION"):
+            return {}
+        gathered = DistributedBackend(self.trainer.accelerator).gather_params
+        weights = merged_weights(self.trainer.model, gathered=gathered)
+        return {name: [float(weight.sum()), float(weight.norm())] for name, weight in weights}
 
 
 def _break(trainer: Any) -> None:

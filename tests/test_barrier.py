@@ -110,7 +110,7 @@ def test_rows_are_the_same_after_a_resume_and_differ_between_ranks(tmp_path: Pat
         accelerator = trainer.accelerator
         trainer.accelerator = SimpleNamespace(
             process_index=rank, num_processes=2, device=torch.device("cpu"), state=accelerator.state,
-            reduce=lambda tensor, reduction: tensor, unwrap_model=accelerator.unwrap_model,
+            reduce=lambda tensor, reduction: tensor, gather=lambda tensor: tensor, unwrap_model=accelerator.unwrap_model,
         )  # fmt: skip
         source.bind(trainer)
         return [rows.next(step, rank, 2)["input_ids"].tolist() for step in range(first, 4) for _ in range(2)]

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from conftest import save_model
+from peft import PeftModel
 from tiny_recipe import (
     FORKS,
     PROBE,
@@ -26,7 +27,9 @@ from tiny_recipe import (
     train_here,
     write_recipe,
 )
+from transformers import AutoModelForCausalLM
 
+from trimtab.axis.adapters import merged_weights
 from trimtab.axis.files import read_jsonl
 
 # A figure of the step that must be the same, besides the loss; of every method one that says whether its own part is right.
@@ -99,8 +102,16 @@ def test_two_processes_train_the_adapter_of_one(
     ours, theirs = read_jsonl(folder / "metrics.jsonl"), read_jsonl(alone / "metrics.jsonl")
     for name in ("loss", "floor_penalty", "benign_kl", *FIGURES[method]):
         assert [row[name] for row in ours] == pytest.approx([row[name] for row in theirs], rel=1e-3, abs=1e-5), name
-    # ... and the same adapter
+    # ... and the same adapter ...
     assert largest_difference(adapter(folder), adapter(alone)) < 1e-4
+    # ... which every rank would send to vLLM merged, a layer at a time, from whatever pieces there are
+    plain = AutoModelForCausalLM.from_pretrained(model)
+    learnt = PeftModel.from_pretrained(plain, folder / "adapter")
+    wanted = {name: (float(weight.sum()), float(weight.norm())) for name, weight in merged_weights(learnt)}
+    for note in notes:
+        assert note["sent"].keys() == wanted.keys()
+        for name, figures in wanted.items():
+            assert note["sent"][name] == pytest.approx(figures, rel=1e-4, abs=1e-3), name
 
 
 @pytest.mark.distributed

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from trimtab.recipes.faults import Fault, RecipeError
-from trimtab.recipes.library_fields import accepts, lora_fields, train_config, train_fields
+from trimtab.recipes.library_fields import VLLM_KEYS, accepts, lora_fields, train_config, train_fields
 from trimtab.recipes.loader import load_recipe, shipped_recipes
 from trimtab.recipes.schema import METHODS
 from trimtab.recipes.yaml_lines import parse_yaml
@@ -177,6 +177,9 @@ COMBINATIONS = {
     "lora.bias=some": ("lora.bias", "kind"),
     "lora.layers_to_transform=[3]": ("lora.layers_to_transform", "list the modules"),
     "floor.layers=[3, 2]": ("floor.layers", "46-53"),
+    "train.vllm_mode=server": ("train.vllm_mode", "train.use_vllm=true"),
+    "train.use_vllm=1": ("train.use_vllm", "kind"),
+    "train.vllm_structured_outputs_regex=x": ("train.vllm_structured_outputs_regex", ""),
 }
 
 
@@ -302,7 +305,12 @@ def test_library_fields_are_those_of_the_classes() -> None:
     from trl import DPOConfig, GRPOConfig, SFTConfig
 
     configs = {"sft": SFTConfig, "distill": SFTConfig, "grpo": GRPOConfig, "dpo": DPOConfig}
-    owners = [(owner, train_fields(method)) for method, owner in configs.items()]
+    owners = [(owner, train_fields(method)) for method, owner in configs.items() if method in ("grpo", "dpo")]
+    vllm = {name: train_fields("grpo")[name] for name in VLLM_KEYS}
+    for method in ("sft", "distill"):
+        own = train_fields(method)
+        assert {name: own[name] for name in vllm} == vllm
+        owners.append((SFTConfig, {name: annotation for name, annotation in own.items() if name not in vllm}))
     assert configs.keys() == METHODS.keys()
     assert {method: train_config(method) for method in configs} == {m: f"trl.{c.__name__}" for m, c in configs.items()}
     for owner, fields in (*owners, (LoraConfig, lora_fields())):

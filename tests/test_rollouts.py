@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,13 +17,12 @@ from conftest import build_floor, build_model
 from peft import LoraConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from trimtab.axis import ActivationController, Floor, UserError
+from trimtab.axis import ActivationController, Floor, UserError, sampling
 from trimtab.axis.chat import ChatFormat, chat
 from trimtab.axis.files import read_jsonl, write_jsonl
 from trimtab.axis.sampling import SamplingOptions, sample_batch
 from trimtab.recipes import data
 from trimtab.recipes.schema import DataSection
-from trimtab.train import rollouts
 from trimtab.train.rollouts import IGNORED, RolloutPlan, RolloutSource, TrainPrompt, tokens_of, training_order
 from trimtab.train.sources import benign_sources, drift_sources, from_file
 
@@ -120,18 +121,25 @@ class Samples:
             adapter = next(m for m in model.modules() if isinstance(m, BaseTunerLayer))
             self.calls.append(
                 {"floor": settings["floor"], "strength": settings["strength"], "off": adapter.disable_adapters}
-                | {"rows": len(indices), "prompts": prompts}
+                | {"rows": len(indices), "prompts": prompts, "thread": threading.get_ident()}
             )
             return sample_batch(model, form, prompts, indices, options, **settings)
 
-        monkeypatch.setattr(rollouts, "sample_batch", watched)
+        monkeypatch.setattr(sampling, "sample_batch", watched)
 
 
 def make_trainer(seed: int = 0) -> Any:
     """What the source needs of a trainer: a PEFT model whose adapter speaks otherwise than its base."""
     model = get_peft_model(build_model("llama"), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
     shake(model, seed)
-    return SimpleNamespace(accelerator=Accelerator(cpu=True), model=model, model_wrapped=model)
+    return SimpleNamespace(
+        accelerator=Accelerator(cpu=True),
+        model=model,
+        model_wrapped=model,
+        vllm=None,
+        most=int,
+        state=SimpleNamespace(global_step=0),
+    )
 
 
 def shake(model: Any, seed: int) -> None:
@@ -294,18 +302,32 @@ def test_every_rank_samples_equally_often(tmp_path: Path, form: ChatFormat, monk
     long = TrainPrompt("talk/2", "drift", "", ("first", "second"), "talk")
     order = [long, DRIFT[0], DRIFT[1], DRIFT[2]]
     plan = make_plan(order, batch_size=2, every=1, total_steps=1)
-    counts = []
-    for rank in range(2):
-        with monkeypatch.context() as patch:
-            samples = Samples(patch)
-            trainer = make_trainer()
-            trainer.accelerator = SimpleNamespace(
-                process_index=rank, num_processes=2, device=torch.device("cpu"),
-                reduce=lambda tensor, reduction: tensor, unwrap_model=lambda model: model,
-                state=trainer.accelerator.state,
-            )  # fmt: skip
-            make_source(tmp_path, form, trainer, plan)._load(0)
-            counts.append([call["rows"] for call in samples.calls])
+    samples = Samples(monkeypatch)
+    barrier, numbers = threading.Barrier(2), [0, 0]
+
+    def play(rank: int) -> None:
+        def most(number: int) -> int:  # a collective: it waits for the other rank, and breaks if that never comes
+            numbers[rank] = number
+            barrier.wait(60)
+            largest = max(numbers)
+            barrier.wait(60)
+            return largest
+
+        trainer = make_trainer()
+        trainer.most = most
+        trainer.accelerator = SimpleNamespace(
+            process_index=rank, num_processes=2, device=torch.device("cpu"),
+            reduce=lambda tensor, reduction: tensor, unwrap_model=lambda model: model,
+            state=trainer.accelerator.state,
+        )  # fmt: skip
+        make_source(tmp_path, form, trainer, plan)._load(0)
+
+    with ThreadPoolExecutor(2) as ranks:
+        list(ranks.map(play, range(2)))
+    by_thread: dict[int, list[int]] = {}
+    for call in samples.calls:
+        by_thread.setdefault(call["thread"], []).append(call["rows"])
+    counts = sorted(by_thread.values(), reverse=True)
     assert counts == [[2, 1], [2, 0]]
     assert [len(read_jsonl(tmp_path / f"round-0000-of-rank-{rank}.jsonl")) for rank in range(2)] == [2, 2]
 

@@ -9,15 +9,23 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import HIDDEN, LAYERS, build_floor, build_model, capped_by_hand
+from conftest import HIDDEN, LAYERS, build_floor, build_model, build_tokenizer, capped_by_hand
+from stand_in_vllm import StandIn
 from test_grpo import letters, logprobs, make_trainer, one_batch, rows_of
+from test_rollouts import make_trainer as make_rows_trainer
+from test_rollouts import shake
 from torch import Tensor, nn
 
-from trimtab.axis import ActivationController, UserError
+from trimtab.axis import ActivationController, Floor, UserError
 from trimtab.axis import vllm_cap as plugin
+from trimtab.axis.chat import ChatFormat
+from trimtab.axis.files import read_jsonl
+from trimtab.axis.sampling import SamplingOptions
+from trimtab.train.rollouts import RolloutPlan, RolloutSource, TrainPrompt
 from trimtab.train.vllm_rollouts import VLLMRollouts
 
 FLOOR = build_floor((1, 2), tau=2.0)
+STRONG = build_floor((1, 2), tau=6.0)
 IDS = torch.arange(3, 33).view(2, 15)
 
 
@@ -109,29 +117,11 @@ def test_without_vllm_the_remedy_is_told(tmp_path: Path, monkeypatch: pytest.Mon
     assert "install it beside trimtab" in str(caught.value.remedy)
 
 
-class HuggingFaceBehindVLLM(VLLMRollouts):
-    """Stands where vLLM does and answers by the trainer's own model; what it says of its tokens is true of the capped, or not."""
-
-    def __init__(self, trainer: Any, *, honest: bool) -> None:
-        self.trainer, self.honest, self.strengths = trainer, honest, []
-
-    def _set_strength(self, strength: float) -> None:
-        self.strengths.append(strength)
-
-    def sample(self, prompts: Any) -> Any:
-        answers = []
-        for index, prompt in enumerate(prompts):
-            trainer = self.trainer
-            vllm, trainer.vllm = trainer.vllm, None
-            with trainer._sampler() as sample:
-                (answer,) = sample([prompt], [index])
-            trainer.vllm = vllm
-            ids = [*answer.ids, trainer.form.end_token] if answer.ended else answer.ids
-            with torch.no_grad():
-                said = logprobs(trainer.model, torch.tensor([*prompt, *ids]), len(ids), capped=self.honest)
-            changed = {**vars(answer), "index": index, "logprobs": said.tolist()}
-            answers.append(type(answer)(**changed))
-        return answers
+def with_vllm(trainer: Any, floor: Floor, **options: bool) -> StandIn:
+    """Give a trainer a vLLM; returns what stands there for TRL's."""
+    generation = StandIn(trainer, **options)
+    trainer.vllm = VLLMRollouts(generation, ChatFormat(build_tokenizer()), floor, most=trainer.most)
+    return generation
 
 
 @pytest.mark.parametrize("turns", [1, 2])
@@ -140,9 +130,8 @@ def test_the_ratio_is_of_what_the_sampler_says(tmp_path: Path, turns: int) -> No
         :turns
     ]
     trainer = make_trainer(tmp_path, prompts=[prompt], own={"ratio_limit": 1.5, "cap_schedule": "constant"})
-    trainer.vllm = HuggingFaceBehindVLLM(trainer, honest=True)
+    with_vllm(trainer, FLOOR)
     batch = one_batch(trainer, [prompt])
-    assert trainer.vllm.strengths == [1.0, 0.0]
     texts = trainer.processing_class.batch_decode(batch["completion_ids"], skip_special_tokens=True)
     rewards = torch.tensor(letters([[{"content": text}] for text in texts]))
     advantages = (rewards - rewards.mean()) / (rewards.std() + 1e-4)
@@ -154,14 +143,67 @@ def test_the_ratio_is_of_what_the_sampler_says(tmp_path: Path, turns: int) -> No
         mine = said.bool()
         torch.testing.assert_close(batch["advantages"][i, :count][mine], wanted[mine], atol=1e-4, rtol=1e-3)
         assert batch["sampling_per_token_logps"].isfinite().all()
-    assert trainer._metrics["train"]["vllm/distance"] == [pytest.approx(0.0, abs=1e-4)]
+    assert trainer.vllm.distances == [pytest.approx(0.0, abs=1e-4)] * turns
+    trainer.log({})
+    assert trainer.state.log_history[-1]["vllm/distance"] == pytest.approx(0.0, abs=1e-4)
 
 
 def test_a_sampler_that_does_not_cap_is_found_out(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, own={"cap_schedule": "constant"})
-    trainer.vllm = HuggingFaceBehindVLLM(trainer, honest=False)
+    with_vllm(trainer, FLOOR, caps=False)
     with pytest.raises(UserError, match="as if it did not cap"):
         one_batch(trainer)
+
+
+@pytest.mark.parametrize("sleeps", [False, True])
+def test_it_samples_for_every_sampler_what_transformers_samples(tmp_path: Path, form: Any, sleeps: bool) -> None:
+    """Greedy: capped, student, capped self, base, several turns, another step's weights; awake or asleep in between."""
+    order = [
+        TrainPrompt(f"d{i}", "drift", "You are a ghost.", ("Who are you?", "And then?")[: 1 + i % 2], "")
+        for i in range(6)
+    ]
+    order += [TrainPrompt(f"b{i}", "benign", "", (f"request {i}",), "") for i in range(2)]
+    options = SamplingOptions(max_new_tokens=6, temperature=0.0, batch_size=4)
+    for share in (None, 0.5):
+        plan = RolloutPlan(
+            order=order * 2, rows_a_step=8, batch_size=8, every=1, total_steps=2, strength=1.0, schedule="constant",
+            options=options, seed=0, student_share=share, benign_student_share=0.5,
+        )  # fmt: skip
+        rounds = []
+        for behind in (False, True):
+            trainer = make_rows_trainer()
+            generation = with_vllm(trainer, STRONG, sleeps=sleeps) if behind else None
+            folder = tmp_path / f"{share}-{behind}"
+            source = RolloutSource(plan, form, STRONG, folder, max_length=None)
+            source.bind(trainer)
+            for step in range(2):
+                trainer.state.global_step = step
+                shake(trainer.model, step)
+                source({"row": list(range(8 * step, 8 * step + 8))})
+            rounds.append([row for path in sorted(folder.iterdir()) for row in read_jsonl(path)])
+            if generation is not None and not sleeps:
+                assert generation.sent == 4, "the current weights and the base's, each step"
+        assert rounds[0] == rounds[1]
+        assert {row["sampler"] for row in rounds[0]} == {
+            "student",
+            "base",
+            "capped" if share is None else "capped_self",
+        }
+        assert len({row["completion"][0]["content"] for row in rounds[0]}) >= 5
+        assert trainer.vllm.distances == pytest.approx([0.0] * len(trainer.vllm.distances), abs=1e-4)
+
+
+def test_sampling_the_base_in_between_takes_nothing_from_the_learner(tmp_path: Path) -> None:
+    """GRPO's benign rows are the base's: the next rollouts of the same step are the learner's again."""
+    trainer = make_trainer(tmp_path, own={"cap_schedule": "constant"})
+    generation = with_vllm(trainer, FLOOR)
+    options = SamplingOptions(max_new_tokens=4, temperature=0.0)
+    said = []
+    for step in (0, None, 0, 0):
+        with trainer.vllm.sampling(step, 0.0, options) as sample:
+            said.append(sample([[5, 6, 7]], [0])[0].ids)
+    assert said[0] == said[2] == said[3] != said[1]
+    assert generation.sent == 3
 
 
 def test_ends_that_are_not_the_templates_carry_no_ratio(form: Any) -> None:
@@ -174,7 +216,7 @@ def test_ends_that_are_not_the_templates_carry_no_ratio(form: Any) -> None:
     generation = SimpleNamespace(generate=lambda prompts, images, number: (prompts, ids, told, None))
     rollouts = object.__new__(VLLMRollouts)
     rollouts.generation, rollouts.form, rollouts.most = generation, form, lambda number: number + 1
-    ended, cut, other = rollouts.sample([[3], [4], [5]])
+    ended, cut, other = rollouts.sample([[3], [4], [5]], SamplingOptions())
     assert (ended.ids, ended.ended, cut.ids, cut.ended) == ([5, 6], True, [7, 8, 9], False)
     assert ended.logprobs[0] == -0.5 and math.isnan(ended.logprobs[1]) and ended.logprobs[2] == -0.25
     assert cut.logprobs == [-1.0, -2.0, -3.0]

@@ -35,7 +35,7 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 from trimtab.axis import ActivationController, Floor, UserError
 from trimtab.axis.adapters import as_base, merged_if_quicker
 from trimtab.axis.chat import ChatFormat
-from trimtab.axis.sampling import Answer, SamplingOptions, batches_on_all_ranks, sample_batch, seed_of
+from trimtab.axis.sampling import Sampler, SamplingOptions, sample_on_all_ranks, seed_of
 from trimtab.train.barrier import BarrierOptions, BenignRows, HeldToBase
 from trimtab.train.penalty import Figures, FloorPenalty, FloorTrainer, PenaltyOptions, refuse_base_target
 from trimtab.train.schedule import Schedule, WithinStep, scheduled
@@ -45,14 +45,6 @@ log = logging.getLogger("trimtab")
 
 # Beyond these the batch says little about the learner: half of it is wasted, or tokens differ by a factor of e on average.
 LEAST_SAMPLE_SIZE, MOST_LOG_RATIO = 0.5, 1.0
-
-# Generations of a process in which vLLM is held against transformers: the first, and the first with weights sent to it.
-HELD_AGAINST = 2
-# Nat a token: from where on the cap shows in log-probabilities, and from where on the two differ by more than rounding.
-APART, FAR = 0.02, 0.1
-
-# Gives an answer to each row of tokens, its index the row's place; all ranks call it alike.
-Sampler = Callable[[Sequence[Sequence[int]], Sequence[int]], list[Answer]]
 
 
 @dataclass(frozen=True)
@@ -149,12 +141,9 @@ class FloorGRPOTrainer(HeldToBase, FloorTrainer, GRPOTrainer):
         self._figures = Figures()
         self._warned = False
         self._generations = WithinStep()
-        self._generated = 0
         _check_settings(self.args, self.penalty)
-        self.vllm = None
         if self.use_vllm:
-            main = self.accelerator.is_main_process
-            self.vllm = VLLMRollouts(self.vllm_generation, form, floor, main=main, most=self.most)
+            self.vllm = VLLMRollouts(self.vllm_generation, form, floor, most=self.most)
         self.hold_to_base(floor, barrier or BarrierOptions(), benign_rows)
 
     @property
@@ -165,15 +154,14 @@ class FloorGRPOTrainer(HeldToBase, FloorTrainer, GRPOTrainer):
     @contextlib.contextmanager
     def _sampler(self) -> Iterator[Sampler]:
         """What answers rows of tokens, given their seeds, capped at this step's strength."""
-        if self.vllm is not None:
-            vllm = self.vllm
-            with vllm.capped(self.strength):
-                yield lambda rows, _: vllm.sample(rows)
-            return
         options = SamplingOptions(
             max_new_tokens=self.max_completion_length, temperature=self.temperature, top_p=1.0,
             batch_size=self.sampling_batch,
         )  # fmt: skip
+        if self.vllm is not None:
+            with self.vllm.sampling(self.state.global_step, self.strength, options) as sample:
+                yield sample
+            return
         with (
             unwrap_model_for_generation(
                 self.model_wrapped,
@@ -183,17 +171,9 @@ class FloorGRPOTrainer(HeldToBase, FloorTrainer, GRPOTrainer):
             ) as model,
             merged_if_quicker(model),  # merged where that is what makes sampling quick
         ):
-
-            def sample(rows: Sequence[Sequence[int]], seeds: Sequence[int]) -> list[Answer]:
-                found: list[Answer] = []
-                for batch in batches_on_all_ranks([len(row) for row in rows], options.batch_size, self.most):
-                    found += sample_batch(
-                        model, self.form, [rows[k] for k in batch], batch, options,
-                        seeds=[seeds[k] for k in batch], floor=self.floor, strength=self.strength,
-                    )  # fmt: skip
-                return found
-
-            yield sample
+            yield lambda rows, seeds: sample_on_all_ranks(
+                model, self.form, rows, seeds, options, most=self.most, floor=self.floor, strength=self.strength
+            )
 
     def as_base(self, *, capped: bool = False) -> contextlib.AbstractContextManager[Any]:
         """The frozen base, without gradient, for rewards; ``capped`` makes it the capped self."""
@@ -247,12 +227,12 @@ class FloorGRPOTrainer(HeldToBase, FloorTrainer, GRPOTrainer):
             "turns": turns,
         }
 
-    def most(self, number: int) -> int:
-        """The largest of a number over all ranks, which all must call this."""
-        return int(self.accelerator.gather(torch.tensor([number], device=self.accelerator.device)).max())
-
     def _generate_and_score_completions(self, inputs: Any) -> Any:
         """TRL's own, and then the importance ratio folded into the advantages."""
+        if self.vllm is not None:
+            self._last_loaded_step = (
+                self.state.global_step
+            )  # TRL sends no weights: VLLMRollouts does, which knows what is held
         batch = super()._generate_and_score_completions(inputs)
         strength = self.strength
         mode = self._mode
@@ -284,9 +264,6 @@ class FloorGRPOTrainer(HeldToBase, FloorTrainer, GRPOTrainer):
             else:
                 told = batch["sampling_per_token_logps"]
                 sampler = batch["sampling_per_token_logps"] = torch.where(told.isnan(), learner, told)
-                if self._generated < HELD_AGAINST:
-                    self._generated += 1
-                    self._hold_against(sampler, logprobs(capped=True), learner, mask, mode)
         found = off_policy(learner, sampler, mask, self.ratio_limit, self._over_ranks)
         self._say_how_far(found, mode)
         if self.correct_ratio:
@@ -295,40 +272,9 @@ class FloorGRPOTrainer(HeldToBase, FloorTrainer, GRPOTrainer):
             batch["advantages"] = advantages * found.ratio
         return batch
 
-    def end(self) -> None:
-        """Stop a colocated vLLM, then give back what training holds."""
-        if self.vllm is not None:
-            self.vllm.close()
-        super().end()
-
     def _over_ranks(self, sums: Tensor) -> Tensor:
         total: Any = self.accelerator.reduce(sums, "sum")
         return total  # type: ignore[no-any-return]
-
-    def _hold_against(self, vllm: Tensor, capped: Tensor, uncapped: Tensor, mask: Tensor, mode: str) -> None:
-        """Hold vLLM's log-probabilities of its own tokens against transformers', [B, T] each.
-
-        Raises:
-            UserError: if they are those of the uncapped policy.
-        """
-        pairs = [(vllm, capped), (vllm, uncapped), (capped, uncapped)]
-        sums = [((one - other).abs() * mask).sum() for one, other in pairs]
-        *distances, count = self._over_ranks(torch.stack([*sums, mask.sum()]).double()).tolist()
-        to_capped, to_uncapped, apart = (distance / max(count, 1.0) for distance in distances)
-        self._metrics[mode]["vllm/distance"].append(to_capped)
-        if apart > APART and to_capped >= to_uncapped:
-            raise UserError(
-                f"vLLM samples as if it did not cap: its log-probabilities lie {to_capped:.3f} nat from the capped policy's "
-                f"and {to_uncapped:.3f} from the uncapped one's",
-                key="train.use_vllm",
-                remedy="report the model's architecture, or set train.use_vllm=false",
-            )
-        if to_capped > FAR:
-            log.warning(
-                "vLLM's log-probabilities lie %.3f nat a token from transformers' of the same policy: the importance ratio "
-                "corrects for it, and wastes rollouts; compare dtype, quantization and attention of the two",
-                to_capped,
-            )
 
     def _say_how_far(self, found: OffPolicy, mode: str) -> None:
         for name in ("log_ratio", "sample_size", "truncated"):

@@ -21,6 +21,7 @@ from trimtab.axis.layers import find_decoder_layers
 from trimtab.losses import axis_floor_terms, projections
 from trimtab.losses.axis_floor import Shape
 from trimtab.train.schedule import Schedule, scheduled
+from trimtab.train.vllm_rollouts import VLLMRollouts
 
 log = logging.getLogger("trimtab")
 
@@ -156,6 +157,7 @@ class FloorTrainer:
     """
 
     floor: Any  # a Floor; FloorSFTTrainer may have None
+    vllm: VLLMRollouts | None = None  # samples the rollouts, where there is one
     _figures: Figures
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -174,6 +176,9 @@ class FloorTrainer:
         """Log as TRL does, with the floor's figures: means over the tokens of all micro-batches and ranks since the last log."""
         trainer: Any = self
         self._figures.flush(self._mode, trainer.accelerator, trainer._metrics[self._mode])
+        if self.vllm is not None and self.vllm.distances:
+            trainer._metrics[self._mode]["vllm/distance"] += self.vllm.distances
+            self.vllm.distances.clear()
         super().log(logs, start_time)  # type: ignore[misc]
 
     def stop_on_nan(self, loss: Tensor, ids: Tensor) -> None:
@@ -205,8 +210,15 @@ class FloorTrainer:
             "the batch is in the file, the last checkpoint is whole, and the same command resumes from it",
         )
 
+    def most(self, number: int) -> int:
+        """The largest of a number over all ranks, which all must call this."""
+        accelerator: Any = self.accelerator  # type: ignore[attr-defined]
+        return int(accelerator.gather(torch.tensor([number], device=accelerator.device)).max())
+
     def end(self) -> None:
-        """Give back what training holds beside the model: the process group."""
+        """Give back what training holds beside the model: a colocated vLLM, then the process group."""
+        if self.vllm is not None:
+            self.vllm.close()
         trainer: Any = self
         trainer.accelerator.end_training()
 

@@ -9,7 +9,8 @@ they are answered by the base, or by the student itself, so that it is held wher
 After a kill, rounds that lie on disk are read again instead of sampled, so a resumed run sees the same text.
 
 With several ranks each samples its own rows, and all of them call the model equally often: under ZeRO-3 and FSDP every forward
-of ``generate`` is a collective, and a rank with fewer batches would leave the others waiting for ever.
+of ``generate`` is a collective, and a rank with fewer batches would leave the others waiting for ever. Where the trainer has a
+vLLM, that samples all of it.
 """
 
 from __future__ import annotations
@@ -18,12 +19,11 @@ import contextlib
 import functools
 import itertools
 import logging
-import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import datasets
 import torch
@@ -33,7 +33,7 @@ from trimtab.axis.adapters import merged_if_quicker
 from trimtab.axis.chat import ChatFormat, chat
 from trimtab.axis.files import fingerprint, read_jsonl, write_jsonl
 from trimtab.axis.progress import progress_bar
-from trimtab.axis.sampling import SamplingOptions, batches_on_all_ranks, sample_batch, seed_of
+from trimtab.axis.sampling import Answer, Sampler, SamplingOptions, sample_on_all_ranks, seed_of
 from trimtab.train.schedule import Schedule, scheduled
 
 log = logging.getLogger("trimtab")
@@ -43,8 +43,8 @@ IGNORED = -100
 
 # Who samples: "current" weights or the "base" (adapter off), under the cap or not. SFT trains on what the current weights say
 # under the cap; distillation on what the student itself says, and what its teacher, the capped self, says.
-Sampler = Literal["capped", "student", "capped_self", "base"]
-SAMPLERS: tuple[Sampler, ...] = ("capped", "student", "capped_self", "base")
+SamplerKind = Literal["capped", "student", "capped_self", "base"]
+SAMPLERS: tuple[SamplerKind, ...] = ("capped", "student", "capped_self", "base")
 
 
 @dataclass(frozen=True)
@@ -144,8 +144,8 @@ class RolloutPlan:
     benign_student_share: float = 0.0
 
     @functools.cached_property
-    def _samplers(self) -> list[Sampler]:
-        turns: dict[Kind, Iterator[Sampler]] = {
+    def _samplers(self) -> list[SamplerKind]:
+        turns: dict[Kind, Iterator[SamplerKind]] = {
             "drift": itertools.repeat("capped")
             if self.student_share is None
             else _in_turn(self.student_share, "capped_self"),
@@ -154,7 +154,7 @@ class RolloutPlan:
         # each kind by itself: benign rows sit at fixed places of a batch, and would take one sampler's turns away
         return [next(turns[prompt.kind]) for prompt in self.order]
 
-    def sampler_of(self, row: int) -> Sampler:
+    def sampler_of(self, row: int) -> SamplerKind:
         """Who samples a row."""
         return self._samplers[row]
 
@@ -186,14 +186,10 @@ class RolloutPlan:
         return [row for row in self.rows_in(round_number) if (row // self.batch_size) % ranks == rank]
 
 
-def _in_turn(share: float, other: Sampler) -> Iterator[Sampler]:
+def _in_turn(share: float, other: SamplerKind) -> Iterator[SamplerKind]:
     """The student as often as ``share`` says, spread evenly, and the other in between."""
     for count in itertools.count():
         yield "student" if int((count + 1) * share + 1e-9) > int(count * share + 1e-9) else other
-
-
-def _always(number: int) -> Callable[[int], int]:
-    return lambda _: number
 
 
 class RolloutSource:
@@ -281,78 +277,70 @@ class RolloutSource:
         from trl.models.utils import unwrap_model_for_generation
 
         plan, trainer = self.plan, self._trainer
-        strength = plan.strength_at(round_number * plan.every)
+        annealed = plan.strength_at(round_number * plan.every)
         records: list[dict[str, Any]] = []
-        with (
-            _checkpointing_kept(trainer.model),
-            unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator) as model,
-        ):
-            for sampler in SAMPLERS:
-                chosen = [row for row in rows if plan.sampler_of(row) == sampler]
-                if self._batches_of_turn(round_number, sampler, 0):
-                    with _weights_of(model, sampler):
-                        records += self._sample_as(model, chosen, sampler, strength, round_number, identity)
+        with contextlib.ExitStack() as stack:
+            model = None
+            if trainer.vllm is None:
+                stack.enter_context(_checkpointing_kept(trainer.model))
+                model = stack.enter_context(unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator))
+            for kind in SAMPLERS:
+                chosen = [row for row in rows if plan.sampler_of(row) == kind]
+                if trainer.most(len(chosen)):
+                    of_cap = {"capped": annealed, "capped_self": 1.0}
+                    strength = 0.0 if self.floor is None else of_cap.get(kind, 0.0)
+                    title = f"round {round_number} rollouts ({kind.replace('_', ' ')}, cap {strength:.2f})"
+                    with self._sampler(model, kind, strength) as sample:
+                        played = self._play(sample, chosen, title)
+                    facts = {"sampler": kind, "cap_strength": strength, "round": round_number, "identity": identity}
+                    records += [{**record, **facts} for record in played]
         return sorted(records, key=lambda record: record["row"])
 
-    def _batches_of_turn(self, round_number: int, sampler: Sampler, turn: int) -> int:
-        """Batches of the rank that has the most rows with this turn."""
-        plan, ranks = self.plan, self._trainer.accelerator.num_processes
-        counts = [
-            sum(plan.sampler_of(row) == sampler and len(plan.order[row].turns) > turn for row in rows)
-            for rows in (plan.rows_of(round_number, rank, ranks) for rank in range(ranks))
-        ]
-        return math.ceil(max(counts) / plan.options.batch_size)
+    @contextlib.contextmanager
+    def _sampler(self, model: Any, kind: SamplerKind, strength: float) -> Iterator[Sampler]:
+        """What answers rows of tokens: the trainer's vLLM, or else the model."""
+        plan, trainer = self.plan, self._trainer
+        of_base = kind in ("base", "capped_self")
+        if trainer.vllm is not None:
+            step = None if of_base else trainer.state.global_step
+            with trainer.vllm.sampling(step, strength, plan.options) as sample:
+                yield sample
+            return
+        floor = self.floor if strength > 0 else None
+        # the current weights merged meanwhile, where that is what makes sampling quick
+        with model.disable_adapter() if of_base else merged_if_quicker(model):
+            yield lambda rows, seeds: sample_on_all_ranks(
+                model, self.form, rows, seeds, plan.options, most=trainer.most, floor=floor, strength=strength
+            )
 
-    def _sample_as(
-        self, model: Any, rows: Sequence[int], sampler: Sampler, strength: float, round_number: int, identity: str
-    ) -> list[dict[str, Any]]:
+    def _play(self, sample: Sampler, rows: Sequence[int], title: str) -> list[dict[str, Any]]:
+        """Play the conversations of these rows; all ranks play as many turns."""
         plan = self.plan
-        strength = {"capped": strength, "capped_self": 1.0}.get(sampler, 0.0) if self.floor is not None else 0.0
-        capped = strength > 0
-        chats = {row: chat(plan.order[row].system, plan.order[row].turns[0]) for row in rows}
-        done: dict[int, tuple[str, bool]] = {}
-        with progress_bar(
-            f"round {round_number} rollouts ({sampler.replace('_', ' ')}, cap {strength:.2f})", len(rows)
-        ) as bar:
-            for turn in itertools.count():
-                count = self._batches_of_turn(round_number, sampler, turn)
-                if count == 0:
-                    break
-                active = [row for row in rows if len(plan.order[row].turns) > turn]
+        turns = {row: plan.order[row].turns for row in rows}
+        chats = {row: chat(plan.order[row].system, turns[row][0]) for row in rows}
+        done: dict[int, Answer] = {}
+        with progress_bar(title, len(rows)) as bar:
+            for turn in range(self._trainer.most(max(map(len, turns.values()), default=0))):
+                active = [row for row in rows if len(turns[row]) > turn]
                 if turn:
                     for row in active:
-                        answered = {"role": "assistant", "content": done[row][0]}
-                        chats[row] = [*chats[row], answered, {"role": "user", "content": plan.order[row].turns[turn]}]
+                        answered = {"role": "assistant", "content": done[row].text}
+                        chats[row] = [*chats[row], answered, {"role": "user", "content": turns[row][turn]}]
                 prompts = [self.form.prompt_ids(chats[row]) for row in active]
-                lengths = [len(prompt) for prompt in prompts]
-                for batch in batches_on_all_ranks(lengths, plan.options.batch_size, _always(count)):
-                    answers = sample_batch(
-                        model,
-                        self.form,
-                        [prompts[i] for i in batch],
-                        batch,
-                        plan.options,
-                        seeds=[plan.seed_of(active[i], turn) for i in batch],
-                        floor=self.floor if capped else None,
-                        strength=strength,
-                    )
-                    for answer in answers:
-                        done[active[answer.index]] = (answer.text, answer.ended)
-                        bar.advance(0, turn + 1 == len(plan.order[active[answer.index]].turns))  # type: ignore[arg-type]
+                for answer in sample(prompts, [plan.seed_of(row, turn) for row in active]):
+                    row = active[answer.index]
+                    done[row] = answer
+                    bar.advance(0, turn + 1 == len(turns[row]))  # type: ignore[arg-type]
         return [
             {
                 "id": plan.order[row].id,
                 "row": row,
                 "kind": plan.order[row].kind,
-                "sampler": sampler,
                 "source": plan.order[row].source,
                 "prompt": chats[row],
-                "completion": [{"role": "assistant", "content": done[row][0]}],
-                "ended": done[row][1],
-                "cap_strength": strength,
-                "round": round_number,
+                "completion": [{"role": "assistant", "content": done[row].text}],
+                "ended": done[row].ended,
                 "seed": plan.seed,
-                "identity": identity,
             }
             for row in rows
         ]
@@ -371,13 +359,6 @@ def _checkpointing_kept(model: Any) -> Iterator[None]:
     finally:
         for module, enabled, function in held:
             module.gradient_checkpointing, module._gradient_checkpointing_func = enabled, function
-
-
-def _weights_of(model: Any, sampler: Sampler) -> contextlib.AbstractContextManager[Any]:
-    """The base, or the current weights: merged meanwhile where that is what makes sampling quick."""
-    if sampler in ("base", "capped_self"):
-        return cast(contextlib.AbstractContextManager[Any], model.disable_adapter())
-    return merged_if_quicker(model)
 
 
 def tokens_of(

@@ -12,6 +12,7 @@ from trimtab.train.prepare import sampling_options
 from trimtab.train.rollouts import RolloutPlan, RolloutSource, training_order
 from trimtab.train.run import Variant
 from trimtab.train.sources import benign_sources, drift_sources
+from trimtab.train.vllm_rollouts import open_vllm
 
 BENIGN_EVERY = 20  # steps whose benign rows are answered at a time, beside GRPO and DPO
 
@@ -57,6 +58,9 @@ def build_row_trainer(
         **own,
     )
     source.bind(trainer)
+    given, options = run.recipe.train, source.plan.options
+    if given.get("use_vllm"):
+        trainer.vllm = open_vllm(trainer, parts.form, parts.floor, given, options.batch_size)
     return trainer
 
 

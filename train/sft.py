@@ -26,9 +26,11 @@ def training_arguments(run: Any, variant: Any, quiet: bool) -> Any:
     """TRL's SFTConfig."""
     from trl.trainer.sft_config import SFTConfig
 
+    from trimtab.recipes.library_fields import VLLM_KEYS
     from trimtab.train.row_trainers import ROW_ARGUMENTS
 
-    return SFTConfig(**job.common_arguments(run, variant, quiet), **ROW_ARGUMENTS)
+    own = {key: value for key, value in job.common_arguments(run, variant, quiet).items() if key not in VLLM_KEYS}
+    return SFTConfig(**own, **ROW_ARGUMENTS)
 
 
 def build_trainer(run: Any, arguments: Any, variant: Any) -> Any:

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 from trl.generation.vllm_client import VLLMClient
@@ -27,22 +28,23 @@ from trimtab.axis import vllm_cap as plugin
 from trimtab.axis.chat import ChatFormat
 from trimtab.axis.directions import unit
 from trimtab.axis.files import read_jsonl
+from trimtab.axis.sampling import SamplingOptions
 from trimtab.train.vllm_rollouts import VLLMRollouts
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TOKENS = 24
+GREEDY = SamplingOptions(max_new_tokens=TOKENS, temperature=0.0, top_p=1.0)
 
 
 def rollouts_of(form: ChatFormat, floor: Floor, mode: str, **parts: Any) -> VLLMRollouts:
     """Rollouts through TRL's own generation, all of it but its constructor, which can't open NCCL here, nor choose the dtype."""
     generation = object.__new__(VLLMGeneration)
     vars(generation).update(
-        mode=mode, temperature=0.0, top_p=1.0, top_k=0, min_p=0.0, repetition_penalty=1.0, logprobs=0,
-        max_completion_length=TOKENS, generation_kwargs={}, structured_outputs_regex=None, enable_sleep_mode=False,
-        tensor_parallel_size=1, model=torch.nn.Identity(),
+        mode=mode, top_k=0, min_p=0.0, repetition_penalty=1.0, logprobs=0, generation_kwargs={},
+        structured_outputs_regex=None, enable_sleep_mode=False, tensor_parallel_size=1, model=torch.nn.Identity(),
         accelerator=SimpleNamespace(is_main_process=True, process_index=0), **parts,
     )  # fmt: skip
-    return VLLMRollouts(generation, form, floor, main=True, most=int)
+    return VLLMRollouts(generation, form, floor, most=int)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +73,7 @@ def logprobs(model: Any, prompt: list[int], said: list[int]) -> Tensor:
 
 def texts(rollouts: VLLMRollouts, prompts: list[list[int]], strength: float) -> list[list[int]]:
     with rollouts.capped(strength):
-        return [answer.ids for answer in rollouts.sample(prompts)]
+        return [answer.ids for answer in rollouts.sample(prompts, GREEDY)]
 
 
 @pytest.mark.parametrize("strength", [0.0, 0.5, 1.0])
@@ -79,7 +81,7 @@ def test_what_it_says_of_its_tokens_is_what_transformers_says(
     rollouts: VLLMRollouts, reference: Any, prompts: list[list[int]], form: ChatFormat, floor: Floor, strength: float
 ) -> None:
     with rollouts.capped(strength):
-        answers = rollouts.sample(prompts)
+        answers = rollouts.sample(prompts, GREEDY)
     apart = 0.0
     for prompt, answer in zip(prompts, answers, strict=True):
         said = [*answer.ids, form.end_token] if answer.ended else answer.ids
@@ -110,7 +112,7 @@ def test_it_fires_as_often(rollouts: VLLMRollouts, reference: Any, prompts: list
         own = model.model.layers[layer].trimtab_cap
         handles.append(own.register_forward_pre_hook(count(layer, float(floor.tau[i]), floor.directions[i])))
     with rollouts.capped(1.0):
-        answers = rollouts.sample(prompts)
+        answers = rollouts.sample(prompts, GREEDY)
     for handle in handles:
         handle.remove()
     seen = sum(total for _, total in fired.values())
@@ -152,7 +154,7 @@ def test_after_the_block_nothing_is_capped(rollouts: VLLMRollouts, prompts: list
     off = texts(rollouts, prompts, 0.0)
     with pytest.raises(RuntimeError, match="stop"), rollouts.capped(1.0):
         raise RuntimeError("stop")
-    assert [answer.ids for answer in rollouts.sample(prompts)] == off
+    assert [answer.ids for answer in rollouts.sample(prompts, GREEDY)] == off
 
 
 def test_compiled_and_over_three_tensor_parallel_workers(
@@ -212,9 +214,9 @@ def test_a_server_caps_the_same(
         found = [texts(served, prompts, strength) for strength in (0.0, 1.0, 0.0)]
         assert found == [*wanted, wanted[0]]
         with served.capped(1.0):
-            answer = served.sample(prompts[:1])[0]
+            answer = served.sample(prompts[:1], GREEDY)[0]
     with rollouts.capped(1.0):
-        assert rollouts.sample(prompts[:1])[0].logprobs == pytest.approx(answer.logprobs, abs=1e-3)
+        assert rollouts.sample(prompts[:1], GREEDY)[0].logprobs == pytest.approx(answer.logprobs, abs=1e-3)
 
 
 def test_a_server_that_does_not_cap_is_refused(folder: Path, form: ChatFormat, floor: Floor, tmp_path: Path) -> None:
@@ -225,35 +227,54 @@ def test_a_server_that_does_not_cap_is_refused(folder: Path, form: ChatFormat, f
     assert "TRIMTAB_VLLM_CAP=1" in str(caught.value.remedy)
 
 
-def test_grpo_by_recipe_samples_capped_and_learns(tmp_path: Path) -> None:
-    """``train.use_vllm: true`` and the entry script: vLLM colocated by TRL, the learner's weights sent to it each step."""
-    recipe = tmp_path / "grpo.yaml"
+def trained(folder: Path, method: str, sections: dict[str, Any]) -> list[dict[str, Any]]:
+    """Train by recipe and entry script, vLLM colocated; the metrics of each step."""
     content = {
         "model": {"name": "smollm2-135m", "device": "cpu"},
         "axis": {"roles": 2, "held_out_roles": 1, "questions": 2, "sampling": {"max_new_tokens": 12}},
         "floor": {"layers": "14-24", "percentile": 75, "pool": 12, "drift_rows": 4, "min_firing": 0},
-        "data": {"drift_prompts": 12, "conversation_turns": 2, "benign_share": 0.0},
-        "method": {"name": "grpo", "rewards": [{"name": "persona_llr"}], "cap_schedule": "linear"},
+        "data": {"drift_prompts": 12, "conversation_turns": 2, "benign_share": 0.25},
         "lora": {"r": 8, "lora_dropout": 0.0, "target_modules": ["q_proj", "v_proj"]},
-        "train": {
-            "max_steps": 3, "per_device_train_batch_size": 8, "num_generations": 4, "max_completion_length": 16,
-            "learning_rate": 1.0e-3, "save_strategy": "no", "use_vllm": True, "vllm_max_model_length": 1024,
-            "gradient_checkpointing": False, "vllm_gpu_memory_utilization": 0.3,
-        },
     }  # fmt: skip
-    recipe.write_text(yaml.safe_dump(content))
-    command = [sys.executable, str(Path(__file__).with_name("on_cpu.py")), str(ROOT / "train" / "grpo.py")]
-    command += ["--config", str(recipe), "--output_dir", str(tmp_path / "run"), "--quiet"]
-    variables = {"VLLM_CACHE_ROOT": str(tmp_path / "cache"), "TRIMTAB_VLLM_CAP": ""}
+    train = {
+        "learning_rate": 1.0e-3, "save_strategy": "no", "use_vllm": True, "vllm_max_model_length": 1024,
+        "gradient_checkpointing": False, "vllm_gpu_memory_utilization": 0.3, "per_device_train_batch_size": 8, "max_steps": 3,
+    }  # fmt: skip
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({**content, **sections, "train": {**train, **sections["train"]}}))
+    command = [sys.executable, str(Path(__file__).with_name("on_cpu.py")), str(ROOT / "train" / f"{method}.py")]
+    command += ["--config", str(recipe), "--output_dir", str(folder / "run"), "--quiet"]
+    variables = {"VLLM_CACHE_ROOT": str(folder / "cache"), "TRIMTAB_VLLM_CAP": ""}
     done = subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-6000:]
     assert "Traceback" not in done.stderr
-    rows = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    assert (folder / "run" / "adapter" / "adapter_model.safetensors").exists()
+    rows = read_jsonl(folder / "run" / "metrics.jsonl")
+    print(json.dumps(rows))
+    return rows
+
+
+def test_grpo_by_recipe_samples_capped_and_learns(tmp_path: Path) -> None:
+    """``train.use_vllm: true`` and the entry script: the learner's weights sent each step, the base's for benign rows."""
+    method = {"name": "grpo", "rewards": [{"name": "persona_llr"}], "cap_schedule": "linear"}
+    rows = trained(tmp_path, "grpo", {"method": method, "train": {"num_generations": 4, "max_completion_length": 16}})
     assert [row["cap_strength"] for row in rows] == pytest.approx([1.0, 2 / 3, 1 / 3])
     # in bfloat16; the cap itself is worth ten times as much
     assert all(row["vllm/distance"] < 0.1 < 0.2 < row["off_policy/log_ratio"] for row in rows[:2])
-    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
-    print(json.dumps(rows))
+
+
+def test_sft_by_recipe_samples_every_round_from_vllm(tmp_path: Path) -> None:
+    """Drift rows by the current weights under the cap, benign rows by the base, two rounds."""
+    sampling = {"max_new_tokens": 16, "batch_size": 16}
+    method = {"name": "sft", "sampling": sampling, "regenerate_every": 2, "cap_schedule": "constant"}
+    rows = trained(tmp_path, "sft", {"method": method, "train": {"max_steps": 4}})
+    assert [row["vllm/distance"] < 0.1 for row in rows if "vllm/distance" in row] == [True, True]
+    rollouts = [row for path in sorted((tmp_path / "run" / "rollouts").iterdir()) for row in read_jsonl(path)]
+    assert len(rollouts) == 32
+    assert {(row["kind"], row["sampler"], row["cap_strength"]) for row in rollouts} == {
+        ("drift", "capped", 1.0),
+        ("benign", "base", 0.0),
+    }
 
 
 def test_the_plugin_is_what_vllm_finds() -> None:
@@ -272,7 +293,7 @@ EXPERTS = {"moe_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok":
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "gemma2", "gemma3_text", "olmo3"])
-def test_every_family_is_capped_where_transformers_caps_it(
+def test_every_family_is_capped_where_transformers_caps_it_and_takes_the_learners_weights(
     kind: str, form: ChatFormat, prompts: list[list[int]], tmp_path: Path
 ) -> None:
     """Random models of each architecture: the layers of some return their output in two parts, of others whole."""
@@ -280,26 +301,33 @@ def test_every_family_is_capped_where_transformers_caps_it(
     config = AutoConfig.for_model(kind, **TINY, **extra, vocab_size=len(form.tokenizer), eos_token_id=2, pad_token_id=2)  # type: ignore[arg-type]
     torch.manual_seed(0)
     attention = "eager" if kind.startswith("gemma") else "sdpa"
-    model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention).eval()
-    model.save_pretrained(tmp_path / "model")
+    plain: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention).eval()
+    plain.save_pretrained(tmp_path / "model")
     form.tokenizer.save_pretrained(tmp_path / "model")
+    model: Any = get_peft_model(
+        plain, LoraConfig(r=4, target_modules=["q_proj", "o_proj"], task_type="CAUSAL_LM")
+    ).eval()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.2)
+    model.save_pretrained(tmp_path / "adapter")
     directions = unit(torch.randn(2, TINY["hidden_size"], generator=torch.Generator().manual_seed(1)))
     floor = Floor((1, 2), directions, torch.tensor([1.0, 1.0]), torch.ones(2))
-    command = [sys.executable, str(Path(__file__).with_name("says_of_tokens.py")), str(tmp_path / "model")]
     floor.save(tmp_path / "floor.safetensors")
-    command += [str(tmp_path / "floor.safetensors"), json.dumps(prompts[:4])]
+    command = [sys.executable, str(Path(__file__).with_name("says_of_tokens.py")), str(tmp_path / "model")]
+    command += [str(tmp_path / "adapter"), str(tmp_path / "floor.safetensors"), json.dumps(prompts[:4])]
     done = subprocess.run(command, env=dict(os.environ), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
-    said = json.loads(done.stdout.split("SAID")[1])
-    for strength in (0.0, 1.0):
-        own, other = 0.0, 0.0
-        for prompt, (ids, told) in zip(prompts, said[str(strength)], strict=False):
-            for capped_too in (False, True):
-                with capped(model, floor, 1.0 if capped_too else 0.0):
-                    distance = float((logprobs(model, prompt, ids) - torch.tensor(told)).abs().mean())
-                if capped_too == bool(strength):
-                    own = max(own, distance)
-                else:
-                    other = max(other, distance)
-        print(f"{kind}, strength {strength:g}: {own:.1e} from the same policy, {other:.1e} from the other")
-        assert own < 2e-3 < 0.02 < other
+    policies = {"uncapped": (0.0, False), "capped": (1.0, False), "sent": (1.0, True)}
+    for said, rows in json.loads(done.stdout.split("SAID")[1]).items():
+        distances = {}
+        for name, (strength, adapted) in policies.items():
+            with contextlib.nullcontext() if adapted else model.disable_adapter(), capped(model, floor, strength):
+                apart = [
+                    (logprobs(model, prompt, ids) - torch.tensor(told)).abs().mean()
+                    for prompt, (ids, told) in zip(prompts, rows, strict=False)
+                ]
+            distances[name] = float(max(apart))
+        own, others = distances.pop(said), distances
+        print(f"{kind}, {said}: {own:.1e} from the same policy, {min(others.values()):.1e} from the others")
+        assert own < 2e-3 < 0.02 < min(others.values())
