@@ -13,6 +13,7 @@ import json
 import os
 import resource
 import runpy
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -24,6 +25,7 @@ from trl.distributed import DistributedBackend
 
 from trimtab.axis.adapters import merged_weights
 
+ROOM = 48 << 10  # bytes that are left on a disk which is filled, too few for a checkpoint
 FOLDER = Path(__file__).resolve().parent.parent / "train"
 
 
@@ -72,13 +74,17 @@ class Probe(TrainerCallback):
 
 
 def _break(trainer: Any) -> None:
-    """Break one rank at one step, as ``$TRIMTAB_BREAK`` says: ``nan:<rank>:<step>`` or ``kill:<rank>:<step>``."""
+    """Break one rank, or its disk, at one step as ``$TRIMTAB_BREAK`` says: ``nan``, ``kill`` or ``full``, ``:<rank>:<step>``."""
     how, rank, step = (os.environ.get("TRIMTAB_BREAK") or "no:0:0").split(":")
     if how == "no" or (trainer.accelerator.process_index, trainer.state.global_step) != (int(rank), int(step)):
         return
     (Path(os.environ["TRIMTAB_PROBE"]) / "broken").touch()
     if how == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
+    if how == "full":
+        folder = Path(trainer.args.output_dir)
+        (folder.parent.parent / "filler").write_bytes(bytes(shutil.disk_usage(folder).free - ROOM))
+        return
     weight = next(p for n, p in trainer.model.named_parameters() if "lora_B" in n)
     weight.data.fill_(float("nan"))
 

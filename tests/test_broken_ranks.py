@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import time
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import save_model
-from tiny_recipe import PROBE, TWO_PROCESSES, command, environment, launcher, write_recipe
+from tiny_recipe import PROBE, TWO_PROCESSES, command, environment, launcher, needs_deepspeed, small_disk, write_recipe
 
 from trimtab.cli.launch import resolve_accelerate_config
 from trimtab.train.job import last_checkpoint
@@ -23,10 +22,10 @@ SOON = 60.0  # seconds from the break to the end of the launcher
 class Broken:
     """A job of two processes, of which one breaks."""
 
-    def __init__(self, folder: Path, engine: str, how: str) -> None:
+    def __init__(self, folder: Path, engine: str, how: str, disk: Path | None = None) -> None:
         model = folder / "model"
         save_model(model)
-        self.folder, self.notes = folder / "run", folder / "notes"
+        self.folder, self.notes = (disk or folder) / "run", folder / "notes"
         self.notes.mkdir()
         recipe = write_recipe(folder / "recipe.yaml", model, "sft", **TWO_PROCESSES)
         config = resolve_accelerate_config(engine, into=folder)
@@ -41,7 +40,7 @@ class Broken:
         """Run the command; its exit code, and the seconds from the break to its end."""
         with self.log.open("w") as file:
             process = subprocess.Popen(
-                self.command, env=environment(**self.variables, **variables), cwd=self.folder.parent, stdout=file,
+                self.command, env=environment(**self.variables, **variables), cwd=self.log.parent, stdout=file,
                 stderr=file, start_new_session=True,
             )  # fmt: skip
         broken, until = None, time.monotonic() + 300
@@ -61,9 +60,7 @@ class Broken:
 @pytest.mark.parametrize("engine", ["ddp-cpu", "zero3-cpu"])
 def test_a_killed_rank_ends_the_job_and_it_goes_on(tmp_path: Path, engine: str) -> None:
     if engine.startswith("zero"):
-        pytest.importorskip("deepspeed")
-        if shutil.which("c++") is None:
-            pytest.skip("DeepSpeed compiles its shared-memory operator with c++")
+        needs_deepspeed()
     job = Broken(tmp_path, engine, "kill:1:3")
     said = job.log.read_text(encoding="utf-8")
     print(f"{engine}: {job.seconds:.1f} s from the kill to the end of the launcher")
@@ -86,3 +83,20 @@ def test_nan_on_one_rank_stops_all_with_the_batch_saved(tmp_path: Path) -> None:
     assert len(found["rows"]) == TWO_PROCESSES["per_device_train_batch_size"]
     assert Path(str(last_checkpoint(job.folder / "checkpoints"))).name == "checkpoint-2"
     assert job.start()[0] == 0, job.log.read_text(encoding="utf-8")[-3000:]
+
+
+@pytest.mark.distributed
+def test_a_full_disk_stops_all_and_damages_nothing(tmp_path: Path) -> None:
+    """Every rank writes its part of ZeRO-3's checkpoint, and here finds no room for it."""
+    needs_deepspeed()
+    with small_disk(tmp_path / "disk", 64 << 20):
+        job = Broken(tmp_path, "zero3-cpu", "full:0:3", disk=tmp_path / "disk")
+        said = job.log.read_text(encoding="utf-8")
+        print(f"{job.seconds:.1f} s from the filling to the end of the launcher")
+        assert "the disk is full" in said and "remedy: free some space and run the same command again" in said
+        assert [path.name for path in (job.folder / "checkpoints").glob("checkpoint-*")] == ["checkpoint-2"]
+        assert not (job.folder / "adapter").exists()
+        (tmp_path / "disk" / "filler").unlink()
+        assert job.start()[0] == 0, job.log.read_text(encoding="utf-8")[-3000:]
+        assert json.loads((job.notes / "rank-0.json").read_text(encoding="utf-8"))["from_step"] == 2
+        assert (job.folder / "adapter" / "adapter_model.safetensors").exists()

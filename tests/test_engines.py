@@ -23,6 +23,7 @@ from tiny_recipe import (
     environment,
     largest_difference,
     launch,
+    needs_deepspeed,
     run,
     train_here,
     write_recipe,
@@ -81,9 +82,7 @@ def test_two_processes_train_the_adapter_of_one(
     model: Path, engine: str, method: str, kind: str, wrapper: str, stage: int | None
 ) -> None:
     if stage is not None:
-        pytest.importorskip("deepspeed")
-        if shutil.which("c++") is None:
-            pytest.skip("DeepSpeed compiles its shared-memory operator with c++")
+        needs_deepspeed()
     alone = one_process(method, model)
     folder, notes = launch(engine, method, model, model.parent)
     assert len(notes) == 2

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import random
-import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import save_model
-from tiny_recipe import FORKS, adapter, command, largest_difference, train_here, write_recipe
+from tiny_recipe import FORKS, adapter, command, largest_difference, small_disk, train_here, write_recipe
 
 from trimtab.axis.errors import UserError
 from trimtab.axis.files import load_tensors, read_jsonl
@@ -165,22 +163,6 @@ def test_killed_in_every_stage(recipe: Path, unbroken: Job, tmp_path: Path) -> N
 
 
 # ---- a full disk ----
-
-
-@contextlib.contextmanager
-def small_disk(folder: Path, size: int) -> Iterator[Callable[[int], None]]:
-    """A file system of ``size`` bytes and a function that gives it another size; skips where this process may not mount."""
-    folder.mkdir()
-
-    def mount(*options: str) -> int:
-        return subprocess.run(["mount", *options, str(folder)], capture_output=True, check=False).returncode
-
-    if mount("-t", "tmpfs", "-o", f"size={size}", "tmpfs"):
-        pytest.skip("needs the right to mount a tmpfs")
-    try:
-        yield lambda new: subprocess.run(["mount", "-o", f"remount,size={new}", str(folder)], check=True)
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
 
 
 def pages(folder: Path) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import multiprocessing
@@ -10,10 +11,11 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
@@ -123,6 +125,29 @@ def run(arguments: Sequence[str], *, timeout: float = 900, **options: Any) -> su
         process.communicate()
         raise
     return subprocess.CompletedProcess(arguments, process.returncode, out, errors)
+
+
+def needs_deepspeed() -> None:
+    """Skip where DeepSpeed, or the compiler that it needs on a CPU, is not there."""
+    pytest.importorskip("deepspeed")
+    if shutil.which("c++") is None:
+        pytest.skip("DeepSpeed compiles its shared-memory operator with c++")
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, size: int) -> Iterator[Callable[[int], None]]:
+    """A file system of ``size`` bytes and a function that gives it another size; skips where this process may not mount."""
+    folder.mkdir()
+
+    def mount(*options: str) -> int:
+        return subprocess.run(["mount", *options, str(folder)], capture_output=True, check=False).returncode
+
+    if mount("-t", "tmpfs", "-o", f"size={size}", "tmpfs"):
+        pytest.skip("needs the right to mount a tmpfs")
+    try:
+        yield lambda new: subprocess.run(["mount", "-o", f"remount,size={new}", str(folder)], check=True)
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
 
 
 # Two processes with as many rows a step as one: 2 x 4 x 1 as 1 x 4 x 2.
