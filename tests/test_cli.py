@@ -301,6 +301,8 @@ def test_check_shards_the_plan_and_says_what_to_do(recipe: Path) -> None:
 
 
 def test_check_counts_what_vllm_claims(recipe: Path) -> None:
+    from trl import GRPOConfig
+
     from trimtab.cli.check import check_recipe
 
     def phases(gpu_memory: float | None, *given: str) -> Any:
@@ -312,6 +314,7 @@ def test_check_counts_what_vllm_claims(recipe: Path) -> None:
     colocated = phases(64, "train.vllm_gpu_memory_utilization=0.25")
     assert colocated["training"]["vLLM"] == colocated["rollouts"]["vLLM"] == pytest.approx(16)
     assert "KV cache" not in colocated["rollouts"]
+    assert phases(64)["rollouts"]["vLLM"] == pytest.approx(64 * GRPOConfig.vllm_gpu_memory_utilization)
     assert colocated["rollouts"]["weights"] < plain["rollouts"]["weights"], "nothing is gathered to sample"
     assert "vLLM" not in phases(64, "train.vllm_enable_sleep_mode=true")["training"]
     alone, split = (phases(None, f"train.vllm_tensor_parallel_size={size}")["rollouts"]["vLLM"] for size in (1, 8))
