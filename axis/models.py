@@ -17,6 +17,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
 
 from trimtab.axis.errors import UserError
+from trimtab.axis.machine import cpu_flags
 
 log = logging.getLogger("trimtab")
 
@@ -72,7 +73,7 @@ def choose_dtype(asked: str, device: torch.device) -> tuple[torch.dtype, str]:
         if device.type == "cuda":
             fits = torch.cuda.is_bf16_supported()
             return (torch.bfloat16, "this GPU has it") if fits else (torch.float32, "this GPU has no bfloat16")
-        native = bool(getattr(torch.backends.cpu, "get_cpu_capability", lambda: "")() == "AVX512") and _cpu_has_bf16()
+        native = torch.backends.cpu.get_cpu_capability() == "AVX512" and "avx512_bf16" in cpu_flags()
         return (
             (torch.bfloat16, "this CPU has AVX512_BF16") if native else (torch.float32, "this CPU has no AVX512_BF16")
         )
@@ -80,13 +81,6 @@ def choose_dtype(asked: str, device: torch.device) -> tuple[torch.dtype, str]:
     if not isinstance(dtype, torch.dtype):
         raise UserError(f"no such dtype: {asked!r}", key="model.dtype", remedy="use auto, bfloat16, float16 or float32")
     return dtype, "asked for"
-
-
-def _cpu_has_bf16() -> bool:
-    try:
-        return "avx512_bf16" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return False
 
 
 def fetch_embedded(name: str) -> Path:

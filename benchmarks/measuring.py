@@ -25,6 +25,7 @@ from trimtab.axis.calibration import window_by_rule
 from trimtab.axis.directions import unit
 from trimtab.axis.files import write_json
 from trimtab.axis.layers import shape_of, text_config_of
+from trimtab.axis.machine import machine_facts
 
 FEWEST_ROUNDS = 4  # one stalled step of a busy machine is all there is to see in fewer
 WIDEST_SPREAD = (
@@ -154,28 +155,11 @@ def tell(what: str, result: Mapping[str, Any]) -> None:
     print(line, flush=True)
 
 
-def machine_facts() -> dict[str, Any]:
+def facts_of_now() -> dict[str, Any]:
     """What a reader needs to judge the numbers; the load says how noisy the machine was."""
-    cpu = platform.processor() or platform.machine()
-    if (listing := Path("/proc/cpuinfo")).exists():
-        names = [
-            line.split(":", 1)[1].strip() for line in listing.read_text().splitlines() if line.startswith("model name")
-        ]
-        cpu = names[0] if names else cpu
-    gpu = None
-    if torch.cuda.is_available():
-        gpu = {"name": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
     libraries = {name: __import__(name).__version__ for name in ("torch", "transformers", "trl", "peft")}
-    return {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load": [round(value, 2) for value in os.getloadavg()],
-        "gpu": gpu,
-        "system": f"{platform.system()} {platform.release()}",
-        "python": platform.python_version(),
-        **libraries,
-    }
+    load = [round(value, 2) for value in os.getloadavg()]
+    return {**machine_facts(), "load": load, "python": platform.python_version(), **libraries}
 
 
 def finish(arguments: argparse.Namespace, benchmark: str, result: Mapping[str, Any]) -> None:
@@ -183,4 +167,4 @@ def finish(arguments: argparse.Namespace, benchmark: str, result: Mapping[str, A
     if arguments.json is not None:
         # files lie where they lie on this machine: no part of the result
         settings = {key: value for key, value in vars(arguments).items() if not isinstance(value, Path)}
-        write_json(arguments.json, {"benchmark": benchmark, "machine": machine_facts(), "settings": settings, **result})
+        write_json(arguments.json, {"benchmark": benchmark, "machine": facts_of_now(), "settings": settings, **result})

@@ -1,25 +1,34 @@
 """Every way of baking, side by side: one axis, one floor, the same prompts and LoRA, about as many minutes, judged uncapped.
 
-    python benchmarks/methods.py --folder runs/methods                      # all arms, three seeds: many hours on a CPU
-    python benchmarks/methods.py --folder runs/methods --arms sft distill --seeds 1
+    python benchmarks/methods.py --folder runs/methods                       # all arms, three seeds: many hours on a CPU
+    python benchmarks/methods.py --folder runs/methods --arms SFT "floor only" --seeds 2
+    python benchmarks/methods.py --folder runs/methods --kept docs/methods   # with what was measured before, on any machine
 
 Axis, floor and the base's answers are made once and shared. Each arm is a shipped recipe with a few overrides, printed below the
-table. Run the same command again after an interruption: what is done stays done. The table is written to ``<folder>/methods.md``,
-its numbers to ``methods.json``.
+table. Run the same command again after an interruption: what is done stays done. With ``--kept`` each finished run's report,
+without transcripts, is kept as ``<arm>-<seed>.json``, a run that has one is not made again, and the table is of all that are
+kept; ``--seeds`` without a number makes none and writes the table alone. The table goes to ``README.md`` in that folder, or
+to ``<folder>/methods.md``. Two such commands may work on one folder at a time, with other arms each; start the second one when
+the first has its floor.
+
+Seeds are pooled and every arm is held against the recipes' default, role by role (``trimtab.eval.pooling``); ``trimtab report
+--compare docs/methods/*.json`` shows the same with plots.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import statistics
 from pathlib import Path
-from typing import Any
 
+from trimtab.axis.files import file_fingerprint, write_jsonl, write_text
 from trimtab.axis.logs import setup_logging
 from trimtab.cli.launch import launch_training
+from trimtab.eval.compare import load_runs
+from trimtab.eval.pooling import Pooled, stand
 from trimtab.eval.report import load_report
+from trimtab.eval.schema import Report
 from trimtab.eval.stages import eval_stage, report_stage
 from trimtab.recipes.loader import LoadedRecipe, load_recipe
 from trimtab.train.prepare import rollouts_stage
@@ -44,6 +53,7 @@ ARMS: dict[str, tuple[str, list[str]]] = {
     "DPO": ("dpo", ["method.floor_weight=0"]),
     "DPO + floor": ("dpo", []),
 }
+DEFAULT = "capped SFT + floor"  # of the recipes: what every arm is held against
 COLUMNS = {
     "text_llr": "text-only behaviour",
     "z_held_out": "z, held-out axis",
@@ -56,6 +66,7 @@ EFFECTS = {
     "default_z_shift_same_text": "z-shift, same text",
     "repetition_change": "repetition",
 }
+SAMPLES = 4000  # of the bootstrap over seeds and roles
 
 
 def recipe_of(arm: str, model: str, seed: int, extra: list[str]) -> LoadedRecipe:
@@ -65,10 +76,14 @@ def recipe_of(arm: str, model: str, seed: int, extra: list[str]) -> LoadedRecipe
     return load_recipe(f"{model}/{name}", [*EVAL, *overrides, *seeds, *extra])
 
 
-def share(shared: Run, run: Run) -> None:
-    """Give a run the axis, the floor and the base's answers of another; its own stages take them where their inputs agree."""
+def share(folder: Path, run: Run) -> None:
+    """Give a run the axis, the floor and the base's answers of another in the folder; its stages take them where inputs agree."""
+    others = sorted(path.parents[1] for path in folder.glob("*/stages/floor.json"))
+    shared = next((other for other in others if other != run.folder), None)
+    if shared is None:
+        return
     for name in ("axis", "axis.safetensors", "axis_held_out.safetensors", "floor.safetensors", "floor.json"):
-        source, target = shared.folder / name, run.folder / name
+        source, target = shared / name, run.folder / name
         if source.is_dir():
             shutil.copytree(source, target, dirs_exist_ok=True)
         elif source.exists():
@@ -76,69 +91,130 @@ def share(shared: Run, run: Run) -> None:
     (run.folder / "stages").mkdir(exist_ok=True)
     for stage in ("axis", "floor"):
         if not (run.folder / "stages" / f"{stage}.json").exists():
-            shutil.copy(shared.folder / "stages" / f"{stage}.json", run.folder / "stages")
+            shutil.copy(shared / "stages" / f"{stage}.json", run.folder / "stages")
+
+
+def share_answers(folder: Path, run: Run) -> None:
+    """Give a run what the base answered, with and without the cap, in other runs of the folder under the same floor."""
     (run.folder / "eval").mkdir(exist_ok=True)
+    floor = file_fingerprint(run.folder / "floor.safetensors")
     for pattern in ("*-base.*", "*-base-cap.*"):
-        for path in (shared.folder / "eval").glob(pattern):
-            if not (run.folder / "eval" / path.name).exists():
+        for path in sorted(folder.glob(f"*/eval/{pattern}")):
+            alike = file_fingerprint(path.parents[1] / "floor.safetensors") == floor
+            if alike and not (run.folder / "eval" / path.name).exists():
                 shutil.copy(path, run.folder / "eval")
 
 
-def play(arm: str, seed: int, folder: Path, model: str, extra: list[str], first: Run | None) -> Run:
+def play(arm: str, seed: int, folder: Path, model: str, extra: list[str]) -> Run:
     """Train and evaluate one arm with one seed, unless that is done."""
     loaded = recipe_of(arm, model, seed, extra)
-    run = open_run(loaded, output_dir=str(folder / f"{arm.replace(' ', '-')}-{seed}"))
-    if first is not None:
-        share(first, run)
+    run = open_run(loaded, output_dir=str(folder / _file_name(arm, seed)))
+    if not (run.folder / "stages" / "floor.json").exists():
+        share(folder, run)
     rollouts_stage(run)
     launch_training(loaded, run.folder, loaded.recipe.method.name, accelerate=None)
+    share_answers(folder, run)
     eval_stage(run)
     report_stage(run)
     return run
 
 
-def figures_of(run: Run) -> dict[str, Any]:
-    """What the table shows of a run."""
-    report = load_report(run.folder / "report.json")
-    metrics = {metric.id: metric for metric in report.metrics}
-    effects = {effect.id: effect.estimate for effect in report.side_effects}
-    training = (run.stage_record("train") or {"facts": {}})["facts"]
-    kept = {key: metrics[key].retention.estimate for key in COLUMNS if key in metrics}
-    return {
-        "retention": {key: None if value is None else value.model_dump() for key, value in kept.items()},
-        "effects": {key: effects[key].model_dump() for key in EFFECTS if key in effects},
-        "minutes": training.get("minutes"),
-        "peak_gib": training.get("peak_gib"),
-        "steps": training.get("steps"),
+def kept_report(report: Report) -> Report:
+    """A report without what takes room: its numbers and how they came about."""
+    training = {key: value for key, value in report.training.items() if key != "log"}
+    repeat = {key: value for key, value in report.repeat.items() if key != "recipe"}
+    return report.model_copy(
+        update={"transcripts": [], "persona_space": {}, "trajectories": [], "training": training, "repeat": repeat}
+    )
+
+
+def by_arm(reports: dict[str, Report]) -> dict[str, list[Report]]:
+    """Arm -> its runs in the order of seeds, the default first."""
+    found: dict[str, list[Report]] = {}
+    for arm in sorted(ARMS, key=lambda arm: arm != DEFAULT):
+        runs = {int(name.rpartition("-")[2]): report for name, report in reports.items() if _arm_of(name) == arm}
+        if runs:
+            found[arm] = [runs[seed] for seed in sorted(runs)]
+    return found
+
+
+def _arm_of(name: str) -> str:
+    return name.rpartition("-")[0].replace("-", " ")
+
+
+def _file_name(arm: str, seed: int) -> str:
+    return f"{arm.replace(' ', '-')}-{seed}"
+
+
+def table(reports: dict[str, Report]) -> str:
+    """The tables in Markdown: retention, gaps to the default, prices; seeds pooled, each seed's value in brackets."""
+    arms = by_arm(reports)
+    together = stand(
+        {f"{arm}/{k}": run for arm, runs in arms.items() for k, run in enumerate(runs)}, samples=SAMPLES, seed=0,
+        settings={arm: [f"{arm}/{k}" for k in range(len(runs))] for arm, runs in arms.items()},
+    )  # fmt: skip
+    order = [arm for arm in ARMS if arm in arms]
+
+    def cell(pooled: Pooled | None, digits: int) -> str:
+        if pooled is None or pooled.estimate is None:
+            return "undefined"
+        e = pooled.estimate
+        seeds = f" ({', '.join(f'{value:.{digits}f}' for value in pooled.seeds)})" if len(pooled.seeds) > 1 else ""
+        return f"{e.value:.{digits}f} [{e.low:.{digits}f}, {e.high:.{digits}f}]{seeds}"
+
+    def gap(pooled: Pooled | None) -> str:
+        if pooled is None or pooled.gap is None:
+            return "-"
+        e, p = pooled.gap.estimate, pooled.gap.p
+        told = f"{e.value:+.2f} [{e.low:+.2f}, {e.high:+.2f}]"
+        return f"**{told}**" if p < 0.05 else told
+
+    def rows(head: list[str], cells: dict[str, list[str]]) -> str:
+        lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+        return "\n".join(lines + ["| " + " | ".join([arm, *row]) + " |" for arm, row in cells.items()]) + "\n"
+
+    kept = {
+        arm: [str(len(arms[arm])), *(cell(together.metrics.get(key, {}).get(arm), 2) for key in COLUMNS)]
+        for arm in order
     }
+    apart = {
+        arm: [gap(together.metrics.get(key, {}).get(arm)) for key in COLUMNS]
+        + [gap(together.effects.get("default_z_shift", {}).get(arm))]
+        for arm in order
+        if arm != DEFAULT
+    }
+    prices = {
+        arm: [
+            *(cell(together.effects.get(key, {}).get(arm), 3) for key in EFFECTS),
+            *(_mean([run.training.get(key) for run in arms[arm]]) for key in ("minutes", "peak_gib")),
+        ]
+        for arm in order
+    }
+    parts = ["Retention, seeds pooled:", rows(["method", "seeds", *COLUMNS.values()], kept)]
+    if DEFAULT in arms and apart:
+        parts += [
+            f"Against {DEFAULT}, by role and conversation; bold where p < 0.05 after Holm's correction:",
+            rows(["method", *COLUMNS.values(), EFFECTS["default_z_shift"]], apart),
+        ]
+    parts += ["Prices:", rows(["method", *EFFECTS.values(), "minutes of training", "peak GiB"], prices)]
+    machines = sorted({_machine(run) for runs in arms.values() for run in runs})
+    return "\n".join([*parts, "Measured on: " + "; ".join(machines) + ".\n"])
 
 
-def _cell(values: list[dict[str, float] | None]) -> str:
-    there = [value for value in values if value is not None]
-    if len(there) < len(values) or not there:
-        return "undefined"
-    mean, low, high = (statistics.mean(value[key] for value in there) for key in ("value", "low", "high"))
-    seeds = f" ({', '.join(format(value['value'], '.2f') for value in there)})" if len(there) > 1 else ""
-    return f"{mean:.2f} [{low:.2f}, {high:.2f}]{seeds}"
+def _mean(values: list[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    return f"{statistics.mean(known):.1f}" if known else "-"
 
 
-def table(results: dict[str, list[dict[str, Any]]]) -> str:
-    """The table in Markdown: retention and prices, means over seeds of values and interval ends, the seeds in brackets."""
-    head = ["method", *(f"retention: {name}" for name in COLUMNS.values()), *EFFECTS.values(), "minutes", "peak GiB"]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for arm, runs in results.items():
-        cells = [arm]
-        cells += [_cell([run["retention"].get(key) for run in runs]) for key in COLUMNS]
-        for key in EFFECTS:
-            values = [run["effects"].get(key) for run in runs]
-            cells.append(
-                "-" if None in values else f"{statistics.mean(value['value'] for value in values):+.3f}"  # type: ignore[index]
-            )
-        for key in ("minutes", "peak_gib"):
-            known = [run[key] for run in runs if run[key] is not None]
-            cells.append(f"{statistics.mean(known):.1f}" if known else "-")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+def _machine(report: Report) -> str:
+    machine, versions = report.repeat["machine"], report.repeat["versions"]
+    device = (
+        ", ".join(machine["gpus"])
+        if machine["device"].startswith("cuda")
+        else f"{machine['cpu']}, {machine['cores']} cores"
+    )
+    libraries = ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers", "trl", "peft"))
+    return f"{device}, {machine['dtype']} ({libraries}; {report.created[:10]})"
 
 
 def main() -> None:
@@ -149,24 +225,41 @@ def main() -> None:
         "--model", default="smollm2-135m", help="folder of recipes that has sft, floor, distill, grpo and dpo"
     )
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), metavar="ARM")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
+    parser.add_argument("--kept", type=Path, help="folder of kept reports, which are not made again")
     parser.add_argument("--set", nargs="*", default=[], metavar="section.key=value", help="overrides of every arm")
     arguments = parser.parse_args()
     setup_logging()
     folder: Path = arguments.folder
-    first: Run | None = None
-    results: dict[str, list[dict[str, Any]]] = {}
-    for seed in range(arguments.seeds):
+    reports: dict[str, Report] = {}
+    if arguments.kept is not None and (files := sorted(arguments.kept.glob("*.json"))):
+        reports = load_runs(files)
+    page = folder / "methods.md" if arguments.kept is None else arguments.kept / "README.md"
+    for seed in arguments.seeds:
         for arm in arguments.arms:
-            run = play(arm, seed, folder, arguments.model, arguments.set, first)
-            first = first or run
-            results.setdefault(arm, []).append(figures_of(run))
-            (folder / "methods.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
-            (folder / "methods.md").write_text(table(results), encoding="utf-8")
-            print(table(results))
-    for arm in arguments.arms:
-        name, overrides = ARMS[arm]
-        print(f"{arm}: {arguments.model}/{name} {' '.join(overrides)}")
+            name = _file_name(arm, seed)
+            if name in reports:
+                continue
+            run = play(arm, seed, folder, arguments.model, arguments.set)
+            reports[name] = kept_report(load_report(run.folder / "report.json"))
+            if arguments.kept is not None:
+                write_jsonl(arguments.kept / f"{name}.json", [reports[name].model_dump()])
+            write_text(page, page_of(reports, arguments.model))
+    if reports:
+        write_text(page, page_of(reports, arguments.model))
+        print(table(reports))
+
+
+def page_of(reports: dict[str, Report], model: str) -> str:
+    """The table with what each arm is."""
+    arms = [
+        f"- {arm}: `{model}/{ARMS[arm][0]}` {' '.join(ARMS[arm][1])}".rstrip() for arm in ARMS if arm in by_arm(reports)
+    ]
+    return (
+        f"# Every way of baking, {model}\n\nWritten by `benchmarks/methods.py`.\n\n{table(reports)}\n"
+        + "\n".join(arms)
+        + "\n"
+    )
 
 
 if __name__ == "__main__":

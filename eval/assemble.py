@@ -291,6 +291,7 @@ def _metric(
         quality=quality,
         p_holm=bootstrap.p_value(tuned - base),
         detectable=bootstrap.detectable(tuned - base),
+        by_cluster=bootstrap.by_cluster({"base": base, "base+cap": capped, "tuned": tuned}),
         primary=primary,
     )
 
@@ -302,14 +303,27 @@ def _side_effects(measured: Measured, bootstrap: int, seed: int) -> list[SideEff
     ruler = measured.rulers["training"]
     default_z = {arm: np.asarray(ruler.z(measured.on_default[arm].means)) for arm in measured.arms}
     benign = measured.benign_forced
-    found = []
+    found: list[SideEffect] = []
 
-    def add(identifier: str, name: str, unit: str, meaning: str, estimate: Any, limit: float | None = None) -> None:
+    def add(
+        identifier: str, name: str, unit: str, meaning: str, resample: ClusterBootstrap, values: Any,
+        limit: float | None = None,
+    ) -> None:  # fmt: skip
+        array = np.asarray(values, dtype=float)
+        estimate = resample.estimate_if_any(array)
         if estimate is None:  # no answer long enough to measure it on
             return
-        ok = None if limit is None else abs(estimate.value) <= limit
         found.append(
-            SideEffect(id=identifier, name=name, unit=unit, meaning=meaning, estimate=estimate, limit=limit, ok=ok)
+            SideEffect(
+                id=identifier,
+                name=name,
+                unit=unit,
+                meaning=meaning,
+                estimate=estimate,
+                limit=limit,
+                ok=None if limit is None else abs(estimate.value) <= limit,
+                by_cluster=resample.by_cluster({"value": array}),
+            )
         )
 
     tuned_arms = [("tuned", ""), *([(CONTROL, " (control)")] if CONTROL in measured.arms else [])]
@@ -319,38 +333,38 @@ def _side_effects(measured: Measured, bootstrap: int, seed: int) -> list[SideEff
         add(
             f"benign_kl{key}", f"KL to the base on benign text{suffix}", "nat/token",
             "KL(base || tuned) per token on the base's answers to held-out benign requests.",
-            by_benign.estimate_if_any(benign[arm].kl), limits[0],
+            by_benign, benign[arm].kl, limits[0],
         )  # fmt: skip
         add(
             f"default_z_shift{key}", f"z-shift of free default answers{suffix}", "sigma",
             "Mean z of the tuned model's own default answers minus the base's, paired by prompt and seed.",
-            by_default.estimate_if_any(default_z[arm] - default_z["base"]), limits[1],
+            by_default, default_z[arm] - default_z["base"], limits[1],
         )  # fmt: skip
         add(
             f"default_z_shift_same_text{key}", f"z-shift on the same default text{suffix}", "sigma",
             "z under the tuned weights minus z under the base, on the base's default answers.",
-            by_default.estimate_if_any(measured.default_forced[arm].z_shift), limits[1],
+            by_default, measured.default_forced[arm].z_shift, limits[1],
         )  # fmt: skip
     add(
         "role_z_shift_same_text", "z-shift on the same role text", "sigma",
         "z under the tuned weights minus z under the base, on the capped self's answers to the held-out roles; it is meant to "
         "rise, and it tells a shift of role text from one of every text.",
-        by_role.estimate_if_any(measured.drift_forced["tuned"].z_shift),
+        by_role, measured.drift_forced["tuned"].z_shift,
     )  # fmt: skip
     add(
         "benign_kl_cap", "KL to the base on benign text: the cap itself", "nat/token",
         "KL(base || base+cap), for comparison: what the hook costs on benign text.",
-        by_benign.estimate_if_any(benign["base+cap"].kl),
+        by_benign, benign["base+cap"].kl,
     )  # fmt: skip
     add(
         "default_z_shift_cap", "z-shift of free default answers: the cap itself", "sigma",
         "The same with the cap on the base, for comparison; the hook lifts projections by its very nature.",
-        by_default.estimate_if_any(default_z["base+cap"] - default_z["base"]),
+        by_default, default_z["base+cap"] - default_z["base"],
     )  # fmt: skip
     add(
         "benign_nll_change", "Log-perplexity change on benign text", "nat/token",
         "Negative log-likelihood of the base's benign answers under the tuned model minus under the base.",
-        by_benign.estimate_if_any(np.asarray(benign["tuned"].nll) - np.asarray(benign["base"].nll)),
+        by_benign, np.asarray(benign["tuned"].nll) - np.asarray(benign["base"].nll),
     )  # fmt: skip
     repeated = {
         arm: np.asarray([repeated_share(text) for text in measured.on_roles[arm].texts]) for arm in ("base", "tuned")
@@ -358,26 +372,31 @@ def _side_effects(measured: Measured, bootstrap: int, seed: int) -> list[SideEff
     add(
         "repetition_change", "Repeated word 4-grams under role prompts", "share",
         "Share of repeated 4-grams in the tuned model's answers minus the base's: degenerate text would raise it.",
-        by_role.estimate_if_any(repeated["tuned"] - repeated["base"]),
+        by_role, repeated["tuned"] - repeated["base"],
     )  # fmt: skip
     add(
         "length_change", "Answer length under role prompts", "words",
         "Words in the tuned model's answers minus the base's.",
-        by_role.estimate_if_any([
+        by_role, [
             float(len(t.split()) - len(b.split()))
             for t, b in zip(measured.on_roles["tuned"].texts, measured.on_roles["base"].texts, strict=True)
-        ]),
+        ],
     )  # fmt: skip
     for arm in [name for name in ("base", "base+cap", "tuned") if measured.on_professional]:
         hits = sum(
             keyword_hit(text, row["keywords"])
             for text, row in zip(measured.on_professional[arm].texts, measured.professional, strict=True)
         )
-        add(
-            f"professional_{arm.replace('+', '_')}", f"Professional roles still played: {arm}", "rate",
-            "Share of answers to tutor, editor, analyst and such roles with at least two words that the role calls for.",
-            wilson(hits, len(measured.professional)),
-        )  # fmt: skip
+        found.append(
+            SideEffect(
+                id=f"professional_{arm.replace('+', '_')}",
+                name=f"Professional roles still played: {arm}",
+                unit="rate",
+                meaning="Share of answers to tutor, editor, analyst and such roles with at least two words that the role calls "
+                "for.",
+                estimate=wilson(hits, len(measured.professional)),
+            )
+        )
     if measured.llr_professional:
         by_probe = ClusterBootstrap([row["role"] for row in measured.professional], bootstrap, seed)
         llr = {arm: np.asarray(row) for arm, row in measured.llr_professional.items()}
@@ -385,7 +404,7 @@ def _side_effects(measured: Measured, bootstrap: int, seed: int) -> list[SideEff
             "professional_llr_change", "Professional roles: persona ratio, tuned minus base", "nat/token",
             "How much less the professional role shows in the text; the cap's own change is "
             f"{float(np.nanmean(llr['base+cap'] - llr['base'])):+.3f}.",
-            by_probe.estimate_if_any(llr["tuned"] - llr["base"]),
+            by_probe, llr["tuned"] - llr["base"],
         )  # fmt: skip
     return found
 

@@ -1,4 +1,7 @@
-"""Several reports side by side: one page for people, one tidy table for programs."""
+"""Several reports side by side: one page for people, one tidy table for programs.
+
+Runs that differ in nothing but seeds are pooled, and every setting is held against the first, role by role.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,11 @@ from typing import Any
 from trimtab.axis.errors import UserError
 from trimtab.axis.files import write_text
 from trimtab.eval.figures import Figure, comparison_figure
+from trimtab.eval.pooling import Pooled, Standing, stand
 from trimtab.eval.report import load_report, page_environment, plotly_source
 from trimtab.eval.schema import Estimate, Report, Retention
 
+SAMPLES = 2000  # of the bootstrap, where a report does not say how many it took
 COLUMNS = ("run", "section", "id", "what", "unit", "value", "low", "high", "n", "note")
 
 
@@ -28,7 +33,8 @@ def load_runs(paths: Sequence[Path]) -> dict[str, Report]:
     ]
     if len(set(files)) < len(files):
         raise UserError("a run is given twice", key="--compare", remedy="name each run once")
-    names = [file.parent.name for file in files]
+    # a report under another name is a kept one, which lies beside others
+    names = [file.parent.name if file.name == "report.json" else file.stem for file in files]
     shown = [
         name if names.count(name) == 1 else "/".join(file.parts[-3:-1]) for name, file in zip(names, files, strict=True)
     ]
@@ -45,6 +51,12 @@ def write_comparison(reports: dict[str, Report], page: Path) -> None:
         for key, metric in metrics.items()
         if any((kept := _retention(report, key)) and kept.estimate for report in reports.values())
     ]
+    standing = standing_of(reports)
+    pooled_figures = [
+        (metrics[key].name, comparison_figure([(name, _kept(pooled)) for name, pooled in row.items()]))
+        for key, row in standing.metrics.items()
+        if standing.repeated and any(pooled.estimate for pooled in row.values())
+    ]
     text = page_environment().get_template("compare.html.j2").render(
         reports=reports,
         claims=claims,
@@ -57,9 +69,21 @@ def write_comparison(reports: dict[str, Report], page: Path) -> None:
         by_task={name: {row.task: row for row in report.capability} for name, report in reports.items()},
         differences=_differences(reports),
         figures=figures,
+        standing=standing,
+        pooled_figures=pooled_figures,
         plotly=plotly_source(),
     )  # fmt: skip
     write_text(page, text)
+
+
+def standing_of(reports: dict[str, Report]) -> Standing:
+    """The settings of these reports, pooled over seeds; the draws are those of the first report's own intervals."""
+    section = next(iter(reports.values())).repeat.get("resolved", {}).get("eval", {})
+    return stand(reports, samples=section.get("bootstrap", SAMPLES), seed=section.get("seed", 0))
+
+
+def _kept(pooled: Pooled) -> Retention:
+    return Retention(estimate=pooled.estimate, why=pooled.why)
 
 
 def _retention(report: Report, key: str) -> Retention | None:
@@ -70,6 +94,7 @@ def _differences(reports: dict[str, Report]) -> list[str]:
     """What makes the figures of these runs not comparable."""
     checks: dict[str, list[Any]] = {
         "the base model": [report.repeat.get("resolved", {}).get("model") for report in reports.values()],
+        "the dtype": [report.repeat.get("machine", {}).get("dtype") for report in reports.values()],
         "the floor": [report.repeat.get("hashes", {}).get("floor.safetensors") for report in reports.values()],
         "files of your own": [
             {key: report.repeat.get("hashes", {}).get(key) for key in ("eval.conversations_file", "eval.boundary_file")}
@@ -94,35 +119,53 @@ def write_csv(reports: dict[str, Report], path: Path) -> None:
     writer.writerow(COLUMNS)
     for name, report in reports.items():
         writer.writerows([name, *row] for row in _rows(report))
+    if len(reports) > 1:
+        writer.writerows(_standing_rows(reports))
     write_text(path, text.getvalue())
 
 
-def _rows(report: Report) -> Iterator[list[Any]]:
-    def row(section: str, key: str, what: str, unit: str, e: Estimate | None, note: str = "") -> list[Any]:
-        return [section, key, what, unit, *((e.value, e.low, e.high, e.n) if e else ("", "", "", "")), note]
+def _row(section: str, key: str, what: str, unit: str, e: Estimate | None, note: str = "") -> list[Any]:
+    return [section, key, what, unit, *((e.value, e.low, e.high, e.n) if e else ("", "", "", "")), note]
 
+
+def _standing_rows(reports: dict[str, Report]) -> Iterator[list[Any]]:
+    """Settings in place of runs: their figures over seeds, and the gap of each to the first."""
+    standing = standing_of(reports)
+    units = {effect.id: effect.unit for report in reports.values() for effect in report.side_effects}
+    for what, table in (("retention", standing.metrics), ("value", standing.effects)):
+        for key, row in table.items():
+            unit = "share" if what == "retention" else units[key]
+            for name, pooled in row.items():
+                seeds = f"runs {', '.join(standing.settings[name])}"
+                yield [name, *_row("setting", key, what, unit, pooled.estimate, pooled.why or seeds)]
+                if pooled.gap is not None:
+                    note = f"p {pooled.gap.p:.3g} (Holm)"
+                    yield [name, *_row("setting", key, f"{what}, minus the first's", unit, pooled.gap.estimate, note)]
+
+
+def _rows(report: Report) -> Iterator[list[Any]]:
     for metric in report.metrics:
         for arm, estimate in metric.arms.items():
-            yield row("metric", metric.id, arm, metric.unit, estimate)
-        yield row("metric", metric.id, "cap effect", metric.unit, metric.cap_effect)
-        yield row("metric", metric.id, "tuned effect", metric.unit, metric.tuned_effect)
-        yield row("metric", metric.id, "retention", "share", metric.retention.estimate, metric.retention.why)
+            yield _row("metric", metric.id, arm, metric.unit, estimate)
+        yield _row("metric", metric.id, "cap effect", metric.unit, metric.cap_effect)
+        yield _row("metric", metric.id, "tuned effect", metric.unit, metric.tuned_effect)
+        yield _row("metric", metric.id, "retention", "share", metric.retention.estimate, metric.retention.why)
         if metric.control_retention is not None:
             kept = metric.control_retention
-            yield row("metric", metric.id, "retention of the control", "share", kept.estimate, kept.why)
+            yield _row("metric", metric.id, "retention of the control", "share", kept.estimate, kept.why)
         for what, estimate in (metric.quality or {}).items():
-            yield row("metric", metric.id, what, "", estimate)
+            yield _row("metric", metric.id, what, "", estimate)
     for effect in report.side_effects:
-        yield row("side effect", effect.id, "tuned", effect.unit, effect.estimate)
+        yield _row("side effect", effect.id, "tuned", effect.unit, effect.estimate)
     for task in report.capability:
         for arm, estimate in task.arms.items():
-            yield row("capability", task.task, arm, task.metric, estimate)
-        yield row("capability", task.task, "cap effect", task.metric, task.cap_difference)
-        yield row("capability", task.task, "tuned effect", task.metric, task.difference)
+            yield _row("capability", task.task, arm, task.metric, estimate)
+        yield _row("capability", task.task, "cap effect", task.metric, task.cap_difference)
+        yield _row("capability", task.task, "tuned effect", task.metric, task.difference)
     for table in report.rates:
         for rate in table.rows:
             for arm, estimate in rate.arms.items():
-                yield row("rate", f"{table.id}/{rate.label}", arm, "share", estimate)
+                yield _row("rate", f"{table.id}/{rate.label}", arm, "share", estimate)
     for outcome in report.durability:
         for lasting in outcome.metrics:
             key = f"{outcome.name}/{lasting.id}"
@@ -132,22 +175,22 @@ def _rows(report: Report) -> Iterator[list[Any]]:
                 ("retention base after", lasting.base_after),
                 ("left of the tuning's distance", lasting.left),
             ):
-                yield row("durability", key, what, "share", kept.estimate, kept.why)
-            yield row("durability", key, "tuned after - tuned", lasting.unit, lasting.tuned_change)
-            yield row("durability", key, "tuned after - base after", lasting.unit, lasting.lead)
+                yield _row("durability", key, what, "share", kept.estimate, kept.why)
+            yield _row("durability", key, "tuned after - tuned", lasting.unit, lasting.tuned_change)
+            yield _row("durability", key, "tuned after - base after", lasting.unit, lasting.lead)
     for trajectory in report.trajectories:
         for point in trajectory.points:
-            yield row("trajectory", f"{trajectory.domain}/turn {point.turn}", trajectory.arm, "z", point.z)
+            yield _row("trajectory", f"{trajectory.domain}/turn {point.turn}", trajectory.arm, "z", point.z)
     for arm, estimate in report.foretold.items():
-        yield row("foretold by the user's message", "r2", arm, "R2", estimate)
+        yield _row("foretold by the user's message", "r2", arm, "R2", estimate)
     if report.rerouting is not None:
         place = f"layer {report.rerouting.layer}"
         for arm, estimate in report.rerouting.probe.items():
-            yield row("re-routing", "probe", arm, "AUC", estimate, place)
+            yield _row("re-routing", "probe", arm, "AUC", estimate, place)
         for component in report.rerouting.components:
-            yield row("re-routing", f"PC{component.number}", "cap effect", "sigma", component.cap_effect, place)
-            yield row("re-routing", f"PC{component.number}", "tuned effect", "sigma", component.tuned_effect, place)
+            yield _row("re-routing", f"PC{component.number}", "cap effect", "sigma", component.cap_effect, place)
+            yield _row("re-routing", f"PC{component.number}", "tuned effect", "sigma", component.tuned_effect, place)
         for arm, cosine in report.rerouting.cosines.items():
             yield ["re-routing", "cosine with the training axis", arm, "cosine", cosine, "", "", "", "extracted anew"]
     for claim in report.claims:
-        yield row("claim", claim.id, claim.light, "", None, claim.says)
+        yield _row("claim", claim.id, claim.light, "", None, claim.says)

@@ -5,7 +5,7 @@ Shapes: n paired items, C clusters, S bootstrap samples.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from scipy.stats import binomtest, norm
 from sklearn.metrics import cohen_kappa_score, r2_score, roc_auc_score
 from statsmodels.stats.multitest import multipletests
 
-from trimtab.eval.schema import Estimate, Retention
+from trimtab.eval.schema import ByCluster, Estimate, Retention
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 LEVEL = 95.0
@@ -30,12 +30,10 @@ class ClusterBootstrap:
     """
 
     def __init__(self, clusters: Sequence[str], samples: int, seed: int) -> None:
-        names, self._index = np.unique(np.asarray(clusters), return_inverse=True)
+        self._names, self._index = np.unique(np.asarray(clusters), return_inverse=True)
         self.n = len(clusters)
-        self._size = len(names)
-        generator = np.random.default_rng(seed)
-        draws = generator.integers(0, self._size, (samples, self._size))
-        self._weights = np.stack([np.bincount(draw, minlength=self._size) for draw in draws])  # [S, C]
+        self._size = len(self._names)
+        self._weights = cluster_draws(self._size, samples, seed)
 
     def means(self, values: Array) -> Array:
         """Mean over items of each resample, [S]; items that are NaN (no answer) are left out, a resample of none is NaN."""
@@ -56,7 +54,7 @@ class ClusterBootstrap:
         count = int(np.isfinite(array).sum())
         if count == 0:
             raise ValueError("no value to estimate from")
-        low, high = _percentiles(self.means(array))
+        low, high = percentiles(self.means(array))
         return Estimate(value=float(np.nanmean(array)), low=low, high=high, n=count)
 
     def estimate_if_any(self, values: Sequence[float] | Array) -> Estimate | None:
@@ -65,10 +63,21 @@ class ClusterBootstrap:
 
     def p_value(self, values: Sequence[float] | Array) -> float:
         """Two-sided p of a mean of 0: twice the share of resamples beyond 0, at least 2 / (S + 1); 1 where nothing moved."""
-        samples = self.means(np.asarray(values, dtype=float))
-        samples = samples[np.isfinite(samples)]
-        beyond = min(int((samples <= 0).sum()), int((samples >= 0).sum()))
-        return min(1.0, 2 * (beyond + 1) / (len(samples) + 1))
+        return p_of(self.means(np.asarray(values, dtype=float)))
+
+    def by_cluster(self, values: Mapping[str, Sequence[float] | Array]) -> ByCluster:
+        """Means by cluster of the items that none of the given arms lacks; six significant digits, which a file can hold."""
+        arrays = {arm: np.asarray(row, dtype=float) for arm, row in values.items()}
+        together = np.isfinite(np.stack(list(arrays.values()))).all(0)
+        index = self._index[together]
+        counts = np.bincount(index, minlength=self._size)
+        kept = np.flatnonzero(counts)
+        means = {arm: np.bincount(index, row[together], self._size)[kept] / counts[kept] for arm, row in arrays.items()}
+        return ByCluster(
+            clusters=[str(name) for name in self._names[kept]],
+            counts=counts[kept].tolist(),
+            means={arm: [float(f"{mean:.6g}") for mean in row] for arm, row in means.items()},
+        )
 
     def detectable(self, values: Sequence[float] | Array) -> float:
         """The least true mean that so many items would show: at the 5 % level, two-sided, with 80 % power.
@@ -93,7 +102,7 @@ class ClusterBootstrap:
         above, below = weights[:, labels], weights[:, ~labels]
         pairs = above.sum(1) * below.sum(1)
         samples = np.divide(((above @ ordered) * below).sum(1), pairs, out=np.full(len(pairs), np.nan), where=pairs > 0)
-        low, high = _percentiles(samples)
+        low, high = percentiles(samples)
         return Estimate(value=point, low=low, high=high, n=len(values))
 
     def r2(self, values: Array, predicted: Array) -> Estimate | None:
@@ -106,7 +115,7 @@ class ClusterBootstrap:
         error, square, mean = (self.means(row) for row in ((values - predicted) ** 2, values**2, values))
         spread = square - mean**2
         samples = 1 - np.divide(error, spread, out=np.full(len(error), np.nan), where=spread > 0)
-        low, high = _percentiles(samples)
+        low, high = percentiles(samples)
         return Estimate(value=float(r2_score(values, predicted)), low=low, high=high, n=len(values))
 
     def kappa(self, one: Sequence[str], other: Sequence[str]) -> Estimate | None:
@@ -123,7 +132,7 @@ class ClusterBootstrap:
         agreed = weights @ (first * second).sum(1)
         chance = ((weights @ first) * (weights @ second)).sum(1)
         samples = np.divide(agreed - chance, 1 - chance, out=np.full(len(agreed), np.nan), where=chance < 1)
-        low, high = _percentiles(samples)
+        low, high = percentiles(samples)
         return Estimate(value=value, low=low, high=high, n=len(one))
 
     def retention(
@@ -141,22 +150,41 @@ class ClusterBootstrap:
             return Retention(estimate=None, why=f"only {count} complete items")
         if len(np.unique(self._index[together])) < 2:
             return Retention(estimate=None, why="all complete items are of one role or conversation")
-        effects = self.means(c - b)
-        low, high = _percentiles(effects)
-        if low <= 0 <= high:
-            return Retention(
-                estimate=None,
-                why=f"the cap itself moves it by {np.nanmean(c - b):+.3g} [{low:.3g}, {high:.3g}], which is within its noise",
-            )
-        value = float(np.nanmean(t - b) / np.nanmean(c - b))
-        # Few clusters can give a resample without any effect of the cap, whose ratio is not a number.
-        low, high = _percentiles(self.means(t - b) / np.where(effects == 0, np.nan, effects))
-        return Retention(estimate=Estimate(value=value, low=low, high=high, n=count))
+        return retention_of(
+            float(np.nanmean(c - b)), float(np.nanmean(t - b)), self.means(c - b), self.means(t - b), count
+        )
 
 
-def _percentiles(samples: Array) -> tuple[float, float]:
+def cluster_draws(clusters: int, samples: int, seed: int) -> Array:
+    """How often each cluster is drawn in each resample, [S, C]; the same for the same numbers."""
+    draws = np.random.default_rng(seed).integers(0, clusters, (samples, clusters))
+    return np.stack([np.bincount(draw, minlength=clusters) for draw in draws]).astype(float)
+
+
+def retention_of(cap_effect: float, tuned_effect: float, capped: Array, tuned: Array, n: int) -> Retention:
+    """Retention from the two effects and their resamples, [S] each; undefined where the cap's own effect covers 0."""
+    low, high = percentiles(capped)
+    if low <= 0 <= high:
+        return Retention(
+            estimate=None,
+            why=f"the cap itself moves it by {cap_effect:+.3g} [{low:.3g}, {high:.3g}], which is within its noise",
+        )
+    # Few clusters can give a resample without any effect of the cap, whose ratio is not a number.
+    low, high = percentiles(tuned / np.where(capped == 0, np.nan, capped))
+    return Retention(estimate=Estimate(value=tuned_effect / cap_effect, low=low, high=high, n=n))
+
+
+def percentiles(samples: Array) -> tuple[float, float]:
+    """Ends of the percentile interval of resamples, [S]; NaN is left out."""
     low, high = np.nanpercentile(samples, [(100 - LEVEL) / 2, 100 - (100 - LEVEL) / 2])
     return float(low), float(high)
+
+
+def p_of(samples: Array) -> float:
+    """Two-sided p of 0, of resamples [S]: twice the share beyond 0, at least 2 / (S + 1); 1 where nothing moved."""
+    samples = samples[np.isfinite(samples)]
+    beyond = min(int((samples <= 0).sum()), int((samples >= 0).sum()))
+    return min(1.0, 2 * (beyond + 1) / (len(samples) + 1))
 
 
 def wilson(successes: int, n: int) -> Estimate:

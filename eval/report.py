@@ -94,6 +94,9 @@ def page_environment() -> Environment:
         value=wording.value_text,
         interval=wording.interval_text,
         percent=wording.percent_text,
+        signed=wording.signed_text,
+        points=wording.points_text,
+        seed=wording.seed_text,
         glued=lambda text: text.replace(" %", "\u00a0%"),  # no line break within "93 %"
     )
     environment.globals["arm_names"] = wording.ARM_NAMES

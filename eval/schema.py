@@ -35,6 +35,20 @@ class Retention(Part):
     why: str = ""
 
 
+class ByCluster(Part):
+    """What lies behind an estimate, by role or conversation: enough to pool runs and to hold them against each other.
+
+    Attributes:
+        clusters: names, sorted.
+        counts: items that all of the arms have, a cluster.
+        means: arm -> mean over those items, a cluster.
+    """
+
+    clusters: list[str]
+    counts: list[int]
+    means: dict[str, list[float]]
+
+
 class Metric(Part):
     """One metric over the arms.
 
@@ -52,6 +66,7 @@ class Metric(Part):
         quality: the metric's own quality, such as its AUC, or None.
         p_holm: p of the tuned effect being 0, after Holm's correction over the metrics of the report.
         detectable: the least tuned effect that so many items would show (5 % level, 80 % power).
+        by_cluster: base, base+cap and tuned by role or conversation.
         primary: the metric that the verdict is about.
     """
 
@@ -68,11 +83,15 @@ class Metric(Part):
     quality: dict[str, Estimate] | None = None
     p_holm: float | None = None
     detectable: float | None = None
+    by_cluster: ByCluster | None = None
     primary: bool = False
 
 
 class SideEffect(Part):
-    """A price: what moved that should not. ``limit`` is the allowance, ``ok`` whether the value lies within it."""
+    """A price: what moved that should not. ``limit`` is the allowance, ``ok`` whether the value lies within it.
+
+    ``by_cluster`` has the value under the name ``value``; None where the estimate is a rate.
+    """
 
     id: str
     name: str
@@ -81,6 +100,7 @@ class SideEffect(Part):
     estimate: Estimate
     limit: float | None = None
     ok: bool | None = None
+    by_cluster: ByCluster | None = None
 
 
 class Capability(Part):

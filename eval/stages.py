@@ -18,6 +18,7 @@ from trimtab.axis.chat import ChatFormat, chat
 from trimtab.axis.extraction import DEFAULT, extract
 from trimtab.axis.files import file_fingerprint, read_json, read_jsonl, write_json, write_text
 from trimtab.axis.judge import scoring_judge
+from trimtab.axis.machine import machine_facts
 from trimtab.axis.models import EMBEDDED, Loaded
 from trimtab.axis.progress import progress_bar
 from trimtab.axis.scoring import SCORE_BATCH, persona_llr
@@ -238,7 +239,7 @@ def evaluate(run: Run, model_facts: dict[str, Any], weights: Weights, form: Chat
         axis=axis_facts,
         floor=dict((run.stage_record("floor") or {"facts": {}})["facts"]),
         training=_training(run),
-        repeat=_repeat(run),
+        repeat=_repeat(run, model_facts),
     )
     write_report(report, run.folder)
     return {"verdict": report.verdict.headline, "status": report.verdict.status}
@@ -635,7 +636,7 @@ def _training(run: Run) -> dict[str, Any]:
     return {**facts, "log": log_rows}
 
 
-def _repeat(run: Run) -> dict[str, Any]:
+def _repeat(run: Run, model_facts: dict[str, Any]) -> dict[str, Any]:
     made = json.loads((run.folder / "run.json").read_text(encoding="utf-8"))
     stages = {
         path.stem: json.loads(path.read_text())["seconds"] for path in sorted((run.folder / "stages").glob("*.json"))
@@ -653,6 +654,7 @@ def _repeat(run: Run) -> dict[str, Any]:
         "resolved": run.loaded.resolved,
         "versions": made["versions"],
         "git": made["git"],
+        "machine": {**machine_facts(), "device": model_facts["device"], "dtype": model_facts["dtype"]},
         "hashes": {
             **{name: file_fingerprint(path) for name, path in files.items()},
             **_given_files(run),

@@ -55,6 +55,28 @@ def percent_text(estimate: Estimate) -> str:
     return f"{number(100 * estimate.value, 0)} % [{low}, {high}]"
 
 
+def signed(text: str) -> str:
+    """A number's text with its sign: ``0.12 [...]`` -> ``+0.12 [...]``."""
+    return text if text.startswith("\u2212") else f"+{text}"
+
+
+def signed_text(estimate: Estimate) -> str:
+    """A difference with its interval, such as ``+0.012 [0.003, 0.021]``."""
+    return signed(estimate_text(estimate))
+
+
+def points_text(estimate: Estimate) -> str:
+    """A difference of two shares, such as ``+12 points [-3, 27]``."""
+    return signed(percent_text(estimate).replace(" %", " points"))
+
+
+def seed_text(value: float, as_share: bool) -> str:
+    """One repetition's value: a share as ``0.93``, else three significant digits; a dash where it is undefined."""
+    if math.isnan(value):
+        return "\u2013"
+    return number(value, 2) if as_share else number(value)
+
+
 def inline_name(name: str) -> str:
     """A name for the middle of a sentence: ``Text-only behaviour`` -> ``text-only behaviour``; ``KL to base`` stays."""
     return name[0].lower() + name[1:] if len(name) > 1 and not name[1].isupper() else name

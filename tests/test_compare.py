@@ -7,14 +7,16 @@ import json
 from pathlib import Path
 
 import pytest
+from test_pooling import by_cluster, report
 from test_report import Page, build_report
 
 from trimtab.axis import UserError
 from trimtab.axis.files import write_json
 from trimtab.cli.main import main
-from trimtab.eval.compare import COLUMNS, load_runs
+from trimtab.eval.compare import COLUMNS, load_runs, standing_of
 from trimtab.eval.report import write_report
 from trimtab.eval.schema import Report
+from trimtab.eval.wording import percent_text, points_text
 
 SCHEMA = Path(__file__).parents[1] / "docs" / "report.schema.json"
 
@@ -27,9 +29,9 @@ def runs(tmp_path: Path) -> list[Path]:
         update={"capability": [], "repeat": {**one.repeat, "hashes": {"floor.safetensors": "other"}}}
     )
     folders = [tmp_path / "first", tmp_path / "second"]
-    for folder, report in zip(folders, (one, other), strict=True):
+    for folder, written in zip(folders, (one, other), strict=True):
         folder.mkdir()
-        write_report(report, folder)
+        write_report(written, folder)
     return folders
 
 
@@ -44,9 +46,9 @@ def test_page_and_table_hold_every_run(runs: list[Path], tmp_path: Path, capsys:
     assert "not measured" in read.text  # the second's capability
     rows = list(csv.DictReader(table.read_text(encoding="utf-8").splitlines()))
     assert tuple(rows[0]) == COLUMNS and {row["run"] for row in rows} == {"first", "second"}
-    report = build_report(transcripts=2)
+    first = build_report(transcripts=2)
     kept = next(row for row in rows if row["id"] == "text_llr" and row["what"] == "retention")
-    estimate = report.metrics[0].retention.estimate
+    estimate = first.metrics[0].retention.estimate
     assert estimate is not None and float(kept["value"]) == estimate.value and int(kept["n"]) == estimate.n
     undefined = next(row for row in rows if row["id"] == "in_role" and row["what"] == "retention")
     assert undefined["value"] == "" and "less than its noise" in undefined["note"]
@@ -62,6 +64,34 @@ def test_runs_of_one_name_are_told_apart_and_twice_is_refused(runs: list[Path], 
         load_runs([runs[0], runs[0] / "report.json"])
     with pytest.raises(UserError, match="nowhere"):
         load_runs([tmp_path / "nowhere"])
+
+
+def test_seeds_are_pooled_and_settings_held_against_the_first(tmp_path: Path) -> None:
+    runs = {
+        "sft-0": report(by_cluster(1, 0.9), recipe="sft", seed=0),
+        "sft-1": report(by_cluster(2, 1.0), recipe="sft", seed=1),
+        "dpo-0": report(by_cluster(3, 0.4), recipe="dpo", seed=0),
+    }
+    files = []
+    for name, one in runs.items():
+        files.append(tmp_path / f"{name}.json")  # kept reports, side by side in one folder
+        write_json(files[-1], one.model_dump())
+    page, table = tmp_path / "page.html", tmp_path / "table.csv"
+    assert main(["report", "--compare", *map(str, files), "--to", str(page), "--csv", str(table)]) == 0
+    read = Page(page.read_text(encoding="utf-8"))
+    assert read.ids("section") == ["claims", "settings", "retention", "prices"]
+    pooled = standing_of(runs).metrics["text_llr"]
+    kept, gap = pooled["sft"].estimate, pooled["dpo-0"].gap
+    assert kept is not None and gap is not None
+    assert percent_text(kept).split(" [")[0] in read.text and points_text(gap.estimate) in read.text
+    assert "2 seeds" in read.text and "against sft" in " ".join(read.text.split())
+    rows = list(csv.DictReader(table.read_text(encoding="utf-8").splitlines()))
+    settings = [row for row in rows if row["section"] == "setting" and row["id"] == "text_llr"]
+    assert [(row["run"], row["what"]) for row in settings] == [
+        ("sft", "retention"), ("dpo-0", "retention"), ("dpo-0", "retention, minus the first's"),
+    ]  # fmt: skip
+    assert float(settings[0]["value"]) == kept.value and settings[0]["note"] == "runs sft-0, sft-1"
+    assert float(settings[2]["value"]) == gap.estimate.value and "Holm" in settings[2]["note"]
 
 
 @pytest.mark.parametrize("given", [["report"], ["report", "tiny/sft", "--compare", "x"]])

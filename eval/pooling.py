@@ -1,0 +1,242 @@
+"""Runs of one setting pooled over their seeds, and settings held against each other on the same items.
+
+A *setting* is what a recipe says but for its seeds; its *repetitions* are the runs that differ in seeds alone. Everything is
+worked out from what the reports hold by role or conversation (:class:`~trimtab.eval.schema.ByCluster`); no model is needed.
+
+Shapes: R repetitions, C clusters, S bootstrap samples.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import takewhile
+
+import numpy as np
+
+from trimtab.eval.intervals import Array, cluster_draws, holm, p_of, percentiles, retention_of
+from trimtab.eval.schema import ByCluster, Estimate, Report, Retention
+
+SEEDED = ("axis", "data", "train", "eval")  # sections of a recipe with a seed
+
+
+class Repetitions:
+    """Resamples of one setting: clusters, the same draws for every setting, and then repetitions, drawn for each by itself.
+
+    So an interval holds the noise of roles and questions and that of training seeds. Of R repetitions R - 1 are drawn, which
+    makes the variance of their mean what R of them say it is (Rao and Wu 1988); drawing R would show (R - 1) / R of it.
+
+    Args:
+        runs: what the repetitions have by cluster, on the same clusters.
+        samples: bootstrap samples, S.
+        seed: of the draws of clusters.
+        number: of the setting, for the draws of repetitions.
+    """
+
+    def __init__(self, runs: Sequence[ByCluster], samples: int, seed: int, number: int = 0) -> None:
+        self._runs = runs
+        counts = np.asarray([run.counts for run in runs], dtype=float)  # [R, C]
+        drawn = np.random.default_rng([seed, number]).integers(0, len(runs), (samples, max(1, len(runs) - 1)))
+        repetitions = np.stack([np.bincount(row, minlength=len(runs)) for row in drawn]).astype(float)
+        clusters = cluster_draws(counts.shape[1], samples, seed)
+        self._counts = counts
+        self._weights = repetitions[:, :, None] * clusters[:, None, :] * counts  # [S, R, C]
+        self.n = int(counts.sum())
+
+    def mean(self, arm: str) -> float:
+        """Mean over all items of all repetitions."""
+        return float(np.average(self._values(arm), weights=self._counts))
+
+    def means(self, arm: str) -> Array:
+        """The same of each resample, [S]."""
+        found: Array = (self._weights * self._values(arm)).sum((1, 2)) / self._weights.sum((1, 2))
+        return found
+
+    def _values(self, arm: str) -> Array:
+        return np.asarray([run.means[arm] for run in self._runs], dtype=float)
+
+    def estimate(self, arm: str) -> Estimate:
+        """:meth:`mean` with its interval."""
+        low, high = percentiles(self.means(arm))
+        return Estimate(value=self.mean(arm), low=low, high=high, n=self.n)
+
+    def retention(self) -> Retention:
+        """Retention of the repetitions together: the ratio of their mean effects."""
+        base, capped, tuned = (self.mean(arm) for arm in ("base", "base+cap", "tuned"))
+        bases = self.means("base")
+        return retention_of(
+            capped - base, tuned - base, self.means("base+cap") - bases, self.means("tuned") - bases, self.n
+        )
+
+    def retentions(self) -> Array:
+        """Retention of each resample, [S]; NaN where the cap has no effect in it."""
+        bases = self.means("base")
+        effects = self.means("base+cap") - bases
+        found: Array = (self.means("tuned") - bases) / np.where(effects == 0, np.nan, effects)
+        return found
+
+
+@dataclass(frozen=True)
+class Gap:
+    """A setting's figure minus the reference's, paired by cluster; ``p`` of 0, after Holm's correction over a whole page."""
+
+    estimate: Estimate
+    p: float
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """One figure of one setting.
+
+    Attributes:
+        estimate: over its repetitions; None where it is undefined.
+        why: why it is undefined.
+        seeds: its value in each repetition; NaN where that alone is undefined.
+        gap: to the first setting; None for that one, and where either is undefined.
+    """
+
+    estimate: Estimate | None
+    why: str
+    seeds: list[float]
+    gap: Gap | None = None
+
+
+@dataclass(frozen=True)
+class Standing:
+    """All settings, the first of which is the reference.
+
+    Attributes:
+        settings: name -> names of its runs.
+        metrics: metric -> setting -> pooled retention.
+        effects: side effect -> setting -> pooled value.
+        left_out: what could not be pooled or compared, in sentences.
+    """
+
+    settings: dict[str, list[str]]
+    metrics: dict[str, dict[str, Pooled]]
+    effects: dict[str, dict[str, Pooled]]
+    left_out: list[str]
+
+    @property
+    def repeated(self) -> bool:
+        """Whether a setting has several repetitions."""
+        return any(len(runs) > 1 for runs in self.settings.values())
+
+
+def settings_of(reports: Mapping[str, Report]) -> dict[str, list[str]]:
+    """Setting -> names of its runs: those whose recipes differ in nothing but seeds, in the order given."""
+    found: dict[str, list[str]] = {}
+    for name, report in reports.items():
+        resolved = report.repeat.get("resolved")
+        bare = {
+            key: {k: v for k, v in part.items() if k != "seed"} if key in SEEDED and isinstance(part, dict) else part
+            for key, part in (resolved or {}).items()
+        }
+        found.setdefault(json.dumps(bare, sort_keys=True) if resolved else name, []).append(name)
+    named: dict[str, list[str]] = {}
+    for runs in found.values():
+        name = _common_name(runs)
+        named[runs[0] if not name or name in named else name] = runs
+    return named
+
+
+def _common_name(runs: Sequence[str]) -> str:
+    """What the names of a setting's runs begin with; a single run's own."""
+    if len(runs) == 1:
+        return runs[0]
+    alike = takewhile(lambda characters: len(set(characters)) == 1, zip(*runs, strict=False))
+    return "".join(characters[0] for characters in alike).rstrip("-_./ ")
+
+
+def stand(
+    reports: Mapping[str, Report], *, samples: int, seed: int, settings: dict[str, list[str]] | None = None
+) -> Standing:
+    """Pool settings over seeds, and hold each against the first.
+
+    Args:
+        reports: name -> report.
+        samples: bootstrap samples.
+        seed: of the draws.
+        settings: setting -> names of its runs, where they are known; by default :func:`settings_of`.
+    """
+    settings = settings_of(reports) if settings is None else settings
+    metrics: dict[str, dict[str, ByCluster | None]] = {}
+    effects: dict[str, dict[str, ByCluster | None]] = {}
+    for name, report in reports.items():
+        for metric in report.metrics:
+            metrics.setdefault(metric.id, {})[name] = metric.by_cluster
+        for effect in report.side_effects:
+            effects.setdefault(effect.id, {})[name] = effect.by_cluster
+    left_out: list[str] = []
+
+    def pool(table: dict[str, dict[str, ByCluster | None]], what: str) -> dict[str, dict[str, Pooled]]:
+        rows = {key: _pool(key, row, settings, samples, seed, left_out, what) for key, row in table.items()}
+        return _corrected({key: row for key, row in rows.items() if row})
+
+    return Standing(settings, pool(metrics, "retention"), pool(effects, "value"), left_out)
+
+
+def _pool(
+    key: str,
+    by_run: Mapping[str, ByCluster | None],
+    settings: Mapping[str, Sequence[str]],
+    samples: int,
+    seed: int,
+    left_out: list[str],
+    what: str,
+) -> dict[str, Pooled]:
+    found: dict[str, Pooled] = {}
+    reference: tuple[list[str], Array, float] | None = None
+    for number, (setting, names) in enumerate(settings.items()):
+        runs = [by_run.get(name) for name in names]
+        whole = [run for run in runs if run is not None and run.clusters]
+        if len(whole) < len(names):
+            continue  # a rate, not measured, or a report without values by cluster
+        clusters = whole[0].clusters
+        if any(run.clusters != clusters for run in whole):
+            left_out.append(f"{key} of {setting}: its repetitions were measured on other roles or conversations")
+            continue
+        if len(clusters) < 2:
+            continue
+        together = Repetitions(whole, samples, seed, number)
+        each = [_value(Repetitions([run], samples, seed), what) for run in whole]
+        if what == "retention":
+            kept = together.retention()
+            estimate, why, draws = kept.estimate, kept.why, together.retentions()
+        else:
+            estimate, why, draws = together.estimate("value"), "", together.means("value")
+        gap = None
+        if estimate is not None:
+            if reference is None and number == 0:
+                reference = clusters, draws, estimate.value
+            elif reference is not None and reference[0] != clusters:
+                left_out.append(f"{key} of {setting} against the first: other roles or conversations")
+            elif reference is not None:
+                low, high = percentiles(draws - reference[1])
+                gap = Gap(
+                    Estimate(value=estimate.value - reference[2], low=low, high=high, n=together.n),
+                    p_of(draws - reference[1]),
+                )
+        found[setting] = Pooled(estimate, why, each, gap)
+    return found
+
+
+def _value(run: Repetitions, what: str) -> float:
+    if what == "value":
+        return run.mean("value")
+    kept = run.retention().estimate
+    return float("nan") if kept is None else kept.value
+
+
+def _corrected(rows: dict[str, dict[str, Pooled]]) -> dict[str, dict[str, Pooled]]:
+    """The same with p-values corrected for their number."""
+    gaps = [pooled.gap for row in rows.values() for pooled in row.values() if pooled.gap is not None]
+    p_values = iter(holm([gap.p for gap in gaps]))
+    return {
+        key: {
+            name: pooled if pooled.gap is None else replace(pooled, gap=replace(pooled.gap, p=next(p_values)))
+            for name, pooled in row.items()
+        }
+        for key, row in rows.items()
+    }
