@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
 
 from trimtab.axis.chat import ChatFormat, Message
 from trimtab.axis.directions import Floor
@@ -255,6 +256,7 @@ def sample_batch(
     means: bool = False,
     floor: Floor | None = None,
     strength: float = 1.0,
+    streamer: BaseStreamer | None = None,
 ) -> list[Answer]:
     """Sample one batch of answers.
 
@@ -269,6 +271,7 @@ def sample_batch(
         means: also return mean activations, as the next layer sees them (after the cap, where there is one).
         floor: cap to this floor while sampling; None samples uncapped.
         strength: strength of that cap.
+        streamer: of transformers, gets the tokens of a batch of one as they come.
     """
     controller = ActivationController.of(model)
     device = next(model.parameters()).device
@@ -303,6 +306,7 @@ def sample_batch(
                 generation_config=config,
                 logits_processor=LogitsProcessorList(processors),
                 stopping_criteria=StoppingCriteriaList([progress]),
+                streamer=streamer,
             )
     finally:
         model.train(training)

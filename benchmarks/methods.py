@@ -2,7 +2,7 @@
 
     python benchmarks/methods.py --folder runs/methods                       # all arms, three seeds: many hours on a CPU
     python benchmarks/methods.py --folder runs/methods --arms SFT "floor only" --seeds 2
-    python benchmarks/methods.py --folder runs/methods --kept docs/methods   # with what was measured before, on any machine
+    python benchmarks/methods.py --folder runs/methods --kept docs/measured   # with what was measured before, on any machine
 
 Axis, floor and the base's answers are made once and shared. Each arm is a shipped recipe with a few overrides, printed below the
 table. Run the same command again after an interruption: what is done stays done. With ``--kept`` each finished run's report,
@@ -12,7 +12,7 @@ to ``<folder>/methods.md``. Two such commands may work on one folder at a time, 
 the first has its floor.
 
 Seeds are pooled and every arm is held against the recipes' default, role by role (``trimtab.eval.pooling``); ``trimtab report
---compare docs/methods/*.json`` shows the same with plots.
+--compare docs/measured/*.json`` shows the same with plots.
 """
 
 from __future__ import annotations

@@ -119,7 +119,9 @@ def build_page(arms: LiveArms, about_html: str) -> Any:
             now = talk
             try:
                 for now in arms.answer(talk, user, options=options, system=system, seed=int(seed or 0)):
-                    yield shown(now)
+                    speaking = [arm for arm, answer in now.turns[-1].answers.items() if not answer.whole]
+                    # word by word only the column that grows
+                    yield {columns[arm]: column_html(now, arm) for arm in speaking} or shown(now)
             except Exception as error:  # whatever the model or its GPU raises is told in the page
                 if not isinstance(error, UserError):
                     log.exception("the turn failed")

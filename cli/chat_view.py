@@ -58,10 +58,12 @@ def column_html(talk: Talk, arm: str) -> str:
         answer = turn.answers.get(arm)
         if answer is None:
             first = next(name for name in LIVE_ARMS if name not in turn.answers)
-            parts.append(f'<p class="waiting">{"is answering …" if arm == first else "waits …"}</p>')
+            busy = arm == first and all(other.whole for other in turn.answers.values())
+            parts.append(f'<p class="waiting">{"is answering …" if busy else "waits …"}</p>')
             continue
         text = html.escape(answer.text) if answer.text.strip() else "<i>an empty answer</i>"
-        parts.append(f'<p class="answer"><b>{TITLES[arm]}</b>{text}</p>{_footnote(answer)}')
+        below = _footnote(answer) if answer.whole else '<p class="waiting">is answering …</p>'
+        parts.append(f'<p class="answer"><b>{TITLES[arm]}</b>{text}</p>{below}')
     body = "".join(parts) or '<p class="waiting">No message yet.</p>'
     label = f"Conversation with {TITLES[arm]}"
     return f'<div class="talk" role="log" tabindex="0" aria-label="{label}"><div>{body}</div></div>'
@@ -88,7 +90,8 @@ def meter_html(talk: Talk, arm: str, layers: tuple[int, ...]) -> str:
         arm: which arm.
         layers: the floor's layers.
     """
-    answer = next((turn.answers[arm] for turn in reversed(talk.turns) if arm in turn.answers), None)
+    answers = [turn.answers[arm] for turn in talk.turns if arm in turn.answers]
+    answer = next((answer for answer in reversed(answers) if answer.whole), None)
     scale = scale_of(talk)
     height = None if answer is None else answer.height
     if answer is None or height is None:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+from transformers import TextIteratorStreamer
 
 from trimtab.axis import Floor, UserError
 from trimtab.axis.chat import ChatFormat, chat
@@ -24,7 +27,7 @@ LIVE_ARMS = ("base", "base+cap", "tuned")
 
 @dataclass(frozen=True)
 class LiveAnswer:
-    """One arm's answer.
+    """One arm's answer, whole or so far.
 
     Attributes:
         text: the answer.
@@ -32,12 +35,14 @@ class LiveAnswer:
             :func:`trimtab.eval.measure.above_floor`. Negative = below; None for an answer of no tokens.
         by_layer: the same at each layer of the floor, [L]; empty for an answer of no tokens.
         ended: False where it was cut at its greatest length.
+        whole: False while it is being said; it has no height yet then.
     """
 
     text: str
     height: float | None
     by_layer: tuple[float, ...]
     ended: bool
+    whole: bool = True
 
 
 @dataclass(frozen=True)
@@ -106,7 +111,7 @@ class LiveArms:
             seed: sampling seed.
 
         Yields:
-            The conversation with one more turn, at first without answers, then with one more at a time.
+            The conversation with one more turn, at first without answers, then with more and more of one after the other.
 
         Raises:
             UserError: before anything is sampled, if the message is empty, the chat template refuses the conversation, or one
@@ -118,8 +123,9 @@ class LiveArms:
         turn = TalkTurn(user)
         yield Talk((*talk.turns, turn))
         for arm in LIVE_ARMS:
-            turn = replace(turn, answers={**turn.answers, arm: self._sample(arm, prompts[arm], options, turn_seed)})
-            yield Talk((*talk.turns, turn))
+            for answer in self._said(arm, prompts[arm], options, turn_seed):
+                turn = replace(turn, answers={**turn.answers, arm: answer})
+                yield Talk((*talk.turns, turn))
 
     def _prompt_ids(self, talk: Talk, arm: str, user: str, system: str) -> list[int]:
         if not user.strip():
@@ -140,10 +146,28 @@ class LiveArms:
                 remedy="shorten the message or the answer, take back turns, or start again",
             )
 
-    def _sample(self, arm: str, prompt: list[int], options: SamplingOptions, seed: int) -> LiveAnswer:
+    def _said(self, arm: str, prompt: list[int], options: SamplingOptions, seed: int) -> Iterator[LiveAnswer]:
+        """The answer word by word, and at last whole and with its height."""
+        streamer = TextIteratorStreamer(self._form.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        text = ""
+        with ThreadPoolExecutor(max_workers=1) as worker:
+            answer = worker.submit(self._sample, arm, prompt, options, seed, streamer)
+            # a fault in there would leave the loop waiting for words
+            answer.add_done_callback(lambda _: streamer.text_queue.put(streamer.stop_signal))
+            for piece in streamer:
+                text += piece
+                if piece and text.strip():
+                    yield LiveAnswer(text, None, (), ended=False, whole=False)
+            yield answer.result()
+
+    def _sample(
+        self, arm: str, prompt: list[int], options: SamplingOptions, seed: int, streamer: TextIteratorStreamer
+    ) -> LiveAnswer:
         floor = self.floor if arm.endswith("+cap") else None
         with self._one_at_a_time, self._weights[arm.removesuffix("+cap")]() as model:
-            (found,) = sample_batch(model, self._form, [prompt], [0], options, seeds=[seed], means=True, floor=floor)
+            (found,) = sample_batch(
+                model, self._form, [prompt], [0], options, seeds=[seed], means=True, floor=floor, streamer=streamer
+            )
         assert found.mean is not None
         means = found.mean[None, list(self.floor.layers)]  # [1, L, D]
         height = float(above_floor(self.floor, means))

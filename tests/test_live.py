@@ -65,13 +65,45 @@ def texts(talk: Talk) -> list[str]:
 
 def test_a_turn_is_answered_arm_after_arm_and_the_cap_holds_every_layer(arms: LiveArms) -> None:
     steps = list(arms.answer(Talk(), "Who are you?", options=OPTIONS, system="You are a ghost.", seed=3))
-    assert [list(step.turns[0].answers) for step in steps] == [[], ["base"], ["base", "base+cap"], list(LIVE_ARMS)]
+    whole = [[arm for arm, answer in step.turns[0].answers.items() if answer.whole] for step in steps]
+    assert list(dict.fromkeys(map(tuple, whole))) == [(), ("base",), ("base", "base+cap"), LIVE_ARMS]
     answers = steps[-1].turns[0].answers
     assert len({answer.text for answer in answers.values()}) == 3
     for answer in answers.values():
         assert answer.height == pytest.approx(sum(answer.by_layer) / 2, abs=1e-6)
     assert min(answers["base+cap"].by_layer) >= -1e-5
     assert answers["base"].height is not None and answers["base"].height < -0.1  # the floor acts
+
+
+def test_an_answer_grows_word_by_word_into_the_whole_one(arms: LiveArms) -> None:
+    steps = [
+        step.turns[0].answers["base"] for step in arms.answer(Talk(), "Who?", options=OPTIONS) if step.turns[0].answers
+    ]
+    growing = [answer for answer in steps if not answer.whole]
+    final = steps[-1]
+    assert len(growing) >= 2 and all(final.text.startswith(answer.text.rstrip("\ufffd")) for answer in growing)
+    lengths = [len(answer.text) for answer in growing]
+    assert lengths == sorted(set(lengths)) and {answer.height for answer in growing} == {None}
+    so_far = Talk((TalkTurn("Who?", {"base": growing[0]}),))
+    assert "is answering" in column_html(so_far, "base") and "waits" in column_html(so_far, "base+cap")
+    assert "no answer yet" in meter_html(so_far, "base", (5, 6)) and figure(so_far).data[0].y == (None,)
+
+
+def test_a_fault_while_an_answer_is_said_is_raised_and_the_next_turn_goes_on(
+    arms: LiveArms, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with arms._weights["base"]() as model:
+        forward, calls = model.forward, iter(range(100))
+
+        def breaks(*args: Any, **kwargs: Any) -> Any:
+            if next(calls) == 3:
+                raise RuntimeError("out of memory")
+            return forward(*args, **kwargs)
+
+        monkeypatch.setattr(model, "forward", breaks)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        said(arms, Talk(), "Who are you?")
+    assert set(said(arms, Talk(), "Who are you?").turns[0].answers) == set(LIVE_ARMS)
 
 
 def test_the_height_is_in_sigma_above_tau() -> None:
