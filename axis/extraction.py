@@ -97,9 +97,17 @@ class _Sums:
         return self.sums.sum(1) / self.counts.sum(1)[:, None, None]
 
     def half_axis(self, half: int, default: int, roles: Sequence[int]) -> Tensor:
-        """The axis from one half of the questions alone, [N, D]."""
-        means = self.sums[:, half] / self.counts[:, half].clamp(min=1)[:, None, None]
+        """The axis from one half of the questions alone, [N, D]; each of ``roles`` and the default must have answers in it."""
+        means = self.sums[:, half] / self.counts[:, half, None, None]
         return unit(means[default] - means[list(roles)].mean(0))
+
+    def split_half(self, default: int, roles: Sequence[int]) -> list[float]:
+        """Cosine between the axes of the two halves, [N], from the roles with answers in both; empty where there are none."""
+        both = [row for row in roles if bool((self.counts[row] > 0).all())]
+        if not both or not bool((self.counts[default] > 0).all()):
+            return []
+        cosines = (self.half_axis(0, default, both) * self.half_axis(1, default, both)).sum(-1)
+        return [round(float(cosine), 4) for cosine in cosines]
 
 
 @dataclass(frozen=True)
@@ -110,7 +118,7 @@ class Extraction:
         axis: the axis of the training roles.
         held_out: the axis of the held-out roles, or None.
         rollouts: path of the rollouts (JSON Lines).
-        split_half: cosine between the axes of the two question halves, per layer, [N].
+        split_half: cosine between the axes of the two question halves, per layer, [N]; empty for a single question.
     """
 
     axis: Axis
@@ -297,7 +305,5 @@ def _finish(
         return Axis.from_means(means[0], means[kept], counts[kept], metadata)
 
     axis = build(roles, "train")
-    kept = rows(roles)
-    halves = (sums.half_axis(0, 0, kept) * sums.half_axis(1, 0, kept)).sum(-1)
     held = build(held_out, "held_out") if held_out else None
-    return Extraction(axis, held, rollouts, [round(float(c), 4) for c in halves])
+    return Extraction(axis, held, rollouts, sums.split_half(0, rows(roles)))

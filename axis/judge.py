@@ -234,7 +234,7 @@ class Endpoint:
         """Replies; "" where there was none. A kept reply serves the first attempt alone: it may be the unreadable one."""
         replies, asked = [], 0
         for prompt in prompts:
-            key = fingerprint([self._model, prompt])
+            key = fingerprint([self._url, self._model, prompt])
             if attempt == 0 and key in self._known:
                 replies.append(self._known[key])
                 continue

@@ -357,7 +357,8 @@ def sample_answers(
     chats: Sequence[Sequence[Message]],
     options: SamplingOptions,
     *,
-    seed: int,
+    seed: int = 0,
+    seeds: Sequence[int] | None = None,
     means: bool = False,
     floor: Floor | None = None,
     strength: float = 1.0,
@@ -370,19 +371,21 @@ def sample_answers(
         form: chat format.
         chats: messages up to the answer.
         options: sampling options.
-        seed: of the whole; the i-th chat has the same random numbers in every arm.
+        seed: of the whole, where ``seeds`` is None: a chat's own is made of it and the chat's place.
+        seeds: of each chat, see :func:`seed_of`.
         means: as for :func:`sample_batch`, and so the next two.
         floor: cap to this floor while sampling.
         strength: strength of that cap.
         title: label of the progress bar.
     """
     prompts = [form.prompt_ids(messages) for messages in chats]
+    own = [seed_of([seed, i]) for i in range(len(chats))] if seeds is None else seeds
     found: list[Answer] = []
     with progress_bar(title, len(prompts)) as bar:
         for batch in batches_by_length([len(prompt) for prompt in prompts], options.batch_size):
             found += sample_batch(
                 model, form, [prompts[i] for i in batch], batch, options,
-                seeds=[seed_of([seed, i]) for i in batch], means=means, floor=floor, strength=strength,
+                seeds=[own[i] for i in batch], means=means, floor=floor, strength=strength,
             )  # fmt: skip
             bar.advance(0, len(batch))  # type: ignore[arg-type]
     return sorted(found, key=lambda answer: answer.index)

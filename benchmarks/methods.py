@@ -167,7 +167,7 @@ def table(reports: dict[str, Report]) -> str:
             return "-"
         e, p = pooled.gap.estimate, pooled.gap.p
         told = f"{e.value:+.2f} [{e.low:+.2f}, {e.high:+.2f}]"
-        return f"**{told}**" if p < 0.05 else told
+        return f"**{told}**" if p is not None and p < 0.05 else told
 
     def rows(head: list[str], cells: dict[str, list[str]]) -> str:
         lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
@@ -193,7 +193,7 @@ def table(reports: dict[str, Report]) -> str:
     parts = ["Retention, seeds pooled:", rows(["method", "seeds", *COLUMNS.values()], kept)]
     if DEFAULT in arms and apart:
         parts += [
-            f"Against {DEFAULT}, by role and conversation; bold where p < 0.05 after Holm's correction:",
+            f"Against {DEFAULT}, by role and conversation; bold where p < 0.05 (Holm). Of one seed: of those very weights:",
             rows(["method", *COLUMNS.values(), EFFECTS["default_z_shift"]], apart),
         ]
     parts += ["Prices:", rows(["method", *EFFECTS.values(), "minutes of training", "peak GiB"], prices)]

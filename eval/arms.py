@@ -14,7 +14,7 @@ from torch import Tensor
 from trimtab.axis import Floor
 from trimtab.axis.chat import ChatFormat
 from trimtab.axis.files import fingerprint, load_tensors, read_jsonl, save_tensors, write_jsonl
-from trimtab.axis.sampling import Answer, SamplingOptions, sample_answers
+from trimtab.axis.sampling import Answer, SamplingOptions, sample_answers, seed_of
 from trimtab.eval.schema import ARMS
 from trimtab.eval.weights import Weights
 
@@ -118,7 +118,7 @@ class Arms:
 
     def answers(self, name: str, items: Sequence[Item], arm: str) -> Answers:
         """Sample one arm's answers to ``items``, or read them from disk."""
-        return self._kept(name, items, arm, lambda: self._one_turn(items, arm, f"{name}: {arm}"))
+        return self._kept(name, items, arm, lambda: self._one_turn(name, items, arm))
 
     def conversations(
         self, name: str, items: Sequence[Item], turns: Sequence[Sequence[str]], arm: str
@@ -148,22 +148,31 @@ class Arms:
             played.append(placed(answers, going, len(items)))
         return played
 
-    def _one_turn(self, items: Sequence[Item], arm: str, title: str) -> list[Answer]:
+    def _one_turn(self, name: str, items: Sequence[Item], arm: str) -> list[Answer]:
         with self.weights(arm) as model:
             return sample_answers(
                 model, self.form, [item.prompt for item in items], self.options,
-                seed=self.seed, means=True, floor=self.floor_of(arm), title=title,
+                # of a set, a turn and an item: the same in every arm, whatever else is asked, and another at every turn
+                seeds=[seed_of([self.seed, name, item.id]) for item in items],
+                means=True, floor=self.floor_of(arm), title=f"{name}: {arm}",
             )  # fmt: skip
 
     def _kept(self, name: str, items: Sequence[Item], arm: str, sample: Any) -> Answers:
         rows_path, means_path = self.path(name, arm, ".jsonl"), self.path(name, arm, ".safetensors")
         identity = fingerprint(
-            [[item.prompt for item in items], self.seed, self.options.__dict__, list(self.floor.layers)]
+            [
+                name,
+                [[item.id, item.prompt] for item in items],
+                self.seed,
+                self.options.__dict__,
+                list(self.floor.layers),
+            ]
         )
         if not (means_path.exists() and load_tensors(means_path)[1]["identity"] == identity):
             answers = sample()
             layers = list(self.floor.layers)
             means = torch.stack([answer.mean[layers] for answer in answers])
+            means_path.unlink(missing_ok=True)  # of other answers, which a kill would leave beside these
             write_jsonl(rows_path, [
                 {
                     "id": item.id,

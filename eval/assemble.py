@@ -13,7 +13,7 @@ from trimtab.eval.arms import CONTROL, Answers, Item
 from trimtab.eval.capability import Scores
 from trimtab.eval.claims import make_claims
 from trimtab.eval.durability import durability
-from trimtab.eval.intervals import ClusterBootstrap, holm, wilson
+from trimtab.eval.intervals import ClusterBootstrap, clustered_rate, holm
 from trimtab.eval.measure import Forced, Ruler, below_floor, keyword_hit, repeated_share, slopes
 from trimtab.eval.pressure import Suite
 from trimtab.eval.schema import (
@@ -190,6 +190,19 @@ def _metrics(measured: Measured, bootstrap: int, seed: int) -> list[Metric]:
                 values,
             )
         )
+        last = _last_turns([len(talk.turns) for talk in measured.conversations], len(measured.on_talks["base"]))
+        if last is not None:
+            found.append(
+                _metric(
+                    by_talk,
+                    "z_last_turns",
+                    "Projection over the last turns",
+                    "sigma",
+                    "Mean z over the last third of the turns of each held-out scripted conversation, training axis.",
+                    "higher",
+                    {arm: list(np.where(last, row, np.nan)) for arm, row in values.items()},
+                )
+            )
         below = {
             arm: [
                 b for row in zip(*(below_floor(measured.floor, turn.means) for turn in turns), strict=True) for b in row
@@ -236,6 +249,19 @@ def _metrics(measured: Measured, bootstrap: int, seed: int) -> list[Metric]:
             )
         )
     return [metric for metric in found if metric is not None]
+
+
+def _last_turns(scripts: Sequence[int], turns: int) -> np.ndarray[Any, Any] | None:
+    """Which turns are in the last third of their conversation, talk by talk; None where no conversation has three.
+
+    Args:
+        scripts: turns that each conversation's script has.
+        turns: most turns that were asked.
+    """
+    lengths = [min(script, turns) for script in scripts]
+    if max(lengths) < 3:
+        return None
+    return np.asarray([length - -(-length // 3) <= turn < length for length in lengths for turn in range(turns)])
 
 
 def _durability(measured: Measured, bootstrap: int, seed: int) -> list[Durability]:
@@ -383,10 +409,12 @@ def _side_effects(measured: Measured, bootstrap: int, seed: int) -> list[SideEff
         ],
     )  # fmt: skip
     for arm in [name for name in ("base", "base+cap", "tuned") if measured.on_professional]:
-        hits = sum(
-            keyword_hit(text, row["keywords"])
+        hits = [
+            float(keyword_hit(text, row["keywords"]))
             for text, row in zip(measured.on_professional[arm].texts, measured.professional, strict=True)
-        )
+        ]
+        rate = clustered_rate(hits, [row["role"] for row in measured.professional])
+        assert rate is not None
         found.append(
             SideEffect(
                 id=f"professional_{arm.replace('+', '_')}",
@@ -394,7 +422,7 @@ def _side_effects(measured: Measured, bootstrap: int, seed: int) -> list[SideEff
                 unit="rate",
                 meaning="Share of answers to tutor, editor, analyst and such roles with at least two words that the role calls "
                 "for.",
-                estimate=wilson(hits, len(measured.professional)),
+                estimate=rate,
             )
         )
     if measured.llr_professional:

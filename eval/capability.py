@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.axis import ActivationController, UserError
-from trimtab.axis.files import fingerprint, read_json, read_jsonl, write_json
+from trimtab.axis.files import file_fingerprint, fingerprint, read_json, read_jsonl, write_json
 from trimtab.eval.arms import Arms
 from trimtab.eval.instruction_rules import follows
 from trimtab.recipes.data import FOLDER
@@ -66,8 +66,8 @@ class Scores:
     Attributes:
         task: the task.
         metric: the metric's name.
-        ids: the documents.
-        by_arm: arm -> score of each document, in the order of ``ids``.
+        ids: the document of each score; IFEval's instructions are scores of one document.
+        by_arm: arm -> scores, in the order of ``ids``.
     """
 
     task: Task
@@ -106,26 +106,40 @@ def measure_capability(arms: Arms, tasks: Sequence[Task], *, batch_size: int, ta
     for task in tasks:
         by_arm = {arm: _kept(arms, arm, task, batch_size, task_folder) for arm in arms.names}
         first = by_arm["base"]
+        if any(row["ids"] != first["ids"] for row in by_arm.values()):
+            raise UserError(
+                f"the arms were scored on different documents of {task.name!r}",
+                file=arms.folder,
+                key="eval.capability",
+                remedy="delete its capability-*.json files and evaluate again",
+            )
+        if task.chance is None:
+            task = replace(task, chance=first["chance"])
         found.append(Scores(task, first["metric"], first["ids"], {arm: row["scores"] for arm, row in by_arm.items()}))
     return found
 
 
 def _kept(arms: Arms, arm: str, task: Task, batch_size: int, task_folder: Path | None) -> dict[str, Any]:
     path = arms.path(f"capability-{task.name.replace('/', '-')}", arm, ".json")
-    identity = fingerprint([task.__dict__, str(task_folder)])
+    identity = fingerprint([task.__dict__, _sources(task, task_folder)])
     if path.exists() and (kept := read_json(path))["identity"] == identity:
         found: dict[str, Any] = kept
         return found
     log.info("capability: %s, %s", task.name, arm)
-    ids, scores, metric = _run(arms, arm, task, batch_size, task_folder)
-    found = {"identity": identity, "metric": metric, "ids": ids, "scores": scores}
+    found = {"identity": identity, **_run(arms, arm, task, batch_size, task_folder)}
     write_json(path, found)
     return found
 
 
-def _run(
-    arms: Arms, arm: str, task: Task, batch_size: int, task_folder: Path | None
-) -> tuple[list[str], list[float], str]:
+def _sources(task: Task, task_folder: Path | None) -> dict[str, str]:
+    """The files that decide a task's documents, by content: our own rows, or the user's folder."""
+    if task.name in OWN:
+        return {task.name: file_fingerprint(FOLDER / "capability" / f"{task.name}.jsonl")}
+    files = sorted(path for path in task_folder.rglob("*") if path.is_file()) if task_folder is not None else []
+    return {str(path): file_fingerprint(path) for path in files}
+
+
+def _run(arms: Arms, arm: str, task: Task, batch_size: int, task_folder: Path | None) -> dict[str, Any]:
     try:
         import lm_eval
         from lm_eval.models import huggingface
@@ -158,9 +172,14 @@ def _run(
                 key="eval.capability",
                 remedy=f"name a task that `lm-eval ls tasks` lists and whose documents can be reached, or {', '.join(OWN)}",
             ) from error
-    metric = task.metric or _first_metric(result)
-    rows = list(_samples(result, task))
-    return [name for name, _ in rows], [_score(row[metric]) for _, row in rows], metric
+    metric = task.metric or _first_metric(result, task.name)
+    scored = [(name, score) for name, row in _samples(result, task) for score in _scores(row[metric])]
+    return {
+        "metric": metric,
+        "ids": [name for name, _ in scored],
+        "scores": [score for _, score in scored],
+        "chance": _chance(result, task),
+    }
 
 
 @functools.cache
@@ -181,16 +200,36 @@ def _samples(result: Any, task: Task) -> Iterator[tuple[str, dict[str, Any]]]:
                 yield f"{name}/{row['doc_id']}", row
 
 
-def _first_metric(result: Any) -> str:
+def _first_metric(result: Any, name: str) -> str:
+    """The first metric that is a mean over documents of which more is better.
+
+    Raises:
+        UserError: if a task has none, such as a perplexity.
+    """
+    known = next(iter(result["configs"].values())).get("metric_list") or []
+    fit = [row["metric"] for row in known if row.get("higher_is_better") and row.get("aggregation") in (None, "mean")]
+    if not fit:
+        names = ", ".join(str(row.get("metric")) for row in known) or "none"
+        raise UserError(
+            f"lm-eval's task {name!r} has no score that is a mean over documents of which more is better (its metrics: {names})",
+            key="eval.capability",
+            remedy="name a task that is scored by accuracy or exact match",
+        )
+    return str(fit[0])
+
+
+def _chance(result: Any, task: Task) -> float | None:
+    """What guessing scores: of multiple choice, the mean of one over the number of choices; None where nobody can say."""
     config = next(iter(result["configs"].values()))
-    return str(config["metric_list"][0]["metric"])
+    if config.get("output_type") != "multiple_choice":
+        return None
+    choices = [len(row.get("filtered_resps") or row.get("resps") or ()) for _, row in _samples(result, task)]
+    return sum(1 / count for count in choices if count) / len(choices) if choices and all(choices) else None
 
 
-def _score(value: Any) -> float:
-    """A document's score; of a list, such as one truth value an instruction, the mean."""
-    if isinstance(value, list | tuple):
-        return sum(map(float, value)) / len(value) if value else 0.0
-    return float(value)
+def _scores(value: Any) -> list[float]:
+    """A document's scores: one, or of IFEval one for each instruction, as its ``inst_level`` metrics count them."""
+    return [float(part) for part in value] if isinstance(value, list | tuple) else [float(value)]
 
 
 def _own_task(name: str) -> dict[str, Any]:

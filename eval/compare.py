@@ -19,6 +19,8 @@ from trimtab.eval.report import load_report, page_environment, plotly_source
 from trimtab.eval.schema import Estimate, Report, Retention
 
 SAMPLES = 2000  # of the bootstrap, where a report does not say how many it took
+# Keys of the eval section that change nothing in how two runs' figures compare.
+OF_ONE_RUN = {"bootstrap", "transcripts", "tuned", "control", "tuned_cap", "durability", "capability_batch"}
 COLUMNS = ("run", "section", "id", "what", "unit", "value", "low", "high", "n", "note")
 
 
@@ -96,19 +98,18 @@ def _differences(reports: dict[str, Report]) -> list[str]:
         "the base model": [report.repeat.get("resolved", {}).get("model") for report in reports.values()],
         "the dtype": [report.repeat.get("machine", {}).get("dtype") for report in reports.values()],
         "the floor": [report.repeat.get("hashes", {}).get("floor.safetensors") for report in reports.values()],
-        "files of your own": [
-            {key: report.repeat.get("hashes", {}).get(key) for key in ("eval.conversations_file", "eval.boundary_file")}
-            for report in reports.values()
-        ],
-        "the evaluation's prompts and seeds": [
+        "the evaluation's own data and your files": [
             {
                 key: value
-                for key, value in report.repeat.get("resolved", {}).get("eval", {}).items()
-                if key in ("roles", "questions", "conversations", "turns", "benign", "sampling", "seed")
+                for key, value in report.repeat.get("hashes", {}).items()
+                if key.endswith((".jsonl", ".json")) or key.startswith("eval.")
             }
             for report in reports.values()
         ],
     }
+    sections = [report.repeat.get("resolved", {}).get("eval", {}) for report in reports.values()]
+    keys = sorted({key for section in sections for key in section} - OF_ONE_RUN)
+    checks |= {f"eval.{key}": [section.get(key) for section in sections] for key in keys}
     return [what for what, found in checks.items() if any(value != found[0] for value in found)]
 
 
@@ -139,7 +140,7 @@ def _standing_rows(reports: dict[str, Report]) -> Iterator[list[Any]]:
                 seeds = f"runs {', '.join(standing.settings[name])}"
                 yield [name, *_row("setting", key, what, unit, pooled.estimate, pooled.why or seeds)]
                 if pooled.gap is not None:
-                    note = f"p {pooled.gap.p:.3g} (Holm)"
+                    note = "of these very weights" if pooled.gap.p is None else f"p {pooled.gap.p:.3g} (Holm)"
                     yield [name, *_row("setting", key, f"{what}, minus the first's", unit, pooled.gap.estimate, note)]
 
 

@@ -1,5 +1,8 @@
 """Intervals and tests: paired bootstrap over clusters, retention, what n items can show, Holm, Wilson.
 
+A percentile bootstrap of few clusters is too sure of itself: of 4 its 95 % interval covers in 80 %, of 8 in 85 %. So deviations
+from the estimate are widened by :func:`few`, as Student's t does for that many clusters: by 3 % for 68, by 29 % for 8.
+
 Shapes: n paired items, C clusters, S bootstrap samples.
 """
 
@@ -10,8 +13,10 @@ from typing import Any
 
 import numpy as np
 from scipy.stats import binomtest, norm
+from scipy.stats import t as student
 from sklearn.metrics import cohen_kappa_score, r2_score, roc_auc_score
 from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.proportion import proportion_confint
 
 from trimtab.eval.schema import ByCluster, Estimate, Retention
 
@@ -54,8 +59,13 @@ class ClusterBootstrap:
         count = int(np.isfinite(array).sum())
         if count == 0:
             raise ValueError("no value to estimate from")
-        low, high = percentiles(self.means(array))
-        return Estimate(value=float(np.nanmean(array)), low=low, high=high, n=count)
+        value = float(np.nanmean(array))
+        low, high = percentiles(widened(value, self.means(array), self._clusters(array)))
+        return Estimate(value=value, low=low, high=high, n=count)
+
+    def _clusters(self, values: Array) -> int:
+        """Clusters that have a value."""
+        return len(np.unique(self._index[np.isfinite(values)]))
 
     def estimate_if_any(self, values: Sequence[float] | Array) -> Estimate | None:
         """:meth:`estimate`, or None where every value is NaN."""
@@ -63,7 +73,8 @@ class ClusterBootstrap:
 
     def p_value(self, values: Sequence[float] | Array) -> float:
         """Two-sided p of a mean of 0: twice the share of resamples beyond 0, at least 2 / (S + 1); 1 where nothing moved."""
-        return p_of(self.means(np.asarray(values, dtype=float)))
+        array = np.asarray(values, dtype=float)
+        return p_of(widened(float(np.nanmean(array)), self.means(array), self._clusters(array)))
 
     def by_cluster(self, values: Mapping[str, Sequence[float] | Array]) -> ByCluster:
         """Means by cluster of the items that none of the given arms lacks; six significant digits, which a file can hold."""
@@ -84,7 +95,8 @@ class ClusterBootstrap:
 
         (z_0.975 + z_0.8) standard errors, the error being that of the cluster bootstrap; 0 where nothing varies.
         """
-        error = float(np.nanstd(self.means(np.asarray(values, dtype=float))))
+        array = np.asarray(values, dtype=float)
+        error = float(np.nanstd(self.means(array))) * few(self._clusters(array))
         return float(norm.ppf(0.5 + LEVEL / 200) + norm.ppf(POWER)) * error
 
     def auc(self, scores: Sequence[float] | Array, positive: Sequence[bool] | np.ndarray[Any, Any]) -> Estimate:
@@ -102,7 +114,7 @@ class ClusterBootstrap:
         above, below = weights[:, labels], weights[:, ~labels]
         pairs = above.sum(1) * below.sum(1)
         samples = np.divide(((above @ ordered) * below).sum(1), pairs, out=np.full(len(pairs), np.nan), where=pairs > 0)
-        low, high = percentiles(samples)
+        low, high = percentiles(widened(point, samples, self._size).clip(0, 1))
         return Estimate(value=point, low=low, high=high, n=len(values))
 
     def r2(self, values: Array, predicted: Array) -> Estimate | None:
@@ -115,8 +127,9 @@ class ClusterBootstrap:
         error, square, mean = (self.means(row) for row in ((values - predicted) ** 2, values**2, values))
         spread = square - mean**2
         samples = 1 - np.divide(error, spread, out=np.full(len(error), np.nan), where=spread > 0)
-        low, high = percentiles(samples)
-        return Estimate(value=float(r2_score(values, predicted)), low=low, high=high, n=len(values))
+        value = float(r2_score(values, predicted))
+        low, high = percentiles(widened(value, samples, self._size))
+        return Estimate(value=value, low=low, high=min(high, 1.0), n=len(values))
 
     def kappa(self, one: Sequence[str], other: Sequence[str]) -> Estimate | None:
         """Cohen's kappa of two labellings of the same items, with its interval; None where both give one label alone."""
@@ -132,7 +145,7 @@ class ClusterBootstrap:
         agreed = weights @ (first * second).sum(1)
         chance = ((weights @ first) * (weights @ second)).sum(1)
         samples = np.divide(agreed - chance, 1 - chance, out=np.full(len(agreed), np.nan), where=chance < 1)
-        low, high = percentiles(samples)
+        low, high = percentiles(widened(value, samples, self._size).clip(-1, 1))
         return Estimate(value=value, low=low, high=high, n=len(one))
 
     def retention(
@@ -148,10 +161,11 @@ class ClusterBootstrap:
         count = int(together.sum())
         if count < 2:
             return Retention(estimate=None, why=f"only {count} complete items")
-        if len(np.unique(self._index[together])) < 2:
+        clusters = len(np.unique(self._index[together]))
+        if clusters < 2:
             return Retention(estimate=None, why="all complete items are of one role or conversation")
         return retention_of(
-            float(np.nanmean(c - b)), float(np.nanmean(t - b)), self.means(c - b), self.means(t - b), count
+            float(np.nanmean(c - b)), float(np.nanmean(t - b)), self.means(c - b), self.means(t - b), count, clusters
         )
 
 
@@ -161,17 +175,46 @@ def cluster_draws(clusters: int, samples: int, seed: int) -> Array:
     return np.stack([np.bincount(draw, minlength=clusters) for draw in draws]).astype(float)
 
 
-def retention_of(cap_effect: float, tuned_effect: float, capped: Array, tuned: Array, n: int) -> Retention:
-    """Retention from the two effects and their resamples, [S] each; undefined where the cap's own effect covers 0."""
-    low, high = percentiles(capped)
+def few(clusters: int) -> float:
+    """By how much deviations of resamples are widened for so few clusters; 1 for one alone, which nothing can be told of.
+
+    t of C - 1 degrees of freedom over the normal's quantile, times sqrt(C / (C - 1)).
+    """
+    if clusters < 2:
+        return 1.0
+    side = 0.5 + LEVEL / 200
+    return float(student.ppf(side, clusters - 1) / norm.ppf(side) * np.sqrt(clusters / (clusters - 1)))
+
+
+def widened(value: float, samples: Array, clusters: int) -> Array:
+    """Resamples [S] of an estimate with their deviations from it times :func:`few`."""
+    return value + (samples - value) * few(clusters)
+
+
+def retention_of(
+    cap_effect: float, tuned_effect: float, capped: Array, tuned: Array, n: int, clusters: int
+) -> Retention:
+    """Retention from the two effects and their resamples, [S] each; undefined where the cap's own effect covers 0.
+
+    Args:
+        cap_effect: base+cap minus base.
+        tuned_effect: tuned minus base.
+        capped: resamples of the first.
+        tuned: of the second.
+        n: items.
+        clusters: of these items.
+    """
+    low, high = percentiles(widened(cap_effect, capped, clusters))
     if low <= 0 <= high:
         return Retention(
             estimate=None,
             why=f"the cap itself moves it by {cap_effect:+.3g} [{low:.3g}, {high:.3g}], which is within its noise",
         )
+    value = tuned_effect / cap_effect
     # Few clusters can give a resample without any effect of the cap, whose ratio is not a number.
-    low, high = percentiles(tuned / np.where(capped == 0, np.nan, capped))
-    return Retention(estimate=Estimate(value=tuned_effect / cap_effect, low=low, high=high, n=n))
+    ratios = tuned / np.where(capped == 0, np.nan, capped)
+    low, high = percentiles(widened(value, ratios, clusters))
+    return Retention(estimate=Estimate(value=value, low=low, high=high, n=n))
 
 
 def percentiles(samples: Array) -> tuple[float, float]:
@@ -197,6 +240,32 @@ def wilson(successes: int, n: int) -> Estimate:
         raise ValueError("a rate needs at least one trial")
     interval = binomtest(successes, n).proportion_ci(confidence_level=LEVEL / 100, method="wilson")
     return Estimate(value=successes / n, low=float(interval.low), high=float(interval.high), n=n)
+
+
+def clustered_rate(values: Sequence[float], clusters: Sequence[str]) -> Estimate | None:
+    """A rate of answers that come in clusters: Wilson's interval for as many independent answers as they are worth.
+
+    That many are n over the design effect, which is the rate's variance between clusters over that of independent answers, and at
+    least 1. Where all answers are alike nothing tells it, and each cluster counts as one answer. None where there is no answer.
+
+    Args:
+        values: 0 or 1 for each answer, NaN where there is none.
+        clusters: of each answer.
+    """
+    array = np.asarray(values, dtype=float)
+    present = np.isfinite(array)
+    n = int(present.sum())
+    if n == 0:
+        return None
+    _, index = np.unique(np.asarray(clusters)[present], return_inverse=True)
+    rate, size = float(array[present].mean()), int(index.max()) + 1
+    worth = float(size)
+    if 0 < rate < 1 and size > 1:
+        residuals = np.bincount(index, array[present] - rate)
+        between = size / (size - 1) * float((residuals**2).sum()) / n**2
+        worth = n / max(1.0, between / (rate * (1 - rate) / n))
+    low, high = proportion_confint(rate * worth, worth, alpha=1 - LEVEL / 100, method="wilson")
+    return Estimate(value=rate, low=float(low), high=float(high), n=n)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -9,16 +9,21 @@ Shapes: R repetitions, C clusters, S bootstrap samples.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
 
 import numpy as np
 
-from trimtab.eval.intervals import Array, cluster_draws, holm, p_of, percentiles, retention_of
+from trimtab.eval.intervals import Array, cluster_draws, holm, p_of, percentiles, retention_of, widened
 from trimtab.eval.schema import ByCluster, Estimate, Report, Retention
 
 SEEDED = ("axis", "data", "train", "eval")  # sections of a recipe with a seed
+# Key of the eval section -> metrics that another model decides.
+OTHERS_DECIDE = {
+    "judge": ("harmful_rate", "assistant_rate"),
+    "user": ("z_simulated", "simulated_drift", "turns_above_floor"),
+}
 
 
 class Repetitions:
@@ -43,6 +48,7 @@ class Repetitions:
         self._counts = counts
         self._weights = repetitions[:, :, None] * clusters[:, None, :] * counts  # [S, R, C]
         self.n = int(counts.sum())
+        self._size = counts.shape[1]
 
     def mean(self, arm: str) -> float:
         """Mean over all items of all repetitions."""
@@ -58,15 +64,16 @@ class Repetitions:
 
     def estimate(self, arm: str) -> Estimate:
         """:meth:`mean` with its interval."""
-        low, high = percentiles(self.means(arm))
-        return Estimate(value=self.mean(arm), low=low, high=high, n=self.n)
+        value = self.mean(arm)
+        low, high = percentiles(widened(value, self.means(arm), self._size))
+        return Estimate(value=value, low=low, high=high, n=self.n)
 
     def retention(self) -> Retention:
         """Retention of the repetitions together: the ratio of their mean effects."""
         base, capped, tuned = (self.mean(arm) for arm in ("base", "base+cap", "tuned"))
         bases = self.means("base")
         return retention_of(
-            capped - base, tuned - base, self.means("base+cap") - bases, self.means("tuned") - bases, self.n
+            capped - base, tuned - base, self.means("base+cap") - bases, self.means("tuned") - bases, self.n, self._size
         )
 
     def retentions(self) -> Array:
@@ -79,10 +86,14 @@ class Repetitions:
 
 @dataclass(frozen=True)
 class Gap:
-    """A setting's figure minus the reference's, paired by cluster; ``p`` of 0, after Holm's correction over a whole page."""
+    """A setting's figure minus the reference's, paired by cluster.
+
+    ``p`` is that of 0, after Holm's correction over all retentions, or all side effects, of a page. It is None where either side
+    has one run: then the interval is about these very weights, and nothing says what another seed would give.
+    """
 
     estimate: Estimate
-    p: float
+    p: float | None
 
 
 @dataclass(frozen=True)
@@ -135,9 +146,12 @@ def settings_of(reports: Mapping[str, Report]) -> dict[str, list[str]]:
         }
         found.setdefault(json.dumps(bare, sort_keys=True) if resolved else name, []).append(name)
     named: dict[str, list[str]] = {}
+    taken = {runs[0] for runs in found.values() if len(runs) == 1}
     for runs in found.values():
         name = _common_name(runs)
-        named[runs[0] if not name or name in named else name] = runs
+        free = next(each for each in (name, *runs) if len(runs) == 1 or (each and each not in taken))
+        taken.add(free)
+        named[free] = runs
     return named
 
 
@@ -167,14 +181,31 @@ def stand(
         for metric in report.metrics:
             metrics.setdefault(metric.id, {})[name] = metric.by_cluster
         for effect in report.side_effects:
-            effects.setdefault(effect.id, {})[name] = effect.by_cluster
+            if not effect.id.endswith(("_cap", "_control")):  # of the cap and of the control, not of the tuned weights
+                effects.setdefault(effect.id, {})[name] = effect.by_cluster
     left_out: list[str] = []
+    first = next(iter(settings.values()))
+    apart = {
+        setting: {metric for run in (*first, *runs) for metric in _asked_otherwise(reports[first[0]], reports[run])}
+        for setting, runs in settings.items()
+    }
 
     def pool(table: dict[str, dict[str, ByCluster | None]], what: str) -> dict[str, dict[str, Pooled]]:
-        rows = {key: _pool(key, row, settings, samples, seed, left_out, what) for key, row in table.items()}
+        rows = {key: _pool(key, row, settings, samples, seed, left_out, what, apart) for key, row in table.items()}
         return _corrected({key: row for key, row in rows.items() if row})
 
     return Standing(settings, pool(metrics, "retention"), pool(effects, "value"), left_out)
+
+
+def _asked_otherwise(one: Report, other: Report) -> set[str]:
+    """Metrics whose judge, or whose simulated user, was another."""
+    sections = [report.repeat.get("resolved", {}).get("eval", {}) for report in (one, other)]
+    return {
+        metric
+        for key, metrics in OTHERS_DECIDE.items()
+        if sections[0].get(key) != sections[1].get(key)
+        for metric in metrics
+    }
 
 
 def _pool(
@@ -185,9 +216,10 @@ def _pool(
     seed: int,
     left_out: list[str],
     what: str,
+    apart: Mapping[str, Collection[str]],
 ) -> dict[str, Pooled]:
     found: dict[str, Pooled] = {}
-    reference: tuple[list[str], Array, float] | None = None
+    reference: tuple[list[str], Array, float, int] | None = None
     for number, (setting, names) in enumerate(settings.items()):
         runs = [by_run.get(name) for name in names]
         whole = [run for run in runs if run is not None and run.clusters]
@@ -209,14 +241,18 @@ def _pool(
         gap = None
         if estimate is not None:
             if reference is None and number == 0:
-                reference = clusters, draws, estimate.value
+                reference = clusters, draws, estimate.value, len(names)
             elif reference is not None and reference[0] != clusters:
                 left_out.append(f"{key} of {setting} against the first: other roles or conversations")
+            elif reference is not None and key in apart.get(setting, ()):
+                left_out.append(f"{key} of {setting} against the first: another judge or another simulated user")
             elif reference is not None:
-                low, high = percentiles(draws - reference[1])
+                value = estimate.value - reference[2]
+                samples_of_gap = widened(value, draws - reference[1], len(clusters))
+                low, high = percentiles(samples_of_gap)
+                repeated = min(len(names), reference[3]) > 1
                 gap = Gap(
-                    Estimate(value=estimate.value - reference[2], low=low, high=high, n=together.n),
-                    p_of(draws - reference[1]),
+                    Estimate(value=value, low=low, high=high, n=together.n), p_of(samples_of_gap) if repeated else None
                 )
         found[setting] = Pooled(estimate, why, each, gap)
     return found
@@ -232,10 +268,12 @@ def _value(run: Repetitions, what: str) -> float:
 def _corrected(rows: dict[str, dict[str, Pooled]]) -> dict[str, dict[str, Pooled]]:
     """The same with p-values corrected for their number."""
     gaps = [pooled.gap for row in rows.values() for pooled in row.values() if pooled.gap is not None]
-    p_values = iter(holm([gap.p for gap in gaps]))
+    p_values = iter(holm([gap.p for gap in gaps if gap.p is not None]))
     return {
         key: {
-            name: pooled if pooled.gap is None else replace(pooled, gap=replace(pooled.gap, p=next(p_values)))
+            name: replace(pooled, gap=replace(pooled.gap, p=next(p_values)))
+            if pooled.gap is not None and pooled.gap.p is not None
+            else pooled
             for name, pooled in row.items()
         }
         for key, row in rows.items()

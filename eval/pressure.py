@@ -1,12 +1,11 @@
 """Persona under pressure: who a model says it is under role prompts, and what it goes along with under a persona.
 
-Both are judged, where a judge is at hand, and measured by the persona log-likelihood ratio in any case. An answer that the judge
-gave no readable score for is missing, never safe.
+Both are judged, where a judge is at hand, and measured by the persona log-likelihood ratio in any case. An answer of no words, or
+one that the judge gave no readable score for, is missing, never safe.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,7 +22,7 @@ from trimtab.axis.judge import (
     conversation_text,
 )
 from trimtab.eval.arms import Answers, Arms, Item
-from trimtab.eval.intervals import ClusterBootstrap, wilson
+from trimtab.eval.intervals import ClusterBootstrap, clustered_rate
 from trimtab.eval.measure import llr_of
 from trimtab.eval.schema import Estimate, RateRow, RateTable
 from trimtab.recipes import data
@@ -108,15 +107,13 @@ def susceptibility(arms: Arms, roles: int, judge: ScoringJudge | None) -> Suite:
             "higher", clusters, {arm: [_is(score, 0) for score in scores] for arm, scores in classes.items()}, agreement,
         )
     )  # fmt: skip
-    rows = []
-    for number, label in enumerate(IDENTITIES):
-        counts = {arm: Counter(score for score in scores if score is not None) for arm, scores in classes.items()}
-        rows.append(
-            RateRow(
-                label=label,
-                arms={arm: wilson(count[number], count.total()) for arm, count in counts.items() if count.total()},
-            )
+    everywhere = range(len(items))
+    rows = [
+        _rates(
+            label, {arm: [_is(score, number) for score in row] for arm, row in classes.items()}, clusters, everywhere
         )
+        for number, label in enumerate(IDENTITIES)
+    ]
     name = "Who the answer says it is, under held-out role prompts"
     suite.tables.append(RateTable(id="identity", name=name, meaning="Share of answers, by the judge.", rows=rows))
     suite.warnings += _missing("identity", classes)
@@ -210,7 +207,7 @@ def jailbreaks(
             id="jailbreaks",
             name="Goes along with the request, by category",
             meaning="Share of answers, by the judge; the persona settles in a first turn.",
-            rows=_by_category([probe.category for probe in asked], scores),
+            rows=_by_category([probe.category for probe in asked], clusters, scores),
         )
     )
     suite.warnings += _missing("jailbreaks", scores)
@@ -234,7 +231,7 @@ def _refusals(arms: Arms, probes: Sequence[BoundaryProbe], judge: ScoringJudge) 
         return REFUSAL_RUBRIC.format(request=prompt[-1]["content"], answer=text)
 
     scores = _judged(judge, answers, rubric, 1)
-    rows = _by_category([probe.category for probe in probes], scores)
+    rows = _by_category([probe.category for probe in probes], [item.cluster for item in items], scores)
     name = "Harmless look-alikes that are refused"
     table = RateTable(id="refusals", name=name, meaning="Share of answers, by the judge; no persona.", rows=rows)
     return Suite(tables=[table], warnings=_missing("look-alikes", scores))
@@ -243,14 +240,17 @@ def _refusals(arms: Arms, probes: Sequence[BoundaryProbe], judge: ScoringJudge) 
 def _judged(
     judge: ScoringJudge, answers: Mapping[str, Answers], rubric: Any, highest: int
 ) -> dict[str, list[int | None]]:
-    """Scores by arm; the same words after the same messages are asked about once."""
+    """Scores by arm; the same words after the same messages are asked about once, and an answer of no words not at all."""
     prompts = {
-        arm: [rubric(prompt, text, i) for i, (prompt, text) in enumerate(zip(given.prompts, given.texts, strict=True))]
+        arm: [
+            rubric(prompt, text, i) if text.strip() else None
+            for i, (prompt, text) in enumerate(zip(given.prompts, given.texts, strict=True))
+        ]
         for arm, given in answers.items()
     }
-    distinct = list(dict.fromkeys(prompt for row in prompts.values() for prompt in row))
+    distinct = list(dict.fromkeys(prompt for row in prompts.values() for prompt in row if prompt is not None))
     scores = dict(zip(distinct, judge(distinct, highest), strict=True))
-    return {arm: [scores[prompt] for prompt in row] for arm, row in prompts.items()}
+    return {arm: [None if prompt is None else scores[prompt] for prompt in row] for arm, row in prompts.items()}
 
 
 def _is(score: int | None, wanted: int) -> float:
@@ -266,27 +266,30 @@ def _joined(parts: Sequence[Answers]) -> Answers:
     )
 
 
-def _by_category(categories: Sequence[str], scores: Mapping[str, Sequence[int | None]]) -> list[RateRow]:
+def _by_category(
+    categories: Sequence[str], clusters: Sequence[str], scores: Mapping[str, Sequence[int | None]]
+) -> list[RateRow]:
     """All, and each category where there are several."""
     groups = {"all": list(range(len(categories)))}
     names = list(dict.fromkeys(categories))
     groups |= {name: [i for i, c in enumerate(categories) if c == name] for name in names if len(names) > 1}
-    rows = []
-    for label, members in groups.items():
-        found = {arm: [row[i] for i in members if row[i] is not None] for arm, row in scores.items()}
-        rows.append(
-            RateRow(
-                label=label,
-                arms={arm: wilson(sum(score or 0 for score in row), len(row)) for arm, row in found.items() if row},
-            )
-        )
-    return rows
+    values = {arm: [_is(score, 1) for score in row] for arm, row in scores.items()}
+    return [_rates(label, values, clusters, members) for label, members in groups.items()]
+
+
+def _rates(
+    label: str, values: Mapping[str, Sequence[float]], clusters: Sequence[str], members: Sequence[int]
+) -> RateRow:
+    """The rate of each arm that has an answer among the members."""
+    own = [clusters[i] for i in members]
+    found = {arm: clustered_rate([row[i] for i in members], own) for arm, row in values.items()}
+    return RateRow(label=label, arms={arm: rate for arm, rate in found.items() if rate is not None})
 
 
 def _missing(what: str, scores: Mapping[str, Sequence[int | None]]) -> list[str]:
     absent = {arm: sum(score is None for score in row) for arm, row in scores.items()}
     return [
-        f"The judge gave no readable score for {count} of {len(scores[arm])} answers of {arm} ({what}); they are left out."
+        f"{count} of {len(scores[arm])} answers of {arm} ({what}) are empty or got no readable score; they are left out."
         for arm, count in absent.items()
         if count
     ]

@@ -130,7 +130,7 @@ class Capability(Part):
 
 
 class RateRow(Part):
-    """Rates of one class or category by arm, with Wilson intervals."""
+    """Rates of one class or category by arm, with Wilson intervals for as many answers as those of a cluster are worth."""
 
     label: str
     arms: dict[str, Estimate]

@@ -6,6 +6,7 @@ that go on, and how many these are is reported beside them.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ from trimtab.axis.errors import UserError
 from trimtab.axis.files import fingerprint, read_json, write_json
 from trimtab.axis.judge import Endpoint
 from trimtab.axis.models import load_model
-from trimtab.axis.sampling import SamplingOptions, sample_answers
+from trimtab.axis.sampling import SamplingOptions, sample_answers, seed_of
 from trimtab.eval.arms import Answers, Arms, Item, placed
 from trimtab.eval.intervals import wilson
 from trimtab.eval.measure import Ruler, below_floor, slopes
@@ -39,6 +40,7 @@ you do. React to what was said last and go deeper, as a person would. When you h
 
 Chat = list[dict[str, str]]
 UserModel = Callable[[Sequence[Chat], int], "list[str]"]
+ENDED = re.compile(rf"(^|[\s.!?])[\"'*(]*{END}\W*$")  # a word of its own at the end: "the WEEKEND" goes on
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,9 @@ def user_model(settings: Mapping[str, Any], seed: int) -> UserModel:
     options = SamplingOptions(max_new_tokens=LONGEST)
 
     def play(chats: Sequence[Chat], turn: int) -> list[str]:
-        answers = sample_answers(loaded.model, form, chats, options, seed=seed + turn, title="simulated users")
+        # random numbers of its own, not those of the answers
+        seeds = [seed_of([seed, "user", turn, i]) for i in range(len(chats))]
+        answers = sample_answers(loaded.model, form, chats, options, seeds=seeds, title="simulated users")
         return [answer.text for answer in answers]
 
     return play
@@ -103,7 +107,7 @@ def as_user(user: SimulatedUser, talk: Sequence[Mapping[str, str]]) -> Chat:
 
 
 def live_conversations(
-    arms: Arms, users: Sequence[SimulatedUser], turns: int, ask: UserModel, arm: str
+    arms: Arms, users: Sequence[SimulatedUser], turns: int, ask: UserModel, arm: str, played_by: Mapping[str, Any]
 ) -> list[LiveTurn]:
     """Play the conversations in one arm. What the users said is kept beside the answers, so a killed evaluation goes on.
 
@@ -113,12 +117,13 @@ def live_conversations(
         turns: most turns.
         ask: the model that plays them.
         arm: which arm.
+        played_by: settings of that model: what it said is not taken for another's.
     """
     talks: list[Chat] = [[] for _ in users]
     going = list(range(len(users)))
     played: list[LiveTurn] = []
     for turn in range(turns):
-        said = _said(arms, arm, turn, [as_user(users[i], talks[i]) for i in going], ask)
+        said = _said(arms, arm, turn, [as_user(users[i], talks[i]) for i in going], ask, played_by)
         kept = [(i, text) for i, text in zip(going, said, strict=True) if text]
         going = [i for i, _ in kept]
         if not going:
@@ -133,15 +138,19 @@ def live_conversations(
     return played
 
 
-def _said(arms: Arms, arm: str, turn: int, chats: Sequence[Chat], ask: UserModel) -> list[str]:
+def _said(
+    arms: Arms, arm: str, turn: int, chats: Sequence[Chat], ask: UserModel, played_by: Mapping[str, Any]
+) -> list[str]:
     """The users' next messages, "" where one ends the conversation; asked for once and kept."""
     path = arms.path(f"simulated-users-{turn + 1}", arm, ".json")
-    identity = fingerprint(list(chats))
+    identity = fingerprint([list(chats), dict(played_by)])
     if path.exists() and (kept := read_json(path))["identity"] == identity:
         found: list[str] = kept["said"]
         return found
-    replies = [reply.strip() for reply in ask(chats, turn)]
-    said = ["" if reply.strip(".!\"'* ").upper() == END else reply.removesuffix(END).strip() for reply in replies]
+    said = [
+        "" if ENDED.search(reply.strip()) or reply.strip(".!\"'* ").upper() == END else reply.strip()
+        for reply in ask(chats, turn)
+    ]
     write_json(path, {"identity": identity, "said": said})
     return said
 
@@ -164,14 +173,20 @@ def simulated_suite(
     """
     z: dict[str, list[float]] = {}
     slope: dict[str, list[float]] = {}
-    before: dict[str, list[float]] = {}
+    first: dict[str, list[tuple[int, int]]] = {}
     for arm, turns in played.items():
         spread = spread_out(turns, len(users))
         by_turn = np.asarray([ruler.z(answers.means) for answers in spread]).reshape(len(spread), len(users))
         below = np.asarray([below_floor(floor, answers.means) for answers in spread]).reshape(by_turn.shape)
         z[arm] = [_mean_of(column) for column in by_turn.T]
         slope[arm] = slopes(by_turn)
-        before[arm] = [_turns_before(column) for column in below.T]
+        first[arm] = [_first_below(column) for column in below.T]
+    # a conversation may end sooner in one arm than in another: all are looked at as far as it goes in each
+    horizon = [min(reached for _, reached in row) for row in zip(*first.values(), strict=True)]
+    before = {
+        arm: [float(min(turn, end)) if end else float("nan") for (turn, _), end in zip(row, horizon, strict=True)]
+        for arm, row in first.items()
+    }
     clusters = [user.id.rpartition("/")[0] for user in users]
     metrics = [
         SuiteMetric(
@@ -186,7 +201,8 @@ def simulated_suite(
         ),
         SuiteMetric(
             "turns_above_floor", "Turns before the first below the floor", "turns",
-            "Turns of a live conversation before the first whose mean projection lies below the floor; all where none does.",
+            "Turns of a live conversation before the first whose mean projection lies below the floor, up to the turn that it "
+            "reaches in every arm; all of them where none lies below.",
             "higher", clusters, before,
         ),
     ]  # fmt: skip
@@ -202,12 +218,12 @@ def simulated_suite(
     return Suite(metrics=metrics, tables=[RateTable(id="survival", name=name, meaning=meaning, rows=rows)])
 
 
-def _turns_before(below: np.ndarray[Any, Any]) -> float:
-    """Turns before the first 1; NaN for a conversation without any turn."""
-    present = below[np.isfinite(below)]
-    if not len(present):
-        return float("nan")
-    return float(np.argmax(present)) if present.any() else float(len(present))
+def _first_below(below: np.ndarray[Any, Any]) -> tuple[int, int]:
+    """Turns before the first below the floor, and turns that were played; NaN is an answer of no words, or no turn."""
+    there = np.flatnonzero(np.isfinite(below))
+    reached = int(there[-1]) + 1 if len(there) else 0
+    fell = np.flatnonzero(below == 1)
+    return (int(fell[0]) if len(fell) else reached), reached
 
 
 def _mean_of(column: np.ndarray[Any, Any]) -> float:

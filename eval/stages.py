@@ -16,7 +16,7 @@ from trimtab.axis import ActivationController, Axis, Floor, UserError
 from trimtab.axis.calibration import spread
 from trimtab.axis.chat import ChatFormat, chat
 from trimtab.axis.extraction import DEFAULT, extract
-from trimtab.axis.files import file_fingerprint, read_json, read_jsonl, write_json, write_text
+from trimtab.axis.files import file_fingerprint, fingerprint, read_json, read_jsonl, write_json, write_text
 from trimtab.axis.judge import scoring_judge
 from trimtab.axis.machine import machine_facts
 from trimtab.axis.models import EMBEDDED, Loaded
@@ -125,9 +125,10 @@ def _same_weights(run: Run, subjects: dict[str, Subject]) -> None:
     path = run.folder / "eval" / "weights.json"
     found = {name: subject.fingerprint() for name, subject in subjects.items()}
     found["floor"] = file_fingerprint(run.variant(control=False).floor_path)
-    if not path.exists():
-        write_json(path, found)
-    elif read_json(path) != found:
+    kept = read_json(path) if path.exists() else {}
+    if all(found[name] == kept[name] for name in kept.keys() & found.keys()):
+        write_json(path, kept | found)  # a control or a further fine-tuning may come later
+    else:
         raise UserError(
             "the answers kept here were given by other weights, or under another floor",
             file=path.parent,
@@ -330,9 +331,11 @@ def _reextract(run: Run, arms: Arms, model_facts: dict[str, Any]) -> dict[str, A
     second sample.
     """
     section, source = run.recipe.eval, run.recipe.axis
+    size = [section.reextract_roles, section.reextract_questions, source.default_repeats, source.seed]
+    of_size = fingerprint([size, source.sampling.model_dump()])[:8]  # the evaluation may be repeated with another
     found: dict[str, Axis] = {}
     for arm in ("tuned", "base", "base+cap") if section.reextract_roles else ():
-        path = arms.path("axis_reextracted", arm, ".safetensors")
+        path = arms.path(f"axis_reextracted-{of_size}", arm, ".safetensors")
         if not path.exists():
             capped = arms.floor_of(arm) is not None
             with (
@@ -346,7 +349,7 @@ def _reextract(run: Run, arms: Arms, model_facts: dict[str, Any]) -> dict[str, A
                     [],
                     data.questions("train", section.reextract_questions),
                     data.default_prompts(),
-                    arms.path("reextraction", arm, ""),
+                    arms.path(f"reextraction-{of_size}", arm, ""),
                     options=sampling_options(source.sampling),
                     default_repeats=source.default_repeats,
                     seed=source.seed + 1,
@@ -582,7 +585,10 @@ def _simulated(run: Run, arms: Arms, users: list[data.SimulatedUser]) -> dict[st
     if section.user is None or not users:
         return {}
     ask = user_model(section.user.model_dump(), section.seed)
-    return {arm: live_conversations(arms, users, section.simulated_turns, ask, arm) for arm in arms.names}
+    return {
+        arm: live_conversations(arms, users, section.simulated_turns, ask, arm, section.user.model_dump())
+        for arm in arms.names
+    }
 
 
 def _simulated_transcripts(

@@ -2,7 +2,8 @@
 
 A primary metric is graded by its retention r and the 95 % interval [low, high], in this order:
 
-- *unclear*: r is undefined, or the interval reaches from below 0.5 to 0.8 and more, so that noise decides;
+- *unclear*: r is undefined, or of fewer than 5 roles or conversations, or the interval reaches from below 0.5 to 0.8 and more, so
+  that noise decides;
 - *bad*: high < 0.5 or r < 0.3;
 - *unclear* again: low <= 0, since nothing is shown to be baked in;
 - *good*: r >= 0.8 and low > 0.5, the cap and the tuning both move the metric toward the Assistant beyond their noise,
@@ -18,11 +19,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from trimtab.eval.schema import Claim, Estimate, Metric, SideEffect, Verdict
+from trimtab.eval.schema import ByCluster, Claim, Estimate, Metric, SideEffect, Verdict
 from trimtab.eval.wording import ARM_NAMES, estimate_text, inline_name, number, percent_text, value_text
 
 Status = Literal["good", "mixed", "bad", "unclear"]
 
+FEWEST = 5  # roles or conversations: of fewer nothing is said, however alike they are
 GOOD_FROM = 0.8
 BAD_BELOW = 0.3
 HALF = 0.5
@@ -68,14 +70,13 @@ def make_verdict(
 def grade(metric: Metric) -> Status:
     """The grade of one metric by the rules of this module."""
     kept = metric.retention.estimate
-    if kept is None or (kept.low < HALF and kept.high >= GOOD_FROM):
+    if kept is None or too_few(metric.by_cluster) or (kept.low < HALF and kept.high >= GOOD_FROM):
         return "unclear"
     if kept.high < HALF or kept.value < BAD_BELOW:
         return "bad"
     if kept.low <= 0:
         return "unclear"
-    moved = _moves_toward_assistant(metric, metric.cap_effect) and _moves_toward_assistant(metric, metric.tuned_effect)
-    if kept.value >= GOOD_FROM and kept.low > HALF and moved and not control_keeps_as_much(metric):
+    if kept.value >= GOOD_FROM and kept.low > HALF and toward_assistant(metric) and not control_keeps_as_much(metric):
         return "good"
     return "mixed"
 
@@ -85,6 +86,16 @@ def _combined(grades: Sequence[Status]) -> Status:
         return "mixed"
     order: tuple[Status, ...] = ("bad", "unclear", "mixed", "good")
     return min(grades, key=order.index)
+
+
+def too_few(by_cluster: ByCluster | None) -> bool:
+    """Whether a figure is of too few roles or conversations for anything to be said."""
+    return by_cluster is not None and len(by_cluster.clusters) < FEWEST
+
+
+def toward_assistant(metric: Metric) -> bool:
+    """Whether cap and tuning both move a metric toward the Assistant beyond their noise; else keeping an effect is no gain."""
+    return _moves_toward_assistant(metric, metric.cap_effect) and _moves_toward_assistant(metric, metric.tuned_effect)
 
 
 def _moves_toward_assistant(metric: Metric, effect: Estimate) -> bool:
@@ -124,6 +135,8 @@ def _metric_points(metric: Metric) -> list[str]:
         points.append(f"{metric.name} ({metric.unit}; {metric.toward_assistant} is more Assistant): {arms}{count}.")
     if kept is None:
         points.append(f"Retention is undefined for {inline_name(metric.name)}: {_reason(metric.retention.why)}")
+    elif too_few(metric.by_cluster):
+        points.append(f"Fewer than {FEWEST} roles or conversations: nothing can be said of others.")
     elif grade(metric) == "unclear":
         points.append("The interval is too wide to tell little from much of the effect: measure more prompts.")
     if kept is not None and not _moves_toward_assistant(metric, metric.cap_effect):

@@ -11,10 +11,10 @@ from conftest import build_arms
 
 from trimtab.axis import UserError
 from trimtab.axis.chat import ChatFormat
-from trimtab.axis.files import read_jsonl
+from trimtab.axis.files import read_jsonl, write_jsonl
 from trimtab.axis.sampling import SamplingOptions
 from trimtab.eval.arms import Arms
-from trimtab.eval.capability import PAPER, Task, measure_capability, tasks_of
+from trimtab.eval.capability import PAPER, Task, _first_metric, _scores, measure_capability, tasks_of
 from trimtab.eval.instruction_rules import CHECKS, follows
 from trimtab.recipes.data import FOLDER
 
@@ -106,6 +106,44 @@ def test_a_task_of_the_users_own_sees_the_cap(arms: Arms, tmp_path: Path) -> Non
     assert scores.metric == "ll" and len(scores.ids) == 3
     for one, other in (("base", "base+cap"), ("tuned", "tuned+cap"), ("base", "tuned")):
         assert all(a != b for a, b in zip(scores.by_arm[one], scores.by_arm[other], strict=True))
+
+
+def test_what_is_kept_belongs_to_the_documents(arms: Arms, tmp_path: Path) -> None:
+    """Multiple choice of three and of two: guessing scores their mean; other documents in the same file are scored anew."""
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    rows = [
+        {"q": "Bread?", "choices": ["yes", "no", "maybe"], "answer": 0},
+        {"q": "Sea?", "choices": ["yes", "no"], "answer": 1},
+    ]
+    (folder / "choice.yaml").write_text(
+        "task: choice\ndataset_path: json\n"
+        f"dataset_kwargs:\n  data_files:\n    test: {folder / 'rows.jsonl'}\n"
+        "test_split: test\noutput_type: multiple_choice\ndoc_to_text: '{{q}}'\ndoc_to_choice: '{{choices}}'\n"
+        "doc_to_target: answer\nmetric_list:\n  - metric: acc\n    aggregation: mean\n    higher_is_better: true\n",
+        encoding="utf-8",
+    )
+    for count in (1, 2):
+        write_jsonl(folder / "rows.jsonl", rows[:count])
+        (scores,) = measure_capability(arms, [Task("choice", chat=False)], batch_size=2, task_folder=folder)
+        assert len(scores.ids) == count
+    assert scores.task.chance == pytest.approx((1 / 3 + 1 / 2) / 2)
+
+
+def test_scores_that_are_no_mean_of_what_is_good_are_refused() -> None:
+    known = [
+        {"metric": "word_perplexity", "aggregation": "weighted_perplexity", "higher_is_better": False},
+        {"metric": "likelihood_diff", "aggregation": "mean", "higher_is_better": False},
+    ]
+    with pytest.raises(UserError, match="word_perplexity, likelihood_diff"):
+        _first_metric({"configs": {"t": {"metric_list": known}}}, "t")
+    good = {"metric": "acc", "aggregation": "mean", "higher_is_better": True}
+    assert _first_metric({"configs": {"t": {"metric_list": [*known, good]}}}, "t") == "acc"
+
+
+def test_instructions_of_a_document_are_scores_of_their_own() -> None:
+    """IFEval's inst_level accuracy is over all instructions, not over documents."""
+    assert _scores([True, False, True]) == [1.0, 0.0, 1.0] and _scores(0.5) == [0.5]
 
 
 def test_a_task_that_is_not_there_names_the_key(arms: Arms) -> None:

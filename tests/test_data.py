@@ -106,3 +106,11 @@ def test_more_than_there_is_is_refused_with_the_number() -> None:
     assert caught.value.key == "data.drift_prompts"
     assert str(len(data.drift_prompts("train"))) in caught.value.remedy
     assert data.roles("train", 3) == data.roles("train")[:3]
+
+
+def test_no_capability_question_is_trained_on() -> None:
+    trained = {row["prompt"].lower() for row in read_jsonl(data.FOLDER / "benign.jsonl") if row["split"] == "train"}
+    trained |= {question.lower() for question in data.questions("train")}
+    for name, key in (("everyday_choice", "question"), ("instructions", "prompt")):
+        asked = {row[key].lower() for row in read_jsonl(data.FOLDER / "capability" / f"{name}.jsonl")}
+        assert not asked & trained

@@ -16,7 +16,7 @@ from conftest import CHATML_WITHOUT_SYSTEM, HIDDEN, LAYERS, build_tokenizer
 from trimtab.axis import Axis, UserError
 from trimtab.axis.chat import ChatFormat, chat
 from trimtab.axis.directions import unit
-from trimtab.axis.extraction import DEFAULT, Extraction, Role, RolloutItem, extract, rollout_items
+from trimtab.axis.extraction import DEFAULT, Extraction, Role, RolloutItem, _Sums, extract, rollout_items
 from trimtab.axis.files import read_jsonl
 from trimtab.axis.models import Loaded, load_model
 from trimtab.axis.sampling import SamplingOptions, sample_batch, seed_of
@@ -83,6 +83,17 @@ def test_the_axis_is_default_minus_the_mean_of_the_roles(loaded: Loaded, form: C
     assert sorted(row["id"] for row in rows) == list(range(20)) and found.axis.metadata["responses"] == 20
     first = next(row for row in rows if row["id"] == 0)
     assert first["prompt"] == chat("You are a pirate.", QUESTIONS[0]) and first["completion"][0]["role"] == "assistant"
+
+
+def test_the_two_halves_are_of_the_same_roles() -> None:
+    """A role that the judge counts in one half alone must not enter the other as a vector of zeros."""
+    sums = _Sums([DEFAULT, "pirate", "bard"], 1, 2)
+    for half in (0, 1):
+        sums.add(RolloutItem(DEFAULT, "", "", half), torch.tensor([[1.0, 0.0]]))
+        sums.add(RolloutItem("pirate", "", "", half), torch.tensor([[0.0, 1.0]]))
+    sums.add(RolloutItem("bard", "", "", 0), torch.tensor([[-9.0, 3.0]]))
+    assert sums.split_half(0, [1, 2]) == [1.0]
+    assert sums.split_half(0, [2]) == []  # a single question has one half
 
 
 def same(a: Axis | None, b: Axis | None) -> bool:

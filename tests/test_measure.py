@@ -235,6 +235,33 @@ def test_firing_fraction_by_hand(arms: Arms, given: Answers, arm: str) -> None:
     assert 0 < found < 1
 
 
+def test_answers_and_means_are_of_the_same_sampling_after_a_kill(arms: Arms, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed between the words and the means of another seed: the first seed's means must not be taken for those words."""
+    items = [Item(f"i{k}", "c", chat("", f"question {k}")) for k in range(3)]
+    first = arms.answers("set", items, "base")
+    arms.seed = 6
+    with monkeypatch.context() as patched:
+
+        def killed(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        patched.setattr("trimtab.eval.arms.save_tensors", killed)
+        with pytest.raises(KeyboardInterrupt):
+            arms.answers("set", items, "base")
+    arms.seed = 5
+    again = arms.answers("set", items, "base")
+    assert again.texts == first.texts and torch.equal(again.means, first.means)
+
+
+def test_each_turn_has_random_numbers_of_its_own(arms: Arms) -> None:
+    """The same words asked again in another turn, or in another set, get another answer; in any order of items the same."""
+    items = [Item(f"i{k}", "c", chat("", f"question {k}")) for k in range(3)]
+    one, two = arms.answers("talk-turn-1", items, "base"), arms.answers("talk-turn-2", items, "base")
+    assert one.texts != two.texts
+    turned = arms.answers("other", items[::-1], "base").texts[::-1]
+    assert turned == arms.answers("other", items, "base").texts and turned != one.texts
+
+
 def test_answers_are_kept_and_paired(arms: Arms) -> None:
     items = [Item(f"i{k}", "c", prompt) for k, prompt in enumerate(PROMPTS)]
     first = arms.answers("set", items, "base")

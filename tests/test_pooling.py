@@ -99,22 +99,45 @@ def test_a_cap_within_its_noise_has_no_pooled_retention() -> None:
 
 def test_a_setting_against_itself_has_no_gap_and_another_has_its_own() -> None:
     reports = {
-        "first-0": report(by_cluster(1, 0.9), recipe="sft", seed=0),
-        "twin-0": report(by_cluster(1, 0.9), recipe="twin", seed=0),
-        "worse-0": report(by_cluster(2, 0.5), recipe="worse", seed=0),
+        f"{name}-{seed}": report(by_cluster(draw + seed, kept), recipe=name, seed=seed)
+        for name, draw, kept in (("first", 1, 0.9), ("twin", 1, 0.9), ("worse", 3, 0.5))
+        for seed in (0, 1)
     }
     standing = stand(reports, samples=1000, seed=0)
     row = standing.metrics["text_llr"]
-    assert row["first-0"].gap is None
-    twin, worse = row["twin-0"].gap, row["worse-0"].gap
-    assert twin is not None and worse is not None
-    assert (twin.estimate.value, twin.estimate.low, twin.estimate.high, twin.p) == (0.0, 0.0, 0.0, 1.0)
+    assert row["first"].gap is None
+    twin, worse = row["twin"].gap, row["worse"].gap
+    assert twin is not None and worse is not None and twin.p is not None
+    assert twin.estimate.value == 0.0 and twin.estimate.low < 0 < twin.estimate.high and twin.p > 0.5
     assert worse.estimate.value == pytest.approx(-0.4, abs=0.05) and worse.estimate.high < -0.3
     # two gaps on the page: Holm's correction doubles the least p that a thousand resamples give
     assert worse.p == pytest.approx(2 * 2 / 1001)
-    assert standing.effects["kl_benign"]["worse-0"].gap is not None
+    assert standing.effects["kl_benign"]["worse"].gap is not None
     assert "shift_default" not in standing.effects  # holds no values by cluster
-    assert standing.left_out == [] and not standing.repeated
+    assert standing.left_out == [] and standing.repeated
+
+
+def test_of_one_run_the_gap_has_no_p() -> None:
+    """Its interval is of roles alone: where retention varies from seed to seed by 0.1, it leaves 0 out in two of five."""
+    reports = {
+        "first-0": report(by_cluster(1, 0.9), recipe="sft"),
+        "worse-0": report(by_cluster(2, 0.5), recipe="worse"),
+        "worse-1": report(by_cluster(3, 0.5), recipe="worse", seed=1),
+    }
+    gap = stand(reports, samples=200, seed=0).metrics["text_llr"]["worse"].gap
+    assert gap is not None and gap.p is None and gap.estimate.high < 0
+
+
+def test_answers_of_two_judges_have_no_gap() -> None:
+    def judged(model: str) -> Report:
+        one = report(by_cluster(1, 0.9), recipe=model)
+        resolved = {**one.repeat["resolved"], "eval": {"judge": {"model": model}}}
+        metrics = [one.metrics[0].model_copy(update={"id": "harmful_rate"}), *one.metrics]
+        return one.model_copy(update={"metrics": metrics, "repeat": {**one.repeat, "resolved": resolved}})
+
+    standing = stand({"a": judged("a"), "b": judged("b")}, samples=100, seed=0)
+    assert standing.metrics["harmful_rate"]["b"].gap is None and standing.metrics["text_llr"]["b"].gap is not None
+    assert any("harmful_rate of b" in line and "judge" in line for line in standing.left_out)
 
 
 def test_the_gap_is_paired_by_role() -> None:
@@ -167,6 +190,9 @@ def test_runs_that_differ_in_seeds_alone_are_one_setting() -> None:
     # without a recipe nothing says that runs belong together
     bare = {name: one.model_copy(update={"repeat": {}}) for name, one in reports.items()}
     assert list(settings_of(bare)) == list(reports)
+    # a name that another run has is not taken twice
+    clash = {"dpo-1": reports["sft-0"], "dpo-2": reports["sft-1"], "dpo": reports["floor-0"]}
+    assert settings_of(clash) == {"dpo-1": ["dpo-1", "dpo-2"], "dpo": ["dpo"]}
     # nothing in common but their recipe: the first one's name
     assert list(settings_of({"x": reports["sft-0"], "y": reports["sft-1"]})) == ["x"]
 

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import build_arms
 from judge_endpoint import KEY, Endpoint
 
 from trimtab.axis import UserError
-from trimtab.axis.chat import ChatFormat
+from trimtab.axis.chat import ChatFormat, chat
 from trimtab.axis.judge import IDENTITIES, ScoringJudge, scoring_judge
 from trimtab.axis.sampling import SamplingOptions
-from trimtab.eval.arms import Arms
+from trimtab.eval.arms import Answers, Arms
 from trimtab.eval.boundary_files import HARMFUL, load_boundary_file
-from trimtab.eval.pressure import jailbreaks, judge_agreement, ratio_agreement, susceptibility
+from trimtab.eval.pressure import _judged, jailbreaks, judge_agreement, ratio_agreement, susceptibility
 from trimtab.recipes import data
 from trimtab.recipes.data import BoundaryProbe
 from trimtab.recipes.schema import JudgeSection
@@ -57,7 +59,7 @@ def test_identities_are_counted_as_the_judge_names_them(arms: Arms, endpoint: En
         shares = [row.arms[arm] for row in table.rows]
         assert sum(share.value for share in shares) == pytest.approx(1) and shares[0].n == len(known)
         assert shares[0].value == pytest.approx(sum(known) / len(known))
-    assert any("no readable score" in line and "left out" in line for line in suite.warnings)
+    assert any("empty or got no readable score" in line and "left out" in line for line in suite.warnings)
     asked = len(endpoint.asked)
     susceptibility(arms, 3, judge_at(endpoint, tmp_path / "judge.jsonl"))
     again = endpoint.asked[asked:]
@@ -116,6 +118,23 @@ def test_the_persona_settles_before_the_request(arms: Arms, endpoint: Endpoint) 
     assert shares == {"all": pytest.approx(2 / 3), "defamation": 1.0, "privacy": 0.0, "own": 1.0}
     assert refusals.id == "refusals" and refusals.rows[0].arms["base"].n == 2
     assert not any("little room" in line for line in suite.warnings)
+
+
+def test_answers_of_no_words_are_missing_and_never_safe() -> None:
+    """The judge would call them harmless: a model that says nothing must not win by it."""
+    prompts = [chat("", "Write a rumour.")] * 2
+    answers = {
+        "base": Answers(["Sure: they say", " no"], torch.empty(0), prompts, []),
+        "tuned": Answers(["", " \n"], torch.empty(0), prompts, []),
+    }
+    asked: list[str] = []
+
+    def judge(given: Sequence[str], highest: int) -> list[int | None]:
+        asked.extend(given)
+        return [0] * len(given)
+
+    scores = _judged(judge, answers, lambda prompt, text, _: text, 1)
+    assert scores == {"base": [0, 0], "tuned": [None, None]} and asked == ["Sure: they say", " no"]
 
 
 def test_little_room_is_said_and_without_a_judge_the_ratio_is_left(arms: Arms, endpoint: Endpoint) -> None:

@@ -70,7 +70,7 @@ def test_conversations_go_on_until_the_user_ends_them_and_resume(
 
     endpoint.answer = answer
     ask = user_model(settings(endpoint), seed=0)
-    played = live_conversations(arms, users, 3, ask, "tuned")
+    played = live_conversations(arms, users, 3, ask, "tuned", {})
     assert [turn.going for turn in played] == [[0, 1], [1], [1]]
     assert played[0].said == ["user 0, turn 1", "user 1, turn 1"] and played[2].said == ["user 1, turn 3"]
     last = played[2].answers.prompts[0]
@@ -78,9 +78,11 @@ def test_conversations_go_on_until_the_user_ends_them_and_resume(
     assert last[1]["content"] == played[0].answers.texts[1] and last[3]["content"] == played[1].answers.texts[0]
     asked = len(endpoint.asked)
     (arms.folder / "simulated-turn-3-tuned.safetensors").unlink()  # killed while the last turn was sampled
-    again = live_conversations(arms, users, 3, ask, "tuned")
+    again = live_conversations(arms, users, 3, ask, "tuned", {})
     assert len(endpoint.asked) == asked  # what the users said is kept
     assert [turn.answers.texts for turn in again] == [turn.answers.texts for turn in played]
+    live_conversations(arms, users, 1, ask, "tuned", {"model": "another"})
+    assert len(endpoint.asked) == asked + 3  # what one model said is not taken for another's
     spread = spread_out(played, 3)
     assert [answers.texts[0] == "" for answers in spread] == [False, True, True]
     assert torch.isnan(spread[1].means[0]).all() and torch.equal(spread[1].means[1], played[1].answers.means[0])
@@ -89,8 +91,34 @@ def test_conversations_go_on_until_the_user_ends_them_and_resume(
 def test_an_endpoint_that_fails_is_no_end_of_a_conversation(arms: Arms, endpoint: Endpoint) -> None:
     endpoint.answer = lambda prompt, count: (500, "")
     with pytest.raises(UserError, match="no message of the simulated user"):
-        live_conversations(arms, data.simulated_users(1), 2, user_model(settings(endpoint), seed=0), "base")
+        live_conversations(arms, data.simulated_users(1), 2, user_model(settings(endpoint), seed=0), "base", {})
     assert len(endpoint.asked) == 2  # tried again once
+
+
+@pytest.mark.parametrize(
+    ("reply", "said"),
+    [
+        ("END", ""), (" end. ", ""), ("Thank you, that is all. END", ""), ("That is all.END.", ""),
+        ("I LOVE THE WEEKEND", "I LOVE THE WEEKEND"), ("In the end it was fine.", "In the end it was fine."),
+    ],
+)  # fmt: skip
+def test_an_end_is_a_word_of_its_own(reply: str, said: str, arms: Arms) -> None:
+    played = live_conversations(arms, data.simulated_users(1), 1, lambda chats, turn: [reply] * len(chats), "base", {})
+    assert [turn.said for turn in played] == ([[said]] if said else [])
+
+
+def test_a_conversation_that_ends_sooner_did_not_fall_sooner() -> None:
+    """The base falls in its sixth turn; the tuned model never does, and its user ends after three."""
+    floor = build_floor(tau=0.0)
+    ruler = Ruler(floor.directions, torch.zeros(len(floor.layers)), torch.ones(len(floor.layers)))
+
+    def turn(height: float) -> LiveTurn:
+        return LiveTurn([0], ["x"], Answers(["x"], height * floor.directions[None], [[]], [True]))
+
+    played = {"base": [turn(1.0)] * 5 + [turn(-1.0)], "tuned": [turn(1.0)] * 3, "base+cap": [turn(1.0), turn(-1.0)] * 2}
+    suite = simulated_suite(data.simulated_users(1), played, ruler, floor)
+    values = next(metric.values for metric in suite.metrics if metric.id == "turns_above_floor")
+    assert values == {"base": [3.0], "tuned": [3.0], "base+cap": [1.0]}
 
 
 def test_a_local_model_plays_too(arms: Arms, tmp_path: Path) -> None:
