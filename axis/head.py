@@ -101,5 +101,7 @@ def _logit_scale(config: Any) -> float:
     for name in ("logit_scale", "lm_head_multiplier"):
         if (value := getattr(config, name, None)) is not None:
             return float(value)
-    divisor = getattr(config, "logits_scaling", None)
-    return 1.0 if divisor is None else 1.0 / float(divisor)
+    scaling = float(getattr(config, "logits_scaling", None) or 1.0)
+    return (
+        scaling if config.model_type == "hyperclovax" else 1.0 / scaling
+    )  # Granite divides by it, HyperCLOVA X multiplies

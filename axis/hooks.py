@@ -72,7 +72,15 @@ class Recording:
         Raises:
             RuntimeError: if no such state was recorded, which means that the hooks did not see the forward.
         """
-        for hidden in reversed(self.states.get(layer, [])):
+        return self._of(reversed(self.states.get(layer, [])), layer, with_grad=with_grad)
+
+    def first(self, layer: int) -> Tensor:
+        """The first recorded state of ``layer``; RuntimeError as for :meth:`last`."""
+        return self._of(iter(self.states.get(layer, [])), layer, with_grad=False)
+
+    @staticmethod
+    def _of(states: Iterator[Tensor], layer: int, *, with_grad: bool) -> Tensor:
+        for hidden in states:
             if hidden.requires_grad or not with_grad:
                 return hidden
         kind = "state that requires grad" if with_grad else "state"

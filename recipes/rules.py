@@ -8,7 +8,7 @@ from collections.abc import Iterator, Set
 from pathlib import Path
 
 from trimtab.recipes.faults import Fault
-from trimtab.recipes.schema import DpoMethod, GrpoMethod, Recipe, RowMethod
+from trimtab.recipes.schema import DistillMethod, DpoMethod, GrpoMethod, Recipe, RowMethod
 
 DATA = Path(__file__).parent / "data"
 
@@ -19,11 +19,19 @@ NOT_YOURS_IN_ROWS = {
     "shuffle_dataset": "remove it: the order of prompts is fixed by data.seed",
     "assistant_only_loss": "remove it: only the answer is ever trained on",
     "completion_only_loss": "remove it: only the answer is ever trained on",
+    "train_sampling_strategy": "remove it: the order of prompts is fixed by data.seed",
+}
+NOT_YOURS_IN_DISTILLATION = {
+    "loss_type": "remove it: method.divergence is the loss",
+    "label_smoothing_factor": "remove it: the loss is a divergence, and has no labels",
 }
 NOT_YOURS_IN_GRPO = {
     "reward_weights": "remove it: each entry of method.rewards has a weight",
     "vllm_importance_sampling_correction": "remove it: method.correct_ratio and method.ratio_limit cover vLLM as well",
     "generation_kwargs": "remove it: what shapes the samples beyond temperature would make the importance ratio wrong",
+    "chat_template_kwargs": "set model.chat_template_kwargs instead",
+    "use_transformers_continuous_batching": "remove it: trimtab samples the rollouts, or vLLM (train.use_vllm)",
+    "cache_implementation": "remove it: trimtab samples the rollouts, or vLLM (train.use_vllm)",
 }
 NOT_YOURS = {
     "remove_unused_columns": "remove it: trimtab sets it, as its rows carry a column of their own",
@@ -31,13 +39,30 @@ NOT_YOURS = {
     "model_init_kwargs": "remove it: the `model` section says how the model is loaded",
     "num_train_epochs": "set train.max_steps instead: rollouts are made as training goes on, so there is no epoch",
     "eval_strategy": "remove it: the eval stage measures the model, with every arm",
+    "ignore_data_skip": "remove it: a resumed run goes on with the rows where it stopped",
+    "auto_find_batch_size": "remove it: which row belongs to which step is laid out beforehand; `trimtab check` tells what fits",
+    "accelerator_config": "remove it: which row belongs to which rank and step is laid out beforehand",
     "deepspeed": "remove it and choose a strategy when launching: --accelerate zero3",
     "fsdp": "remove it and choose a strategy when launching: --accelerate fsdp2",
     "fsdp_config": "remove it and choose a strategy when launching: --accelerate fsdp2",
 }
 
+# Keys of `train` that may have but one value: (the value, why, what to do instead).
+ONLY = {
+    "save_only_model": (
+        False,
+        "a checkpoint without the optimiser would be resumed with another one, and nothing would say so",
+    ),
+    "dataloader_num_workers": (0, "a worker would sample rollouts from the weights as they were when it began"),
+}
+# Keys of `train` that shape GRPO's samples without its log-probabilities knowing of it -> values that do nothing.
+SHAPING: dict[str, tuple[object, ...]] = {
+    "top_p": (1, None), "top_k": (0, None), "min_p": (0, None), "repetition_penalty": (1, None),
+}  # fmt: skip
+
 # Keys of `train` that must be whole numbers above 0; the library's own annotation says only int.
 POSITIVE = ("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps")
+REWARDS = ("persona_llr", "capped_self", "above_floor", "judge")
 
 # key -> (file, split, what): how many there are is known, so asking for more is told before anything is loaded.
 SHIPPED = {
@@ -120,6 +145,8 @@ def _evaluation(recipe: Recipe) -> Iterator[Fault]:
 def _train(recipe: Recipe) -> Iterator[Fault]:
     rows = isinstance(recipe.method, RowMethod)
     own = NOT_YOURS_IN_ROWS if rows else NOT_YOURS_IN_GRPO if isinstance(recipe.method, GrpoMethod) else {}
+    if isinstance(recipe.method, DistillMethod):
+        own = {**own, **NOT_YOURS_IN_DISTILLATION}
     for key, remedy in {**NOT_YOURS, **own}.items():
         if key in recipe.train and not (key == "eval_strategy" and recipe.train[key] == "no"):
             yield Fault("this key can't be set in a recipe", remedy, f"train.{key}")
@@ -127,6 +154,21 @@ def _train(recipe: Recipe) -> Iterator[Fault]:
         value = recipe.train.get(key)
         if isinstance(value, int) and not isinstance(value, bool) and value < 1:
             yield Fault(f"must be at least 1, got {value}", f"give a positive number: train.{key}=1", f"train.{key}")
+    for key, (only, why) in ONLY.items():
+        if recipe.train.get(key, only) != only:
+            yield Fault(f"is {recipe.train[key]}: {why}", f"set train.{key}={str(only).lower()}", f"train.{key}")
+    for key, neutral in SHAPING.items() if isinstance(recipe.method, GrpoMethod) else ():
+        if key in recipe.train and recipe.train[key] not in neutral:
+            yield Fault(
+                "shapes the samples without the log-probabilities knowing of it: the importance ratio would be wrong",
+                f"remove it, or set train.{key}={neutral[0]}",
+                f"train.{key}",
+            )
+    rate = recipe.train.get("learning_rate")
+    if isinstance(rate, int | float) and rate <= 0:
+        yield Fault(
+            f"must be above 0, got {rate}", "give a positive number: train.learning_rate=1e-4", "train.learning_rate"
+        )
     trained = recipe.eval.tuned is None
     if trained and "max_steps" not in recipe.train and "num_train_epochs" not in recipe.train:
         yield Fault("is missing", "say how many optimiser steps to train: train.max_steps=100", "train.max_steps")
@@ -140,6 +182,11 @@ def _train(recipe: Recipe) -> Iterator[Fault]:
                 "has no effect: vLLM samples nothing", "set train.use_vllm=true, or remove this key", f"train.{key}"
             )
     dropout = recipe.lora.get("lora_dropout", 0)
+    if isinstance(dropout, int | float) and not 0 <= dropout < 1:
+        yield Fault(f"must be at least 0 and below 1, got {dropout}", "set lora.lora_dropout=0.0", "lora.lora_dropout")
+    rank = recipe.lora.get("r")
+    if isinstance(rank, int) and not isinstance(rank, bool) and rank < 1:
+        yield Fault(f"must be at least 1, got {rank}", "give a positive number: lora.r=16", "lora.r")
     if isinstance(recipe.method, GrpoMethod) and isinstance(dropout, int | float) and dropout > 0:
         yield Fault(
             "GRPO compares log-probabilities of several forwards, and dropout makes each another",
@@ -225,6 +272,12 @@ def _method_and_data(recipe: Recipe, given: Set[str]) -> Iterator[Fault]:
         )
     if isinstance(method, GrpoMethod):
         yield from _rewards(method)
+    if isinstance(method, DistillMethod) and method.divergence != "jsd" and "method.jsd_beta" in given:
+        yield Fault(
+            f"has no effect: the divergence is {method.divergence}",
+            "remove it, or set method.divergence=jsd",
+            "method.jsd_beta",
+        )
     if data.drift_file is None and data.drift_prompts + data.role_questions + data.conversation_turns == 0:
         yield Fault(
             "there is nothing to train on: every source of drift prompts is 0",
@@ -263,6 +316,12 @@ def _rewards(method: GrpoMethod) -> Iterator[Fault]:
     if not method.rewards:
         yield Fault("no reward is named", "name one: method.rewards: [{name: persona_llr}]", "method.rewards")
     for entry in method.rewards:
+        if entry.name not in REWARDS and ":" not in entry.name:
+            yield Fault(
+                f"no such reward: {entry.name!r}",
+                f"name one of {', '.join(REWARDS)}, or a function: package.module:function",
+                "method.rewards",
+            )
         if (entry.name == "judge") != (entry.judge is not None):
             yield Fault(
                 "the reward `judge` and a `judge:` section belong together, and one is without the other",

@@ -8,9 +8,10 @@ from typing import Any
 import datasets
 import pytest
 import torch
-from conftest import build_floor, build_model, build_tokenizer
+from conftest import CHATML, build_floor, build_model, build_tokenizer
 from peft import LoraConfig
 from test_floor_sft import wake
+from transformers import AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
 from trimtab.axis import UserError
@@ -18,7 +19,7 @@ from trimtab.axis.chat import ChatFormat, chat
 from trimtab.axis.files import read_jsonl
 from trimtab.axis.models import Loaded
 from trimtab.axis.sampling import SamplingOptions, sample_batch, seed_of
-from trimtab.train.floor_dpo import FloorDPOTrainer
+from trimtab.train.floor_dpo import FloorDPOTrainer, pair_tokens
 from trimtab.train.pairs import make_pairs
 from trimtab.train.penalty import PenaltyOptions
 from trimtab.train.rollouts import TrainPrompt
@@ -65,7 +66,9 @@ def test_a_cap_that_never_fires_gives_no_pair(tmp_path: Path) -> None:
     assert rows == [] and facts["same"] + facts["empty"] == 3
 
 
-def make_trainer(folder: Path, rows: list[dict[str, Any]], kind: Any, own: dict[str, Any], **arguments: Any) -> Any:
+def make_trainer(
+    folder: Path, rows: list[dict[str, Any]], kind: Any, own: dict[str, Any], *, tokenizer: Any = None, **arguments: Any
+) -> Any:
     settings: dict[str, Any] = {
         "max_steps": 2, "per_device_train_batch_size": 2, "learning_rate": 0.01, "lr_scheduler_type": "constant",
         "use_cpu": True, "bf16": False, "report_to": "none", "gradient_checkpointing": False, "save_strategy": "no",
@@ -78,7 +81,7 @@ def make_trainer(folder: Path, rows: list[dict[str, Any]], kind: Any, own: dict[
         train_dataset=datasets.Dataset.from_list(
             [{k: row[k] for k in ("prompt", "chosen", "rejected")} for row in rows]
         ),
-        processing_class=build_tokenizer(),
+        processing_class=tokenizer or build_tokenizer(),
         peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"),
         **own,
     )
@@ -138,3 +141,72 @@ def test_the_base_relative_target_is_refused(tmp_path: Path) -> None:
     rows = pairs(tmp_path / "pairs.jsonl")[1]
     with pytest.raises(UserError, match="floor_target"):
         make_trainer(tmp_path, rows, FloorDPOTrainer, {"floor": FLOOR, "penalty": PenaltyOptions(target="base")})
+
+
+def test_pairs_become_the_tokens_that_were_sampled(tokenizer_without_system_folder: Path) -> None:
+    """A system prompt is folded where the template has no such role, its arguments reach it, and a cut answer has no end."""
+    template = CHATML + "{% if add_generation_prompt and not thinking %}<think></think>{% endif %}"
+    folded: Any = AutoTokenizer.from_pretrained(tokenizer_without_system_folder)
+    for form in (
+        ChatFormat(folded),
+        ChatFormat(build_tokenizer(template), {"thinking": False}),
+        ChatFormat(build_tokenizer(template), {"thinking": True}),
+    ):
+        messages = chat("You are a pirate.", "How do I bake bread?")
+        row = {
+            "prompt": messages,
+            "chosen": [{"role": "assistant", "content": "Arr."}],
+            "rejected": [{"role": "assistant", "content": "Arr, and then"}],
+            "chosen_ended": True,
+            "rejected_ended": False,
+        }
+        found = pair_tokens(form, row)
+        assert found["prompt_ids"] == form.prompt_ids(messages)
+        assert found["chosen_ids"] == [*form.answer_ids("Arr."), form.end_token]
+        assert found["rejected_ids"] == form.answer_ids("Arr, and then")
+    assert (
+        pair_tokens(form, {k: row[k] for k in ("prompt", "chosen", "rejected")})["rejected_ids"][-1] == form.end_token
+    )
+
+
+def test_the_trainer_takes_pairs_of_a_template_without_a_system_role(
+    tokenizer_without_system_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """TRL's own rendering raises there; and a prompt that fills the row by itself is left out, and told."""
+    tokenizer: Any = AutoTokenizer.from_pretrained(tokenizer_without_system_folder)
+    form = ChatFormat(tokenizer)
+    path = tmp_path / "pairs.jsonl"
+    loaded = Loaded(build_model("llama"), tokenizer, {})
+    make_pairs(loaded, form, FLOOR, PROMPTS, path, options=OPTIONS, strength=1.0, seed=1)
+    rows = read_jsonl(path)
+    assert all(row["prompt"][0]["role"] == "user" for row in rows)  # so that any other trainer reads them too
+    assert {"chosen_ended", "rejected_ended"} <= rows[0].keys()
+    asked = [{**row, "prompt": chat("You are a pirate.", "How do I bake bread?")} for row in rows]
+    asked.append({**rows[0], "prompt": chat("", "very long " * 60)})
+    with caplog.at_level("WARNING", "trimtab"):
+        trainer = make_trainer(
+            tmp_path, asked, FloorDPOTrainer, {"floor": FLOOR, "form": form}, max_length=100, tokenizer=tokenizer
+        )
+    assert len(trainer.train_dataset) == len(rows) and "1 of" in caplog.text
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert tokenizer.decode(batch["input_ids"][0]).count("You are a pirate.") == 1
+    trainer.train()
+
+
+def test_evaluation_reports_the_policys_figures_and_not_the_references(tmp_path: Path) -> None:
+    rows = pairs(tmp_path / "pairs.jsonl")[1]
+    trainer = make_trainer(tmp_path, rows, FloorDPOTrainer, {"floor": FLOOR, "penalty": PenaltyOptions(weight=1.0)})
+    wake(trainer.model)
+    batch = next(iter(trainer.get_train_dataloader()))
+    batch = {key: value[:] for key, value in batch.items()}
+    said = batch["completion_mask"].bool()
+    trainer.model.eval()
+    with torch.no_grad():
+        trainer._compute_loss(trainer.model, dict(batch), False)
+        states = trainer.model(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], output_hidden_states=True
+        ).hidden_states
+    sums = trainer._figures._sums["eval"]
+    for i, layer in enumerate(FLOOR.layers):
+        z = (states[layer + 1][said] @ FLOOR.directions[i]) / FLOOR.sigma[i]
+        assert float(sums[f"floor_z/layer_{layer}"] / sums["tokens"]) == pytest.approx(float(z.mean()), abs=1e-4)

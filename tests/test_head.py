@@ -8,7 +8,14 @@ import pytest
 import torch
 from conftest import ARCHITECTURES, VOCAB, build_model
 from peft import LoraConfig, get_peft_model
-from transformers import CohereConfig, CohereForCausalLM, GraniteConfig, GraniteForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    CohereConfig,
+    CohereForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+)
 
 from trimtab.axis.head import OutputHead
 
@@ -40,10 +47,13 @@ def test_logits_are_the_models_own(architecture: str) -> None:
 
 
 def test_scaled_logits() -> None:
-    """Cohere multiplies them, Granite divides."""
+    """Cohere multiplies them, Granite divides, and HyperCLOVA X multiplies by what Granite would divide by."""
     torch.manual_seed(0)
     assert_own_logits(CohereForCausalLM(CohereConfig(**SIZES, logit_scale=0.25)).eval())
     assert_own_logits(GraniteForCausalLM(GraniteConfig(**SIZES, logits_scaling=5.0)).eval())
+    assert_own_logits(
+        AutoModelForCausalLM.from_config(AutoConfig.for_model("hyperclovax", **SIZES, logits_scaling=4.0)).eval()
+    )
 
 
 def test_inside_peft_and_with_gradient() -> None:

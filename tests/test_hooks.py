@@ -240,10 +240,12 @@ class TestGeneration:
         assert (uncapped - stepwise[1]).abs().max() > 0.05, "the cap made a difference"
 
     def test_tuple_layers_are_capped_and_keep_their_other_parts(self) -> None:
-        settings = {"vocab_size": VOCAB, "n_embd": HIDDEN, "n_layer": LAYERS, "n_head": 4, "rotary_dim": 4}
+        # transformers turns such layers into plain ones, release by release
+        settings: dict[str, Any] = {"vocab_size": VOCAB, "hidden_size": HIDDEN, "num_layers": LAYERS, "num_heads": 4}
+        settings["attention_types"] = [[["global"], LAYERS]]
         torch.manual_seed(0)
         model: Any = AutoModelForCausalLM.from_config(
-            AutoConfig.for_model("codegen", **settings, initializer_range=0.2), dtype=torch.float32
+            AutoConfig.for_model("gpt_neo", **settings, initializer_range=0.2), dtype=torch.float32
         ).eval()
         controller = ActivationController.of(model)
         kinds: set[type] = set()

@@ -180,7 +180,37 @@ COMBINATIONS = {
     "train.vllm_mode=server": ("train.vllm_mode", "train.use_vllm=true"),
     "train.use_vllm=1": ("train.use_vllm", "kind"),
     "train.vllm_structured_outputs_regex=x": ("train.vllm_structured_outputs_regex", ""),
+    "train.learning_rate=-1.0": ("train.learning_rate", "positive"),
+    "train.dataloader_num_workers=2": ("train.dataloader_num_workers", "train.dataloader_num_workers=0"),
+    "train.save_only_model=true": ("train.save_only_model", "train.save_only_model=false"),
+    "train.train_sampling_strategy=random": ("train.train_sampling_strategy", "data.seed"),
+    "train.ignore_data_skip=true": ("train.ignore_data_skip", "remove it"),
+    "lora.r=0": ("lora.r", "lora.r=16"),
+    "lora.lora_dropout=5": ("lora.lora_dropout", "0.0"),
 }
+# method, override -> (key, part of the remedy)
+OF_METHODS = {
+    ("distill", "train.loss_type=dft"): ("train.loss_type", "method.divergence"),
+    ("distill", "method.jsd_beta=0.3"): ("method.jsd_beta", "divergence=jsd"),
+    ("grpo", "train.top_p=0.9"): ("train.top_p", "train.top_p=1"),
+    ("grpo", "train.chat_template_kwargs={a: 1}"): ("train.chat_template_kwargs", "model.chat_template_kwargs"),
+    ("grpo", "method.rewards=[{name: foo}]"): ("method.rewards", "persona_llr"),
+}
+
+
+@pytest.mark.parametrize(("method", "override"), OF_METHODS)
+def test_impossible_for_a_method(method: str, override: str) -> None:
+    key, remedy = OF_METHODS[method, override]
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(f"smollm2-135m/{method}", [override])
+    assert [fault.key for fault in caught.value.faults] == [key] and remedy in caught.value.faults[0].remedy
+
+
+def test_rewards_of_the_rules_are_those_that_ship() -> None:
+    from trimtab.recipes.rules import REWARDS
+    from trimtab.train.rewards import SHIPPED
+
+    assert set(REWARDS) == {*SHIPPED, "judge"}
 
 
 @pytest.mark.parametrize("override", COMBINATIONS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -108,9 +109,10 @@ def assert_same_run(job: Job, unbroken: Job) -> None:
 
 @pytest.mark.parametrize("method", ["distill", "grpo", "dpo"])
 def test_every_method_resumes(method: str, tmp_path: Path) -> None:
-    """Killed after a checkpoint at a random moment, twice: the same adapter as of the run that was not."""
+    """Killed after a checkpoint at a random moment, twice, and between the last step and its record: the same adapter as of the
+    run that was not. The last step is not the end of an epoch."""
     save_model(tmp_path / "model")
-    recipe = write_recipe(tmp_path / "recipe.yaml", tmp_path / "model", method, max_steps=8, save_steps=2)
+    recipe = write_recipe(tmp_path / "recipe.yaml", tmp_path / "model", method, max_steps=7, save_steps=2)
     whole, broken = Job(tmp_path / "whole", recipe, method), Job(tmp_path / "broken", recipe, method)
     assert whole.finish() == 0, whole.tail()
     for step in (2, 5):
@@ -119,8 +121,16 @@ def test_every_method_resumes(method: str, tmp_path: Path) -> None:
     assert broken.facts["resumed_from"] is not None
     assert largest_difference(adapter(broken.folder), adapter(whole.folder)) <= 1e-6
     ours, theirs = read_jsonl(broken.folder / "metrics.jsonl"), read_jsonl(whole.folder / "metrics.jsonl")
-    assert [row["step"] for row in ours] == [row["step"] for row in theirs] == list(range(1, 9))
+    assert [row["step"] for row in ours] == [row["step"] for row in theirs] == list(range(1, 8))
     assert [row["loss"] for row in ours] == pytest.approx([row["loss"] for row in theirs], rel=1e-5, abs=1e-7)
+    files = {path.name for path in (whole.folder / "adapter").iterdir()}
+    shutil.rmtree(broken.folder / "adapter")
+    (broken.folder / "stages" / "train.json").unlink()
+    assert broken.finish() == 0, broken.tail()
+    assert broken.facts["steps"] == 7 and broken.facts["resumed_from"] == "checkpoint-7"
+    assert broken.facts["train_loss"] == pytest.approx(whole.facts["train_loss"], abs=1e-4)
+    assert largest_difference(adapter(broken.folder), adapter(whole.folder)) <= 1e-6
+    assert {path.name for path in (broken.folder / "adapter").iterdir()} == files
 
 
 def logged(folder: Path, step: int) -> bool:

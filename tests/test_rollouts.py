@@ -421,3 +421,11 @@ def test_a_bad_row_is_named(tmp_path: Path, prompt: Any, match: str) -> None:
     with pytest.raises(UserError, match=match) as caught:
         from_file(str(path), "drift")
     assert caught.value.file == str(path) and caught.value.remedy
+
+
+def test_a_data_loaders_worker_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It holds the weights of the moment it was forked: every round would be sampled from the untrained model."""
+    monkeypatch.setattr(torch.utils.data, "get_worker_info", lambda: object())
+    source = RolloutSource.__new__(RolloutSource)
+    with pytest.raises(UserError, match="dataloader_num_workers"):
+        source._load(0)

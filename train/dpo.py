@@ -37,10 +37,11 @@ def build_trainer(run: Any, arguments: Any, variant: Any) -> Any:
     from trimtab.train.row_trainers import benign_rows
 
     parts = job.load_parts(run, variant)
-    columns = ("prompt", "chosen", "rejected")
+    columns = ("prompt", "chosen", "rejected", "chosen_ended", "rejected_ended")
     pairs = [{name: row[name] for name in columns} for row in read_jsonl(variant.pairs)]
     return FloorDPOTrainer(
         **parts.trainer_arguments(arguments),
+        form=parts.form,
         train_dataset=datasets.Dataset.from_list(pairs),
         benign_rows=benign_rows(run, parts, arguments, variant, sampling_options(run.recipe.method.sampling)),
     )

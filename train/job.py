@@ -32,6 +32,11 @@ from trimtab.recipes.loader import load_recipe
 log = logging.getLogger("trimtab")
 
 SPREAD = "spread.json"
+# What a checkpoint holds besides the adapter.
+OF_RESUMING = (
+    "optimizer*", "scheduler*", "rng_state*", "trainer_state.json", "scaler*", "global_step*", "latest", "zero_to_fp32.py",
+    "pytorch_model_fsdp*",
+)  # fmt: skip
 FOLDER_PATIENCE = 60  # seconds; rank 0 makes the run folder within a few
 
 
@@ -176,8 +181,11 @@ def train_variant(
     started = time.monotonic()
     unfinished = adapter.with_name(f".{adapter.name}.unfinished")
     with naming_a_full_disk(variant.checkpoints, unfinished):
-        trainer.train(resume_from_checkpoint=checkpoint)
-        trainer.save_model(str(unfinished))
+        if checkpoint is not None and is_finished(checkpoint, arguments.max_steps):
+            take_finished(Path(checkpoint), unfinished, trainer)
+        else:
+            trainer.train(resume_from_checkpoint=checkpoint)
+            trainer.save_model(str(unfinished))
     seconds = time.monotonic() - started
     state.wait_for_everyone()
     if state.is_main_process:
@@ -402,6 +410,26 @@ def check_spread(path: Path, trainer: Any, *, resumed: bool) -> None:
             )
     elif accelerator.is_main_process:
         write_json(path, {"rows": rows, "processes": processes})
+
+
+def is_finished(checkpoint: str, max_steps: int) -> bool:
+    """Whether a checkpoint is of the last step and holds the adapter; a kill came between it and the record.
+
+    Resumed from there, the library's loop would train a step more wherever the last step is not the end of an epoch.
+    """
+    state = json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))
+    return state["global_step"] >= max_steps and (Path(checkpoint) / "adapter_model.safetensors").exists()
+
+
+def take_finished(checkpoint: Path, target: Path, trainer: Any) -> None:
+    """Take the adapter of a last checkpoint for the finished one, and the trainer's record of its steps."""
+    from transformers import TrainerState
+
+    log.info("all steps are trained: %s is the adapter", checkpoint)
+    trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    if trainer.accelerator.is_main_process:
+        shutil.rmtree(target, ignore_errors=True)
+        shutil.copytree(checkpoint, target, ignore=shutil.ignore_patterns(*OF_RESUMING))
 
 
 def check_steps(arguments: Any) -> None:

@@ -2,7 +2,8 @@
 
 Both are the base model, so the pairs are made once, before training. A conversation's earlier turns are the capped self's,
 shared by both. Pairs that do not differ are dropped and counted. The file is TRL's preference format, one JSON object a line
-with ``prompt``, ``chosen`` and ``rejected`` as messages: any preference trainer reads it.
+with ``prompt``, ``chosen`` and ``rejected`` as messages, and ``chat_template_kwargs`` where the recipe has some: any preference
+trainer reads it. ``chosen_ended`` and ``rejected_ended`` say whether an answer ended by itself or was cut.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from trimtab.axis import Floor
 from trimtab.axis.chat import ChatFormat, chat
 from trimtab.axis.files import write_jsonl
 from trimtab.axis.models import Loaded
-from trimtab.axis.sampling import SamplingOptions, sample_answers
+from trimtab.axis.sampling import Answer, SamplingOptions, sample_answers
 from trimtab.train.rollouts import TrainPrompt
 
 log = logging.getLogger("trimtab")
@@ -49,36 +50,38 @@ def make_pairs(
         Facts: ``pairs`` kept, ``same`` and ``empty`` dropped.
     """
 
-    def answers(messages: Sequence[Sequence[dict[str, str]]], capped: bool, title: str) -> list[str]:
-        found = sample_answers(
+    def answers(messages: Sequence[Sequence[dict[str, str]]], capped: bool, title: str) -> list[Answer]:
+        return sample_answers(
             loaded.model, form, messages, options,
             seed=seed, floor=floor if capped else None, strength=strength, title=f"pairs: {title}",
         )  # fmt: skip
-        return [answer.text for answer in found]
 
     chats = [chat(prompt.system, prompt.turns[0]) for prompt in prompts]
     longest = max(len(prompt.turns) for prompt in prompts)
     for turn in range(1, longest):  # play the turns before the last
         going = [i for i, prompt in enumerate(prompts) if len(prompt.turns) > turn]
         said = answers([chats[i] for i in going], True, f"turn {turn}")
-        for i, text in zip(going, said, strict=True):
-            answer = {"role": "assistant", "content": text}
-            chats[i] = [*chats[i], answer, {"role": "user", "content": prompts[i].turns[turn]}]
+        for i, answer in zip(going, said, strict=True):
+            answered = {"role": "assistant", "content": answer.text}
+            chats[i] = [*chats[i], answered, {"role": "user", "content": prompts[i].turns[turn]}]
     chosen = answers(chats, True, "chosen")
     rejected = answers(chats, False, "rejected")
     rows: list[dict[str, Any]] = []
     same = empty = 0
     for prompt, messages, good, bad in zip(prompts, chats, chosen, rejected, strict=True):
-        if not good.strip() or not bad.strip():
+        if not good.text.strip() or not bad.text.strip():
             empty += 1
-        elif good.strip() == bad.strip():
+        elif good.text.strip() == bad.text.strip():
             same += 1
         else:
             rows.append(
                 {
-                    "prompt": messages,
-                    "chosen": [{"role": "assistant", "content": good}],
-                    "rejected": [{"role": "assistant", "content": bad}],
+                    "prompt": form.fold(messages),
+                    "chosen": [{"role": "assistant", "content": good.text}],
+                    "rejected": [{"role": "assistant", "content": bad.text}],
+                    "chosen_ended": good.ended,
+                    "rejected_ended": bad.ended,
+                    **({"chat_template_kwargs": form.template_kwargs} if form.template_kwargs else {}),
                     "id": prompt.id,
                     "source": prompt.source,
                     "cap_strength": strength,

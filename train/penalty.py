@@ -74,8 +74,16 @@ class FloorPenalty:
         with self.controller.uncapped(), self.controller.recording(self.floor.layers) as recording:
             yield recording
 
-    def states(self, recording: Recording) -> dict[int, Tensor]:
-        """The states that the penalty is computed on: the last that take part in autograd, where training can move them."""
+    def states(self, recording: Recording, *, policy_first: bool = False) -> dict[int, Tensor]:
+        """The states that the penalty is computed on: the last that take part in autograd, where training can move them.
+
+        Args:
+            recording: of the forwards.
+            policy_first: the policy's forward comes before the reference's. Nothing else tells them apart in evaluation, without
+                gradient.
+        """
+        if policy_first and not torch.is_grad_enabled():
+            return {layer: recording.first(layer) for layer in self.floor.layers}
         return {
             layer: recording.last(layer, with_grad=torch.is_grad_enabled() and layer >= self._first_trained)
             for layer in self.floor.layers

@@ -252,6 +252,12 @@ class RolloutSource:
         )
 
     def _load(self, round_number: int) -> None:
+        if torch.utils.data.get_worker_info() is not None:
+            raise UserError(
+                "rollouts can't be sampled in a data loader's worker: it holds the weights as they were when it began",
+                key="train.dataloader_num_workers",
+                remedy="set train.dataloader_num_workers=0",
+            )
         accelerator = self._trainer.accelerator
         rank, ranks = accelerator.process_index, accelerator.num_processes
         rows = self.plan.rows_of(round_number, rank, ranks)
