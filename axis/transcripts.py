@@ -14,6 +14,8 @@ FORMATS = (
     "or JSON Lines with prompt and completion as messages"
 )
 
+ROLES = ("system", "developer", "user", "assistant", "tool")
+
 
 @dataclass(frozen=True)
 class Transcript:
@@ -110,6 +112,8 @@ def _message(message: Any, number: int, where: str, path: Path, key: str) -> dic
         fault = f"{where}message {number} has no role and content"
     elif not isinstance(message["role"], str) or not isinstance(message["content"], str):
         fault = f"{where}message {number}: role and content must both be text"
+    elif message["role"] not in ROLES:
+        fault = f"{where}message {number} has the role {message['role']!r}, which is none of {', '.join(ROLES)}"
     else:
         return {"role": message["role"], "content": message["content"]}
     raise UserError(fault, file=path, key=key, remedy='write each message as {"role": "user", "content": "..."}')

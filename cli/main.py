@@ -80,10 +80,14 @@ def build_parser() -> argparse.ArgumentParser:
         if name in ("run", "train", "eval"):
             _add_accelerate(command)
     add("recipes", "list the recipes that ship with trimtab", "")
-    check = add("check", "check a recipe without weights: layers, adapters, memory", "qwen3-32b/sft --gpu-memory 80")
+    check = add(
+        "check",
+        "check a recipe without weights: layers, adapters, memory, hours on GPUs",
+        "qwen3-32b/sft --gpu-memory 80",
+    )
     _add_recipe(check)
     _add_accelerate(check)
-    check.add_argument("--gpu-memory", type=float, metavar="GIB", help="say whether it fits on GPUs of this size")
+    check.add_argument("--gpu-memory", type=_size, metavar="GIB", help="say whether it fits on GPUs of this size")
     merge = add(
         "merge",
         "merge the adapter into plain weights, and measure them again beside the report",
@@ -163,7 +167,8 @@ def _add_accelerate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--accelerate",
         metavar="NAME_OR_FILE",
-        help="single, cpu, ddp, zero2, zero3, fsdp2, or a file (default: by machine)",
+        help="a shipped configuration (single, ddp, fsdp2, zero3 and more: a name that is none lists them all), or a file "
+        "(default: by machine)",
     )
     parser.add_argument(
         "--num-processes", type=_positive, metavar="N", help="replaces the number in the accelerate file"
@@ -174,6 +179,16 @@ def _positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
     return int(text)
+
+
+def _size(text: str) -> float:
+    try:
+        size = float(text)
+    except ValueError:
+        size = 0.0
+    if not 0 < size < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of GiB above 0")
+    return size
 
 
 def _version() -> str:
@@ -188,7 +203,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     arguments, rest = parser.parse_known_args(argv)
     for word in rest:
         if word.startswith("-") or not hasattr(arguments, "overrides"):
-            parser.error(f"unrecognised argument: {word}")
+            hint = ""
+            if hasattr(arguments, "overrides") and "=" in word:
+                hint = "; keys of a recipe are given with their section and without dashes, such as train.max_steps=30"
+            parser.error(f"unrecognised argument: {word}{hint}")
         arguments.overrides.append(word)
     return arguments
 
@@ -242,7 +260,8 @@ def _print_fault(error: Exception) -> None:
     )
 
 
-def _open(arguments: argparse.Namespace) -> Any:
+def _open(arguments: argparse.Namespace, *, make: bool = True) -> Any:
+    """The run of a recipe; ``make`` False refuses where there is none yet."""
     from trimtab.recipes.loader import load_recipe
 
     loaded = (
@@ -255,8 +274,15 @@ def _open(arguments: argparse.Namespace) -> Any:
         from trimtab.cli.launch import resolve_accelerate_config
 
         resolve_accelerate_config(arguments.accelerate)
-    from trimtab.train.run import open_run
+    from trimtab.train.run import MARKER, open_run, run_folder
 
+    folder = run_folder(loaded, arguments.output_dir)
+    if not make and not (folder / MARKER).exists():
+        raise UserError(
+            "there is no run of this recipe here",
+            file=folder,
+            remedy="name its folder with --output-dir, or make it: trimtab run RECIPE",
+        )
     return open_run(loaded, output_dir=arguments.output_dir)
 
 
@@ -347,7 +373,7 @@ def _stage(arguments: argparse.Namespace) -> None:
         )
     if arguments.recipe is None and getattr(arguments, "base", None) is None:
         raise UserError("no recipe is named", key="RECIPE", remedy="name one, or finished runs: --compare RUN RUN")
-    run = _open(arguments)
+    run = _open(arguments, make=arguments.command != "report")
     if arguments.command == "train":
         _train(run, arguments)
     elif arguments.command in ("eval", "report"):
@@ -457,7 +483,7 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _merge(arguments: argparse.Namespace) -> None:
-    run = _open(arguments)
+    run = _open(arguments, make=False)
     from rich.console import Console
     from rich.table import Table
 

@@ -33,6 +33,7 @@ from trimtab.eval.figures import (
 from trimtab.eval.schema import ArmAnswer, Durability, Report, Retention, Transcript
 
 TEMPLATES = Path(__file__).parent / "templates"
+MOST_FAULTS = 4  # told of a file that is no report
 SHADES = 4  # on each side of the default
 CHARACTERS_SHOWN = 400_000  # of transcripts: keeps the page small; report.json holds them all
 # Drawn in plots, or said elsewhere on the page.
@@ -64,14 +65,21 @@ def load_report(path: Path) -> Report:
     Raises:
         UserError: if the file is missing, is not JSON, or is not a report; every fault is named.
     """
+    if path.name == "report.json" and not path.exists():
+        raise UserError(
+            "there is no report here yet",
+            file=path,
+            remedy="evaluate the run: trimtab eval RECIPE, or trimtab run RECIPE",
+        )
     try:
         return Report.model_validate(read_json(path))
     except ValidationError as error:
-        faults = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors())
+        faults = [f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors()]
+        more = f"; and {len(faults) - MOST_FAULTS} more" if len(faults) > MOST_FAULTS else ""
         raise UserError(
-            f"this is not a report of trimtab: {faults}",
+            f"this is not a report of trimtab: {'; '.join(faults[:MOST_FAULTS])}{more}",
             file=path,
-            remedy="give the report.json of a run, or write it anew: trimtab report RECIPE",
+            remedy="give the report.json of a run, or evaluate it anew: trimtab eval RECIPE",
         ) from error
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import importlib.util
 import json
 import logging
 import statistics
@@ -83,12 +84,16 @@ def eval_stage(run: Run, prepared: Prepared | None = None) -> dict[str, Any]:
 
 
 def check_files(run: Run) -> None:
-    """Read the files that the evaluation will need, so that what is wrong with one is told before anything heavy.
+    """Look at what the evaluation will need, files and lm-eval, so that what is wrong is told before anything heavy.
 
     Raises:
         UserError: naming the file and the row.
     """
     section = run.recipe.eval
+    if section.capability and importlib.util.find_spec("lm_eval") is None:
+        raise UserError(
+            "capability needs lm-eval", key="eval.capability", remedy="pip install 'trimtab[eval]', or set it to []"
+        )
     if section.conversations_file is not None:
         load_replays(Path(section.conversations_file))
     if section.boundary_file is not None:

@@ -163,6 +163,11 @@ def _find(asked: str) -> tuple[Path, str]:
     if not path.is_file():
         if asked in shipped:
             return shipped[asked], asked
+        if path.is_dir():
+            raise RecipeError([Fault("this is a folder", "name a YAML file in it", file=asked)])
+        if path.suffix in (".yaml", ".yml"):
+            remedy = f"check the path, from {Path.cwd()}; `trimtab recipes` lists those that ship"
+            raise RecipeError([Fault("no such file", remedy, file=asked)])
         otherwise = f"give a YAML file, or one of: {', '.join(shipped)}"
         remedy = did_you_mean(asked, shipped, otherwise)
         raise RecipeError([Fault("no such recipe", remedy, file=asked)])

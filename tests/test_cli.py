@@ -330,7 +330,7 @@ def test_check_counts_what_vllm_claims(recipe: Path) -> None:
         (["floor.layers=8-12"], "beyond the model"),
         (["lora.target_modules=[q_proj]", "lora.layers_to_transform=[9]"], "above the floor's deepest layer 8"),
         (["lora.target_modules=[query]"], "PEFT refuses"),
-        (["model.name=/nowhere/at-all"], "can't be had"),
+        (["model.name=/nowhere/at-all"], "no such folder"),
     ],
 )
 def test_check_finds_what_cannot_work(recipe: Path, overrides: list[str], fault: str) -> None:
@@ -338,3 +338,39 @@ def test_check_finds_what_cannot_work(recipe: Path, overrides: list[str], fault:
 
     with pytest.raises(UserError, match=fault):
         check_recipe(load_recipe(recipe, overrides), "cpu", None, None)
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        (["report", "smollm2-135m/sft"], "there is no run of this recipe here"),
+        (["merge", "smollm2-135m/sft"], "there is no run of this recipe here"),
+        (["report", "--compare", "."], "there is no report here yet"),
+        (["check", "nowhere.yaml"], "no such file"),
+        (["check", "."], "this is a folder"),
+        (["check", "smollm2-135m/sft", "model.name=smolm2-135m"], "did you mean 'smollm2-135m'"),
+        (["check", "smollm2-135m/sft", "model.name=/nowhere/at/all"], "no such folder"),
+    ],
+)
+def test_what_is_not_there_is_told_and_nothing_is_made(
+    command: list[str], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(command) == 2
+    assert told in " ".join(capsys.readouterr().err.split())
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        (["check", "smollm2-135m/sft", "--max_steps=3"], "such as train.max_steps=30"),
+        (["check", "smollm2-135m/sft", "--gpu-memory", "-1"], "not a number of GiB above 0"),
+    ],
+)
+def test_a_wrong_option_is_told_how_it_is_written(
+    command: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(command)
+    assert ended.value.code == 2 and told in capsys.readouterr().err
