@@ -28,18 +28,25 @@ from trimtab.axis.hooks import ActivationController
 def as_base(model: Any, controller: ActivationController, floor: Floor | None = None) -> Iterator[Any]:
     """The frozen base inside the block, without gradient; under the cap of ``floor``, where one is given, the capped self.
 
+    In evaluation mode: a teacher with dropout would be another one at every forward.
+
     Args:
         model: a PeftModel, wrapped for training or not; the unwrapped one is yielded.
         controller: its hooks.
         floor: the cap's floor.
     """
     inner: Any = extract_model_from_parallel(model)
-    with torch.no_grad(), inner.disable_adapter(), controller.uncapped():
-        if floor is None:
-            yield inner
-            return
-        with controller.capping(floor):
-            yield inner
+    training = inner.training
+    inner.eval()
+    try:
+        with torch.no_grad(), inner.disable_adapter(), controller.uncapped():
+            if floor is None:
+                yield inner
+                return
+            with controller.capping(floor):
+                yield inner
+    finally:
+        inner.train(training)
 
 
 @contextlib.contextmanager

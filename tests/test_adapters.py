@@ -14,7 +14,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from test_floor_sft import make_rows, make_trainer, wake
 
-from trimtab.axis.adapters import can_merge, merged, merged_weights
+from trimtab.axis import ActivationController
+from trimtab.axis.adapters import as_base, can_merge, merged, merged_weights
 from trimtab.axis.models import load_model
 from trimtab.train.floor_distill import FloorDistillTrainer
 from trimtab.train.floor_sft import FloorSFTTrainer
@@ -135,3 +136,14 @@ def test_qlora(tmp_path: Path, quantization: str, trainer: Any) -> None:
     history = [row["floor_penalty"] for row in made.state.log_history if "floor_penalty" in row]
     assert history[-1] < 0.8 * history[0]
     assert {type(m).__name__ for m in made.model.modules()} & {"Linear4bit", "Linear8bitLt"}
+
+
+def test_the_base_has_no_dropout_in_training() -> None:
+    """Else teacher, reference and barrier would be others at every forward."""
+    model: Any = get_peft_model(build_model("llama", attention_dropout=0.5), LoraConfig(r=2, target_modules=["o_proj"]))
+    model.train()
+    ids = torch.arange(3, 12)[None]
+    assert not torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits)
+    with as_base(model, ActivationController.of(model)) as base:
+        assert torch.equal(base(input_ids=ids).logits, base(input_ids=ids).logits)
+    assert model.training and all(module.training for module in model.modules())

@@ -390,8 +390,28 @@ def test_a_batch_without_answer_tokens_is_told(tmp_path: Path) -> None:
     for row in rows:
         row["labels"] = [-100] * len(row["labels"])
     trainer = make_trainer(tmp_path, rows)
-    with pytest.raises(UserError, match=r"(?s)train.max_length: a batch has no answer tokens.*remedy"):
+    with pytest.raises(UserError, match=r"(?s)train.max_length: the rows of step 0 have no answer tokens.*remedy"):
         trainer.train()
+
+
+def test_one_micro_batch_without_answer_tokens_trains_nothing_and_ends_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Beside one with answers, in one step: the adapter is that of a step of the answers alone."""
+    rows = make_rows(4)
+    empty = [{**row, "labels": [-100] * len(row["labels"])} for row in rows]
+    found = []
+    for name, given, micro in (("beside", [*rows, *empty], 2), ("alone", rows, 1)):
+        trainer = make_trainer(
+            tmp_path / name, given, per_device_train_batch_size=4, gradient_accumulation_steps=micro, max_steps=1,
+            optim="sgd",
+        )  # fmt: skip
+        with caplog.at_level("WARNING", "trimtab"):
+            trainer.train()
+        found.append({n: p.detach().clone() for n, p in trainer.model.named_parameters() if "lora_" in n})
+    assert caplog.text.count("has no answer tokens") == 1
+    assert all(torch.allclose(found[0][n], found[1][n], atol=1e-7) for n in found[0])
+    assert any(found[0][n].abs().sum() > 0 for n in found[0] if "lora_B" in n)
 
 
 def test_adapters_above_the_floor_are_told(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ accumulation, packing and the number of ranks don't change it.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,8 @@ from trimtab.axis.adapters import as_base
 from trimtab.axis.head import OutputHead
 from trimtab.train.barrier import BarrierOptions, BenignBarrier
 from trimtab.train.penalty import Figures, FloorPenalty, FloorTrainer, PenaltyOptions
+
+log = logging.getLogger("trimtab")
 
 
 class FloorCollator(DataCollatorForLanguageModeling):
@@ -89,6 +92,7 @@ class FloorSFTTrainer(FloorTrainer, SFTTrainer):
         self.head = OutputHead(self.model)
         self.barrier = BenignBarrier(self.model, self.head, floor, barrier or BarrierOptions())
         self._figures = Figures()
+        self._told_of_no_answer = False
         needs_base = options.target == "base" or bool(self.barrier.options)
         if needs_base and not isinstance(self.model, PeftModel):
             raise UserError(
@@ -116,7 +120,13 @@ class FloorSFTTrainer(FloorTrainer, SFTTrainer):
             # evaluation: a mean over this very batch, so the factor of ranks is taken out again
             count = mask[..., 1:].sum().clamp(min=1) * ranks
         else:
-            count = torch.as_tensor(num_items_in_batch, device=mask.device).clamp(min=1)
+            count = torch.as_tensor(num_items_in_batch, device=mask.device)
+            if not bool(count > 0):
+                raise UserError(
+                    f"the rows of step {self.state.global_step} have no answer tokens at all, so there is nothing to train on",
+                    key="train.max_length",
+                    remedy="raise train.max_length above the longest prompt, or mend the rows without an answer",
+                )
         step = StepTokens(count, ranks)
         loss: Tensor | None = None
         outputs: Any = None
@@ -144,11 +154,12 @@ class FloorSFTTrainer(FloorTrainer, SFTTrainer):
         if self.penalty is None:
             return self._objective(model, inputs, return_outputs, step, figures)
         mask = inputs["labels"].ne(-100)
-        if not bool(mask.any()):
-            raise UserError(
-                "a batch has no answer tokens at all, so there is nothing to train on",
-                key="train.max_length",
-                remedy="raise train.max_length above the longest prompt, or mend the rows without an answer",
+        if not bool(mask.any()) and not self._told_of_no_answer:
+            self._told_of_no_answer = True
+            log.warning(
+                "step %d: a micro-batch has no answer tokens, and trains nothing: prompts that fill train.max_length, or empty "
+                "answers (told once)",
+                self.state.global_step,
             )
         base = self._base_projections(model, inputs) if self.penalty.options.target == "base" else None
         with self.penalty.recording() as recording:
