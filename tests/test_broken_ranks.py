@@ -45,7 +45,8 @@ class Broken:
             )  # fmt: skip
         broken, until = None, time.monotonic() + 300
         while process.poll() is None and time.monotonic() < until:
-            if broken is None and (self.notes / "broken").exists():
+            # a job that goes on finds the note of the one that broke
+            if "TRIMTAB_BREAK" in variables and broken is None and (self.notes / "broken").exists():
                 broken = time.monotonic()
                 until = broken + SOON
             time.sleep(0.05)
