@@ -182,7 +182,7 @@ def _effect(metric: Metric) -> Light:
 def _conversations(whole: Metric | None, last: Metric | None) -> Claim:
     """Over all turns, and over the last third of them, where drift would show."""
     metrics = [metric for metric in (whole, last) if metric is not None]
-    lights = [_effect(metric) for metric in metrics]
+    lights: list[Light] = [_effect(metric) for metric in metrics]
     light: Light = "grey" if "grey" in lights else _worst(lights)
     said = []
     for metric, where in ((whole, "over conversations"), (last, "over their last turns")):

@@ -264,7 +264,8 @@ def clustered_rate(values: Sequence[float], clusters: Sequence[str]) -> Estimate
         residuals = np.bincount(index, array[present] - rate)
         between = size / (size - 1) * float((residuals**2).sum()) / n**2
         worth = n / max(1.0, between / (rate * (1 - rate) / n))
-    low, high = proportion_confint(rate * worth, worth, alpha=1 - LEVEL / 100, method="wilson")
+    ends: Any = proportion_confint(rate * worth, worth, alpha=1 - LEVEL / 100, method="wilson")
+    low, high = ends
     return Estimate(value=rate, low=float(low), high=float(high), n=n)
 
 

@@ -67,8 +67,8 @@ class FloorDPOTrainer(HeldToBase, FloorTrainer, DPOTrainer):
         if self.form is None:
             return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         rows = [pair_tokens(self.form, row) for row in dataset]
-        cut = args.max_length is not None and args.truncation_mode == "keep_start"
-        kept = [row for row in rows if not cut or len(row["prompt_ids"]) < args.max_length]
+        longest = args.max_length if args.truncation_mode == "keep_start" else None
+        kept = [row for row in rows if longest is None or len(row["prompt_ids"]) < longest]
         if len(kept) < len(rows):
             log.warning(
                 "%d of %d pairs are left out: their prompts alone fill train.max_length=%d",
