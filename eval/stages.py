@@ -132,7 +132,8 @@ def _same_weights(run: Run, subjects: dict[str, Subject]) -> None:
     found["floor"] = file_fingerprint(run.variant(control=False).floor_path)
     kept = read_json(path) if path.exists() else {}
     if all(found[name] == kept[name] for name in kept.keys() & found.keys()):
-        write_json(path, kept | found)  # a control or a further fine-tuning may come later
+        if found.keys() - kept.keys():  # a control or a further fine-tuning may come later
+            write_json(path, kept | found)
     else:
         raise UserError(
             "the answers kept here were given by other weights, or under another floor",

@@ -165,9 +165,11 @@ def _train(recipe: Recipe) -> Iterator[Fault]:
                 f"train.{key}",
             )
     rate = recipe.train.get("learning_rate")
-    if isinstance(rate, int | float) and rate <= 0:
+    if isinstance(rate, int | float) and rate < 0:
         yield Fault(
-            f"must be above 0, got {rate}", "give a positive number: train.learning_rate=1e-4", "train.learning_rate"
+            f"must not be below 0, got {rate}",
+            "give a positive number: train.learning_rate=1e-4",
+            "train.learning_rate",
         )
     trained = recipe.eval.tuned is None
     if trained and "max_steps" not in recipe.train and "num_train_epochs" not in recipe.train:

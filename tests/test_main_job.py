@@ -321,4 +321,5 @@ def test_what_can_t_be_merged_is_told(job: Job, tmp_path: Path, capsys: pytest.C
     assert main(command) == 2 and "not empty" in capsys.readouterr().err
     assert (tmp_path / "full" / "notes.txt").read_text() == "mine"
     fresh = ["merge", str(job.recipe), "--output-dir", str(tmp_path / "fresh")]
-    assert main(fresh) == 2 and "report.json" in capsys.readouterr().err
+    assert main(fresh) == 2 and "there is no run of this recipe here" in capsys.readouterr().err
+    assert not (tmp_path / "fresh").exists()
