@@ -198,7 +198,7 @@ def table(reports: dict[str, Report]) -> str:
         ]
     parts += ["Prices:", rows(["method", *EFFECTS.values(), "minutes of training", "peak GiB"], prices)]
     machines = sorted({_machine(run) for runs in arms.values() for run in runs})
-    return "\n".join([*parts, "Measured on: " + "; ".join(machines) + ".\n"])
+    return "\n\n".join(part.strip() for part in [*parts, "Measured on: " + "; ".join(machines) + "."]) + "\n"
 
 
 def _mean(values: list[float | None]) -> str:
