@@ -102,6 +102,5 @@ def _logit_scale(config: Any) -> float:
         if (value := getattr(config, name, None)) is not None:
             return float(value)
     scaling = float(getattr(config, "logits_scaling", None) or 1.0)
-    return (
-        scaling if config.model_type == "hyperclovax" else 1.0 / scaling
-    )  # Granite divides by it, HyperCLOVA X multiplies
+    multiplies = config.model_type == "hyperclovax"  # Granite divides by it
+    return scaling if multiplies else 1.0 / scaling
