@@ -57,7 +57,8 @@ def cap(hidden: Tensor, direction: Tensor, tau: float | Tensor, strength: float 
     Computed in float32 and returned in the dtype of ``hidden``. In bfloat16 the capped projection may fall short of tau by the
     rounding of ``h`` (about 0.4 % of its largest component), so compare with a tolerance. Arguments as for :func:`lift`.
     """
-    return (hidden.float() + lift(hidden, direction, tau, strength)).to(hidden.dtype)
+    exact = hidden.float()
+    return (exact + lift(exact, direction, tau, strength)).to(hidden.dtype)
 
 
 @dataclass

@@ -161,39 +161,50 @@ class _RowSampler(LogitsProcessor):
 class _AnswerProgress(StoppingCriteria):
     """Keeps which rows are still inside their answer, for the hooks that read the next step."""
 
-    def __init__(self, end_ids: Sequence[int], rows: int) -> None:
-        self.end_ids = torch.tensor(list(end_ids))
-        self.alive = torch.ones(rows, dtype=torch.bool)
+    def __init__(self, end_ids: Sequence[int], rows: int, device: torch.device) -> None:
+        self.end_ids = torch.tensor(list(end_ids), dtype=torch.long, device=device)
+        self.alive = torch.ones(rows, dtype=torch.bool, device=device)
         self.step = 0
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        last = input_ids[:, -1].cpu()
-        self.alive &= ~torch.isin(last, self.end_ids)
+        self.alive &= ~torch.isin(input_ids[:, -1], self.end_ids)
         self.step += 1
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
 class AnswerMeans:
-    """Sums of decoder-layer outputs over the answer's tokens, accumulated inside the hooks: [B, N, D] float32."""
+    """Sums of decoder-layer outputs over the answer's tokens, gathered by the hooks: [B, N, D] float32.
 
-    def __init__(self, rows: int, layers: int, hidden: int, progress: _AnswerProgress) -> None:
-        self.sums = torch.zeros(rows, layers, hidden)
-        self.counts = torch.zeros(rows)
+    They lie where the layers compute, and all layers of a token are added at once: on a GPU a copy to the CPU would stop it at
+    every layer, and each operation more costs as much as one of a small model's own.
+    """
+
+    def __init__(self, layers: int, progress: _AnswerProgress) -> None:
+        self.layers = layers
         self.progress = progress
+        self.sums: Tensor | None = None
+        self.counts = torch.zeros_like(progress.alive, dtype=torch.float32)
+        self._token: list[Tensor] = []  # of each layer up to this one, [B, D]
 
     def __call__(self, layer: int, hidden: Tensor) -> None:
         """Reader of :meth:`ActivationController.reading`."""
         if self.progress.step == 0:  # the prompt
             return
+        self._token.append(hidden[:, -1])
+        if layer < self.layers - 1:
+            return
         alive = self.progress.alive
-        step = hidden[:, -1].to(device="cpu", dtype=torch.float32)
-        self.sums[:, layer].add_(step.masked_fill(~alive.unsqueeze(-1), 0))
-        if layer == 0:
-            self.counts += alive
+        token = torch.stack([state.to(alive.device) for state in self._token], 1).float()
+        token = token.masked_fill(~alive[:, None, None], 0)
+        self.sums = token if self.sums is None else self.sums + token
+        self.counts += alive
+        self._token = []
 
-    def means(self) -> Tensor:
-        """Mean over each answer's tokens, [B, N, D]; NaN for an answer of no tokens."""
-        return self.sums / self.counts[:, None, None]
+    def means(self, hidden_size: int) -> Tensor:
+        """Mean over each answer's tokens, on the CPU, [B, N, ``hidden_size``]; NaN for an answer of no tokens."""
+        counts = self.counts.cpu()
+        sums = torch.zeros(len(counts), self.layers, hidden_size) if self.sums is None else self.sums.cpu()
+        return sums / counts[:, None, None]
 
 
 def seed_of(parts: Sequence[Any]) -> int:
@@ -279,7 +290,7 @@ def sample_batch(
     if not prompts:
         prompts, seeds = [[form.end_token]], [0]
     ids, mask = pad_left(prompts, tokenizer.pad_token_id, device)
-    progress = _AnswerProgress(form.end_ids, len(prompts))
+    progress = _AnswerProgress(form.end_ids, len(prompts), device)
     config = GenerationConfig(
         max_new_tokens=options.max_new_tokens,
         do_sample=False,  # of the one token that the processor leaves
@@ -289,7 +300,7 @@ def sample_batch(
     processors: list[LogitsProcessor] = []
     if options.temperature > 0:
         processors.append(_RowSampler(options, seeds, ids.shape[1], device))
-    reader = AnswerMeans(len(prompts), controller.n_layers, controller.hidden_size, progress) if means else None
+    reader = AnswerMeans(controller.n_layers, progress) if means else None
     training = model.training
     model.eval()
     try:
@@ -310,7 +321,7 @@ def sample_batch(
             )
     finally:
         model.train(training)
-    all_means = reader.means() if reader is not None else [None] * len(prompts)
+    all_means = reader.means(controller.hidden_size) if reader is not None else [None] * len(prompts)
     return [
         answer_of(form, index, output[row, ids.shape[1] :].tolist(), mean=all_means[row])
         for row, index in enumerate(indices)

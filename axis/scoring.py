@@ -57,9 +57,10 @@ def answer_logprobs(
             ids, attention = pad_left(tokens, tokenizer.pad_token_id, device)
             longest = max((len(tails[i]) for i in rows), default=0)
             logits = model(input_ids=ids, attention_mask=attention, logits_to_keep=longest + 1).logits
-            for row, i in enumerate(rows):
-                count = len(tails[i])
-                sums[i] = float(_chosen(logits[row, -count - 1 : -1], ids[row, -count:]).sum())
+            counts = [len(tails[i]) for i in rows]
+            found = [_chosen(logits[row, -n - 1 : -1], ids[row, -n:]).sum() for row, n in enumerate(counts)]
+            for i, value in zip(rows, torch.stack(found).tolist() if found else [], strict=True):
+                sums[i] = value
             bar.advance(0, len(rows))  # type: ignore[arg-type]
     return sums
 
