@@ -1,6 +1,7 @@
 """A model with its adapter switched off, or merged into the weights for a while and the weights given back bit by bit.
 
-An unmerged LoRA adapter makes sampling on a CPU two to three times slower. Merging rounds the adapter's delta to the weights'
+An unmerged LoRA adapter makes sampling two to three times slower, on a CPU by its arithmetic and on a GPU by the launches of its
+kernels. Merging rounds the adapter's delta to the weights'
 dtype, as any deployment of merged weights does.
 
 PEFT's ``unmerge`` subtracts the delta again, which in bfloat16 leaves rounding errors behind: over 300 merges of a growing
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from trimtab.axis.directions import Floor
 from trimtab.axis.hooks import ActivationController
+
+MERGED_SHARE = 0.2  # of a GPU's memory, which the copies of the adapted weights may take
 
 
 @contextlib.contextmanager
@@ -126,14 +129,37 @@ def merged_if_quicker(model: Any) -> contextlib.AbstractContextManager[Any]:
 
 
 def can_merge(model: Any) -> bool:
-    """Whether merging for a while is possible and worth it: whole, unquantised weights on a CPU, and a place for every delta."""
+    """Whether merging for a while is possible and worth it: whole, unquantised weights, a place for every delta, room for copies.
+
+    Said by sizes alone, never by what is free at the moment: within a run the answer must stay the same, since what is sampled
+    merged is scored merged.
+    """
     parameters = list(model.parameters())
     whole = all(not hasattr(p, "ds_id") and not hasattr(p, "full_tensor") for p in parameters)
+    adapted = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
     placed = not any(
         any(getattr(layer, "lora_bias", {}).values()) and getattr(layer.get_base_layer(), "bias", None) is None
-        for layer in model.modules()
-        if isinstance(layer, BaseTunerLayer)
+        for layer in adapted
     )
     # 4-bit blocks are stored in a floating dtype, 8-bit ones as whole numbers
     plain = all(p.is_floating_point() and not hasattr(p, "quant_state") for p in parameters)
-    return whole and placed and plain and all(p.device.type == "cpu" for p in parameters)
+    on_meta = any(p.device.type not in ("cpu", "cuda") for p in parameters)
+    own = (p for layer in adapted for p in layer.get_base_layer().parameters())
+    return whole and placed and plain and not on_meta and room_for_copies(own)
+
+
+def room_for_copies(parameters: Iterable[Any], times: int = 1) -> bool:
+    """Whether weights may be copied where they lie: on a CPU always, on a GPU within :data:`MERGED_SHARE` of its memory.
+
+    Args:
+        parameters: the weights.
+        times: how often each is copied.
+    """
+    sizes: dict[torch.device, int] = {}
+    for p in parameters:
+        sizes[p.device] = sizes.get(p.device, 0) + times * p.numel() * p.element_size()
+    return all(
+        device.type == "cpu"
+        or (device.type == "cuda" and size <= MERGED_SHARE * torch.cuda.get_device_properties(device).total_memory)
+        for device, size in sizes.items()
+    )

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from trimtab.axis.adapters import MERGED_SHARE
 from trimtab.axis.calibration import window_by_rule
 from trimtab.axis.directions import Floor, check_fits
 from trimtab.axis.errors import UserError
@@ -31,7 +32,7 @@ from trimtab.recipes.rules import floor_layers
 from trimtab.recipes.schema import GrpoMethod, Recipe
 
 GIB = 1024**3
-VLLM = "vLLM"
+VLLM, MERGED = "vLLM", "copies of merged weights"
 TRAINING, ROLLOUTS, ALONE = "training", "rollouts", "axis, floor, eval"
 # CUDA context and libraries, and what the allocator can't use.
 CONTEXT, SLACK, SLACK_ROW = 1.0, 0.05, "context and slack"
@@ -74,6 +75,7 @@ class Structure:
         targets: module name -> how many carry an adapter.
         adapted: decoder layers with an adapter.
         trainable: trainable parameters.
+        adapted_parameters: of the weights that carry an adapter.
     """
 
     layers: int
@@ -86,6 +88,7 @@ class Structure:
     targets: dict[str, int]
     adapted: tuple[int, ...]
     trainable: int
+    adapted_parameters: int
 
 
 @dataclass
@@ -148,7 +151,9 @@ def find_structure(recipe: Recipe, model: nn.Module) -> Structure:
     layer_parameters = max(sum(p.numel() for p in layer.parameters()) for layer in layers)
     largest = max(p.numel() for p in model.parameters())
     adapted_model = _with_adapters(recipe, model)
-    names = [name for name, module in adapted_model.named_modules() if hasattr(module, "lora_A")]
+    carriers: dict[str, Any] = {
+        name: module for name, module in adapted_model.named_modules() if hasattr(module, "lora_A")
+    }
     adapted = tuple(
         index
         for index, layer in enumerate(find_decoder_layers(adapted_model))
@@ -169,9 +174,10 @@ def find_structure(recipe: Recipe, model: nn.Module) -> Structure:
         largest,
         window,
         window_from,
-        dict(Counter(name.rpartition(".")[2] for name in names)),
+        dict(Counter(name.rpartition(".")[2] for name in carriers)),
         adapted,
         sum(p.numel() for p in adapted_model.parameters() if p.requires_grad),
+        sum(p.numel() for module in carriers.values() for p in module.get_base_layer().parameters()),
     )
 
 
@@ -214,7 +220,8 @@ def plan_memory(
 
     Training: weights + 16 bytes a trainable parameter (float32 value, gradient, two AdamW moments) + activations + the largest
     block of logits. Under ZeRO-3 and FSDP2 weights are sharded, and two decoder layers and the embedding are whole at any
-    moment. Rollouts: weights (whole under ZeRO-3, which gathers them) and the KV cache; or, by a colocated vLLM, what that
+    moment. Rollouts: weights (whole under ZeRO-3, which gathers them), copies of those that the adapter is merged into where the
+    GPU has room for them, and the KV cache; or, by a colocated vLLM, what that
     claims of the GPU, while training goes on too unless it sleeps then. The stages before and after training run on one device
     with the whole model.
 
@@ -223,7 +230,8 @@ def plan_memory(
         structure: of the model.
         config: of the text decoder.
         strategy: how training is spread.
-        gpu_memory: GiB of a GPU, of which vLLM claims its share; without it, the least that it can do with.
+        gpu_memory: GiB of a GPU, of which vLLM claims its share and merged weights have theirs; without it, the least that they
+            can do with.
     """
     train, n = recipe.train, strategy.processes
     size = choose_dtype(recipe.model.dtype, choose_device("cpu"))[0].itemsize if strategy.cpu else _size(recipe)
@@ -242,6 +250,13 @@ def plan_memory(
     logits = _compared_tokens(recipe) * config.vocab_size * 4 * 4
     cache = _kv_cache(recipe, config, _rollout_batch(recipe)[0], size)
     sampler = {"weights": weights + weights / n if strategy.kind == "zero3" else resident, "KV cache": cache}
+    copied = structure.adapted_parameters * size
+    room = 0.0 if gpu_memory is None or strategy.cpu or recipe.model.quantization else MERGED_SHARE * gpu_memory * GIB
+    if copied <= room and not strategy.shards_weights:
+        sampler[MERGED] = copied
+    alone = {"weights": weights, "KV cache": _kv_cache(recipe, config, recipe.axis.sampling.batch_size, size)}
+    if (copies := weights * (2 if recipe.eval.control else 1)) <= room:
+        alone[MERGED] = copies
     asleep: dict[str, float] = {}
     if train.get("use_vllm"):
         sampler = {"weights": resident}
@@ -260,7 +275,7 @@ def plan_memory(
         TRAINING: {"weights": resident, "adapter and optimiser": adapter, "activations": activations, "logits": logits}
         | asleep,
         ROLLOUTS: {"adapter and optimiser": adapter, **sampler},
-        ALONE: {"weights": weights, "KV cache": _kv_cache(recipe, config, recipe.axis.sampling.batch_size, size)},
+        ALONE: alone,
     }
     plan = MemoryPlan({phase: {name: value / GIB for name, value in parts.items()} for phase, parts in phases.items()})
     for phase, parts in plan.phases.items():

@@ -1,7 +1,7 @@
 """The weights behind the arms: base, tuned, control.
 
-On a CPU an unmerged adapter is two to three times slower, and a small model is cheap to hold three times: there each adapter is
-merged into a copy, as a deployment would do, if it can be. On a GPU one model switches its adapters.
+An unmerged adapter is two to three times slower, and a small model is cheap to hold three times: each adapter is merged into a
+copy, as a deployment would do, if it can be and there is room. Otherwise one model switches its adapters.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 from peft import PeftModel
 
-from trimtab.axis.adapters import can_merge
+from trimtab.axis.adapters import can_merge, room_for_copies
 from trimtab.axis.errors import UserError
 from trimtab.axis.models import Loaded
 from trimtab.recipes.schema import ModelSection
@@ -62,7 +62,7 @@ def open_weights(base: Any, adapters: Mapping[str, str | Path]) -> Weights:
     """
     if not adapters:
         return {"base": _holding(base)}
-    if can_merge(base):
+    if can_merge(base) and room_for_copies(base.parameters(), len(adapters)):
         models = {"base": base}
         for name, folder in adapters.items():
             models[name] = _merged(base, str(folder))
