@@ -7,6 +7,8 @@ Arms, all greedy, all of the same number of tokens:
     capped     the same with trimtab's cap                                 target <= 1.05
     means      trimtab's batched sampling with answer means at all layers,
                as axis extraction does it                                  target <= 1.15
+    adapter    with --adapter: plain, and an unmerged LoRA of r = 16 on all linear layers
+    merged     with --adapter: the same merged for the while, the copying of weights included
     reference  with --reference, a checkout of the published code: generate inside its ActivationSteering
 """
 
@@ -16,6 +18,7 @@ import argparse
 import contextlib
 import importlib.util
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +27,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 from measuring import bench_floor, compare, finish, parser, positive, run_rounds, tell
+from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig
 
 from trimtab.axis import ActivationController, Floor, UserError
+from trimtab.axis.adapters import merged
 from trimtab.axis.chat import ChatFormat
 from trimtab.axis.models import load_model
 from trimtab.axis.sampling import SamplingOptions, pad_left, sample_batch
@@ -70,11 +75,22 @@ def published_cap(steering: Any, model: Any, floor: Floor) -> Any:
     )
 
 
+def _without(wrapped: Any, arm: Callable[[], None]) -> Callable[[], None]:
+    """The arm with the adapter switched off."""
+
+    def run() -> None:
+        with wrapped.disable_adapter():
+            arm()
+
+    return run
+
+
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--batch-size", type=positive, default=32)
     options.add_argument("--prompt", type=positive, default=48, help="tokens of a prompt")
     options.add_argument("--tokens", type=positive, default=48, help="tokens of an answer")
+    options.add_argument("--adapter", action="store_true", help="also time an adapter, switched on and merged")
     options.add_argument("--reference", type=Path, metavar="PATH", help="checkout of the published code")
     arguments = options.parse_args()
     try:
@@ -100,9 +116,9 @@ def run(arguments: argparse.Namespace) -> None:
     form = Endless(loaded.tokenizer)
     sampling = SamplingOptions(max_new_tokens=arguments.tokens, temperature=0, batch_size=arguments.batch_size)
 
-    def generate(context: Any = None) -> None:
+    def generate(context: Any = None, sampler: Any = model) -> None:
         with torch.no_grad(), context or contextlib.nullcontext():
-            made = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+            made = sampler.generate(input_ids=ids, attention_mask=mask, generation_config=config)
         assert made.shape[1] == arguments.prompt + arguments.tokens, "every arm makes the same number of tokens"
 
     def plain() -> None:
@@ -126,11 +142,20 @@ def run(arguments: argparse.Namespace) -> None:
         model(input_ids=ids, attention_mask=mask, logits_to_keep=1)
     print(f"the cap acts at {len(floor.layers)} layers and fires on {counter.fraction:.0%} of the (token, layer) slots")
     arms = {"plain": plain, "capped": capped, "means": means} | ({"reference": reference} if steering else {})
+    if arguments.adapter:
+        lora = LoraConfig(r=16, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+        wrapped: Any = get_peft_model(model, lora).eval()
+        arms = {name: _without(wrapped, arm) for name, arm in arms.items()}
+        ActivationController.of(model).remove()
+        arms["adapter"] = lambda: generate(sampler=wrapped)
+        arms["merged"] = lambda: generate(merged(wrapped), sampler=wrapped)
     seconds = run_rounds(arms, arguments.rounds, arguments.seed)
     comparisons = [
         compare(seconds, "capped", "plain", CAP_TARGET),
         compare(seconds, "means", "plain", MEANS_TARGET),
     ]
+    if arguments.adapter:
+        comparisons += [compare(seconds, arm, "plain", None) for arm in ("adapter", "merged")]
     if steering is not None:
         comparisons += [compare(seconds, "reference", "plain", None), compare(seconds, "capped", "reference", None)]
     for comparison in comparisons:

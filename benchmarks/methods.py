@@ -162,11 +162,11 @@ def table(reports: dict[str, Report]) -> str:
         seeds = f" ({', '.join(f'{value:.{digits}f}' for value in pooled.seeds)})" if len(pooled.seeds) > 1 else ""
         return f"{e.value:.{digits}f} [{e.low:.{digits}f}, {e.high:.{digits}f}]{seeds}"
 
-    def gap(pooled: Pooled | None) -> str:
+    def gap(pooled: Pooled | None, digits: int = 2) -> str:
         if pooled is None or pooled.gap is None:
             return "-"
         e, p = pooled.gap.estimate, pooled.gap.p
-        told = f"{e.value:+.2f} [{e.low:+.2f}, {e.high:+.2f}]"
+        told = f"{e.value:+.{digits}f} [{e.low:+.{digits}f}, {e.high:+.{digits}f}]"
         return f"**{told}**" if p is not None and p < 0.05 else told
 
     def rows(head: list[str], cells: dict[str, list[str]]) -> str:
@@ -179,7 +179,10 @@ def table(reports: dict[str, Report]) -> str:
     }
     apart = {
         arm: [gap(together.metrics.get(key, {}).get(arm)) for key in COLUMNS]
-        + [gap(together.effects.get("default_z_shift", {}).get(arm))]
+        + [
+            gap(together.effects.get("benign_kl", {}).get(arm), 3),
+            gap(together.effects.get("default_z_shift", {}).get(arm)),
+        ]
         for arm in order
         if arm != DEFAULT
     }
@@ -190,15 +193,38 @@ def table(reports: dict[str, Report]) -> str:
         ]
         for arm in order
     }
-    parts = ["Retention, seeds pooled:", rows(["method", "seeds", *COLUMNS.values()], kept)]
+    some = next(iter(arms.values()))[0]
+    parts = [
+        "Retention, seeds pooled:",
+        rows(["method", "seeds", *COLUMNS.values()], kept),
+        f"The base keeps 0 of the cap's effect and the base under the cap 1, by definition. {_given(some)}",
+    ]
     if DEFAULT in arms and apart:
         parts += [
             f"Against {DEFAULT}, by role and conversation; bold where p < 0.05 (Holm). Of one seed: of those very weights:",
-            rows(["method", *COLUMNS.values(), EFFECTS["default_z_shift"]], apart),
+            rows(["method", *COLUMNS.values(), EFFECTS["benign_kl"], EFFECTS["default_z_shift"]], apart),
         ]
+    cap = {
+        effect.id.removesuffix("_cap"): effect.estimate for effect in some.side_effects if effect.id.endswith("_cap")
+    }
+    prices["base + cap"] = [
+        *(f"{e.value:.3f} [{e.low:.3f}, {e.high:.3f}]" if (e := cap.get(key)) is not None else "-" for key in EFFECTS),
+        "-", "-",
+    ]  # fmt: skip
     parts += ["Prices:", rows(["method", *EFFECTS.values(), "minutes of training", "peak GiB"], prices)]
     machines = sorted({_machine(run) for runs in arms.values() for run in runs})
     return "\n\n".join(part.strip() for part in [*parts, "Measured on: " + "; ".join(machines) + "."]) + "\n"
+
+
+def _given(report: Report) -> str:
+    """What base and base + cap measure, in the metric's own units."""
+    told = [
+        f"{name} {arms['base'].value:.3f} and {arms['base+cap'].value:.3f} {metric.unit} (n = {arms['base'].n})"
+        for key, name in COLUMNS.items()
+        for metric in report.metrics
+        if metric.id == key and (arms := metric.arms).keys() >= {"base", "base+cap"}
+    ]
+    return f"They measure: {'; '.join(told)}."
 
 
 def _mean(values: list[float | None]) -> str:

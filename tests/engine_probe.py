@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import runpy
 import shutil
 import signal
@@ -24,6 +23,7 @@ from transformers.trainer_callback import TrainerCallback
 from trl.distributed import DistributedBackend
 
 from trimtab.axis.adapters import merged_weights
+from trimtab.train.job import peak_memory
 
 ROOM = 48 << 10  # bytes that are left on a disk which is filled, too few for a checkpoint
 FOLDER = Path(__file__).resolve().parent.parent / "train"
@@ -59,9 +59,9 @@ class Probe(TrainerCallback):
     def on_train_end(self, *_: Any, **__: Any) -> None:
         self.starts.append(time.perf_counter())
         steps = [later - earlier for earlier, later in zip(self.starts, self.starts[1:], strict=False)]
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        peak = peak_memory()
         path = Path(os.environ["TRIMTAB_PROBE"]) / f"rank-{self.trainer.accelerator.process_index}.json"
-        facts = {**self.facts, "step_seconds": steps, "peak_kib": peak, "sent": self._sent()}
+        facts = {**self.facts, "step_seconds": steps, "peak": peak, "sent": self._sent()}
         path.write_text(json.dumps(facts), encoding="utf-8")
 
     def _sent(self) -> dict[str, list[float]]:

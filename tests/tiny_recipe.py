@@ -155,17 +155,24 @@ TWO_PROCESSES = {"per_device_train_batch_size": 4, "gradient_accumulation_steps"
 
 
 def launch(
-    engine: str, method: str, model: Path, folder: Path, resume: bool = False, quantization: str | None = None
+    engine: str,
+    method: str,
+    model: Path,
+    folder: Path,
+    resume: bool = False,
+    quantization: str | None = None,
+    gpus: int = 0,
 ) -> tuple[Path, list[dict[str, Any]]]:
     """Train under one of the shipped accelerate files, started by accelerate with the probe around the entry script.
 
     Args:
-        engine: name of the file; ``cpu`` is one process, all others two.
+        engine: name of the file; on the CPU ``cpu`` is one process, all others two.
         method: ``sft``, ``distill``, ``grpo`` or ``dpo``.
         model: folder of the model.
         folder: where the run folder, its recipe and the notes go.
         resume: go on in a run folder that is there.
         quantization: of the base: ``nf4``, ``int8`` or None.
+        gpus: train on so many GPUs, a process each; 0 is the CPU.
 
     Returns:
         The run folder, and what each rank ran on: see ``engine_probe.py``.
@@ -175,22 +182,28 @@ def launch(
     assert run_folder.exists() == resume
     shutil.rmtree(notes, ignore_errors=True)
     notes.mkdir()
-    train = {} if engine == "cpu" else dict(TWO_PROCESSES)
-    if engine.startswith("fsdp2"):  # with use_cpu accelerate makes DDP of it
+    train = {} if gpus or engine == "cpu" else dict(TWO_PROCESSES)
+    if gpus:  # as many rows a step as one process has, 4 x 2
+        train["gradient_accumulation_steps"] = max(2 // gpus, 1)
+    if gpus or engine.startswith("fsdp2"):  # with use_cpu accelerate makes DDP of it
         train["use_cpu"] = False
     recipe = write_recipe(folder / f"{name}.yaml", model, method, **train)
-    if quantization is not None:
+    if quantization is not None or gpus:
         content = yaml.safe_load(recipe.read_text(encoding="utf-8"))
-        content["model"]["quantization"] = quantization
+        content["model"] |= {"quantization": quantization, "device": "cuda" if gpus else "cpu"}
         recipe.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
     config = resolve_accelerate_config(engine, into=folder)
     if engine == "zero3-offload":  # no -cpu twin: on a CPU there is nothing to offload from, but it runs
         changed = {**yaml.safe_load(config.read_text(encoding="utf-8")), "use_cpu": True}
         config = folder / f"{name}-accelerate.yaml"
         config.write_text(yaml.safe_dump(changed), encoding="utf-8")
-    processes = [] if engine == "cpu" else ["--num_processes", "2"]
+    processes = [] if engine == "cpu" else ["--num_processes", str(gpus or 2)]
     arguments = command(recipe, run_folder, script=PROBE, launcher=[*launcher(config), *processes])
-    variables = {"TRIMTAB_PROBE": str(notes), "TRIMTAB_ENGINE": engine, "TRIMTAB_METHOD": method}
+    variables = {
+        "TRIMTAB_PROBE": str(notes),
+        "TRIMTAB_ENGINE": f"gpu-{engine}" if gpus else engine,
+        "TRIMTAB_METHOD": method,
+    }
     variables["TRIMTAB_QUANTIZATION"] = quantization or ""
     done = run(arguments, env=environment(**variables), cwd=folder)
     assert done.returncode == 0, done.stderr[-6000:]
