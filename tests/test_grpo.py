@@ -243,6 +243,31 @@ def test_what_the_ratio_can_t_know_of_is_refused(tmp_path: Path, setting: dict[s
     assert caught.value.key == key
 
 
+@pytest.mark.parametrize("setting", [{"num_iterations": 2}, {"steps_per_generation": 2}])
+def test_a_checkpoint_inside_a_generation_is_refused(tmp_path: Path, setting: dict[str, Any]) -> None:
+    saving = {"save_strategy": "steps", "max_steps": 6, **setting}
+    with pytest.raises(UserError, match="inside a generation") as caught:
+        make_trainer(tmp_path, save_steps=3, **saving)
+    assert caught.value.key == "train.save_steps" and "a multiple of 2" in str(caught.value)
+    with pytest.raises(UserError, match="inside a generation"):
+        make_trainer(tmp_path, save_steps=0.5, **saving)
+    make_trainer(tmp_path, save_steps=2, **saving)
+    make_trainer(tmp_path, save_steps=500, **saving)  # none before the end
+
+
+def test_the_mask_of_far_off_policy_rows_knows_of_the_cap(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, own={"cap_schedule": "constant"}, off_policy_mask_threshold=1e-4)
+    batch = one_batch(trainer)
+    for i, (ids, count, _) in enumerate(rows_of(batch)):
+        with torch.no_grad():
+            sampler = logprobs(trainer.model, ids, count, capped=True)
+        torch.testing.assert_close(batch["sampling_per_token_logps"][i, :count], sampler, atol=1e-4, rtol=1e-3)
+    batch["num_items_in_batch"] = batch["num_items_in_batch"].float()
+    masked = trainer._compute_loss(trainer.model, batch)
+    trainer.off_policy_mask_threshold = None
+    assert not torch.equal(masked, trainer._compute_loss(trainer.model, batch))
+
+
 # ---- rewards ----
 
 

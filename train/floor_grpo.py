@@ -36,6 +36,7 @@ from trimtab.axis import ActivationController, Floor, UserError
 from trimtab.axis.adapters import as_base, merged_if_quicker
 from trimtab.axis.chat import ChatFormat
 from trimtab.axis.sampling import Sampler, SamplingOptions, sample_on_all_ranks, seed_of
+from trimtab.recipes.rules import SHAPING
 from trimtab.train.barrier import BarrierOptions, BenignRows, HeldToBase
 from trimtab.train.penalty import Figures, FloorPenalty, FloorTrainer, PenaltyOptions, refuse_base_target
 from trimtab.train.schedule import Schedule, WithinStep, scheduled
@@ -263,7 +264,8 @@ class FloorGRPOTrainer(HeldToBase, FloorTrainer, GRPOTrainer):
                 sampler = logprobs(capped=True)
             else:
                 told = batch["sampling_per_token_logps"]
-                sampler = batch["sampling_per_token_logps"] = torch.where(told.isnan(), learner, told)
+                sampler = torch.where(told.isnan(), learner, told)
+        batch["sampling_per_token_logps"] = sampler  # TRL's mask of far off-policy rows reads it
         found = off_policy(learner, sampler, mask, self.ratio_limit, self._over_ranks)
         self._say_how_far(found, mode)
         if self.correct_ratio:
@@ -318,12 +320,30 @@ def _rollout(prompts: Any, trainer: Any) -> dict[str, Any]:
 
 
 def _check_settings(arguments: Any, penalty: FloorPenalty) -> None:
-    beyond = {"top_p": 1.0, "top_k": 0, "min_p": None, "repetition_penalty": 1.0}
-    for name, neutral in beyond.items():
-        if getattr(arguments, name, neutral) not in (neutral, None):
+    for name, neutral in SHAPING.items():
+        if getattr(arguments, name, neutral[0]) not in neutral:
             raise UserError(
                 f"{name} shapes the samples, and log-probabilities don't know of it: the importance ratio would be wrong",
                 key=f"train.{name}",
                 remedy=f"remove train.{name}; temperature is accounted for",
             )
     refuse_base_target(penalty.options, "grpo")
+    _check_checkpoints(arguments)
+
+
+def _check_checkpoints(arguments: Any) -> None:
+    """A generation may serve several optimiser steps; TRL begins one anew after a resume, and would then be out of step."""
+    if arguments.save_strategy != "steps" or arguments.save_steps <= 0:
+        return
+    # a share of the run below 1, as the Trainer takes it
+    every = arguments.save_steps if arguments.save_steps >= 1 else math.ceil(arguments.save_steps * arguments.max_steps)
+    served = arguments.steps_per_generation * arguments.num_iterations  # micro-batches
+    if 0 < arguments.max_steps <= every or int(every) * arguments.gradient_accumulation_steps % served == 0:
+        return
+    whole = served // math.gcd(served, arguments.gradient_accumulation_steps)
+    raise UserError(
+        f"a checkpoint every {int(every)} steps falls inside a generation, which serves {served} micro-batches: a resumed run "
+        "would go on with other rollouts than one that was not killed",
+        key="train.save_steps",
+        remedy=f"set train.save_steps to a multiple of {whole}",
+    )
