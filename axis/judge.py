@@ -220,6 +220,7 @@ class Endpoint:
         self._section = section
         self._url = settings["endpoint"].rstrip("/") + "/chat/completions"
         self._model = settings["model"]
+        self._template = dict(settings.get("chat_template_kwargs") or {})
         self._client = httpx.Client(timeout=settings["timeout"], headers={"Authorization": f"Bearer {key}"})
         rate = settings.get("requests_per_minute")
         self._pause = 60.0 / rate if rate else 0.0
@@ -234,7 +235,7 @@ class Endpoint:
         """Replies; "" where there was none. A kept reply serves the first attempt alone: it may be the unreadable one."""
         replies, asked = [], 0
         for prompt in prompts:
-            key = fingerprint([self._url, self._model, prompt])
+            key = fingerprint([self._url, self._model, prompt, *([self._template] if self._template else [])])
             if attempt == 0 and key in self._known:
                 replies.append(self._known[key])
                 continue
@@ -262,6 +263,7 @@ class Endpoint:
             "messages": list(messages),
             "temperature": temperature,
             "max_tokens": max_tokens,
+            **({"chat_template_kwargs": self._template} if self._template else {}),
         }
         try:
             response = self._client.post(self._url, json=body)
@@ -304,7 +306,7 @@ def _local(settings: Mapping[str, Any]) -> Ask:
     from trimtab.axis.sampling import SamplingOptions, sample_answers
 
     loaded = load_model(settings["model"])
-    form = ChatFormat(loaded.tokenizer)
+    form = ChatFormat(loaded.tokenizer, settings.get("chat_template_kwargs"))
 
     def ask(prompts: Sequence[str], attempt: int) -> list[str]:
         options = SamplingOptions(max_new_tokens=8, temperature=0.0 if attempt == 0 else 0.7, batch_size=16)

@@ -427,6 +427,7 @@ def check_recipe(
                 remedy="; or ".join(advice(recipe, plan, strategy, gpu_memory)),
             )
         console.print(f"fits on {gpu_memory:g} GiB: {largest} needs the most, about {plan.total(largest):.1f} GiB")
+    console.print(f"ok: nothing was found that would keep {loaded.name} from running", soft_wrap=True)
     return structure, plan
 
 

@@ -490,11 +490,12 @@ def _merge(arguments: argparse.Namespace) -> None:
     from trimtab.eval.merging import merge_stage
 
     rows = merge_stage(run, arguments.to)
-    table = Table("figure", "report: adapter", "merged weights", "agree")
+    table = Table("figure", "report: adapter", "merged weights", "merged - adapter", "agree")
     for row in rows:
         value, low, high = row["report"]
         verdict = "yes" if row["agrees"] else "NO"
-        table.add_row(row["figure"], f"{value:.4f} [{low:.4f}, {high:.4f}]", f"{row['merged']:.4f}", verdict)
+        apart = "-" if row["difference"] is None else "{:+.4f} [{:+.4f}, {:+.4f}]".format(*row["difference"])
+        table.add_row(row["figure"], f"{value:.4f} [{low:.4f}, {high:.4f}]", f"{row['merged']:.4f}", apart, verdict)
     Console().print(table)
     print(f"merged: {arguments.to or run.folder / 'merged'}")
     if not all(row["agrees"] for row in rows):

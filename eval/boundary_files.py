@@ -67,6 +67,10 @@ def load_boundary_file(source: str) -> tuple[list[BoundaryProbe], list[BoundaryP
                 key="eval.boundary_file",
                 remedy="mend or delete that row",
             )
+        if context := (
+            row.get("ContextString") or ""
+        ).strip():  # of HarmBench's contextual behaviours, put before as it does
+            text = f"{context}\n\n---\n\n{text}"
         # XSTest marks what must not be refused: its types are "contrast_..." where a refusal is right.
         harmless = name == "XSTest" and not (row.get("label") == "unsafe" or str(row[category]).startswith("contrast"))
         probe = BoundaryProbe(f"{name}/{number}", row[category] or "none", text, "" if harmless else HARMFUL)

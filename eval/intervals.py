@@ -49,8 +49,12 @@ class ClusterBootstrap:
         found: Array = np.divide(self._weights @ sums, drawn, out=np.full(len(drawn), np.nan), where=drawn > 0)
         return found
 
-    def estimate(self, values: Sequence[float] | Array) -> Estimate:
+    def estimate(self, values: Sequence[float] | Array, *, most: float | None = None) -> Estimate:
         """Mean and percentile interval.
+
+        Args:
+            values: of each item, [n]; NaN where there is none.
+            most: where values lie between 0 and this, the interval does so too, however widened.
 
         Raises:
             ValueError: if every value is NaN.
@@ -60,7 +64,10 @@ class ClusterBootstrap:
         if count == 0:
             raise ValueError("no value to estimate from")
         value = float(np.nanmean(array))
-        low, high = percentiles(widened(value, self.means(array), self._clusters(array)))
+        means = widened(value, self.means(array), self._clusters(array))
+        if most is not None and np.nanmin(array) >= 0 and np.nanmax(array) <= most:
+            means = means.clip(0, most)
+        low, high = percentiles(means)
         return Estimate(value=value, low=low, high=high, n=count)
 
     def _clusters(self, values: Array) -> int:

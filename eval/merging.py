@@ -23,6 +23,7 @@ from trimtab.axis.models import (
 )
 from trimtab.axis.scoring import SCORE_BATCH
 from trimtab.eval.arms import Arms
+from trimtab.eval.intervals import Array, ClusterBootstrap
 from trimtab.eval.measure import llr_of, teacher_forced
 from trimtab.eval.report import load_report
 from trimtab.eval.schema import Estimate
@@ -31,6 +32,10 @@ from trimtab.train.prepare import Prepared, load_section, sampling_options
 from trimtab.train.run import Run
 
 log = logging.getLogger("trimtab")
+
+CHANCE = (
+    0.001  # p below which merged weights and adapter are called different: merging is checked often, and three figures
+)
 
 
 def merge_adapter(run: Run, target: Path) -> Path:
@@ -89,11 +94,12 @@ def merge_stage(run: Run, target: Path | None = None) -> list[dict[str, Any]]:
     """Merge, load the plain weights anew, and measure them beside the report.
 
     Returns:
-        Rows ``figure``, ``report`` (value, low, high), ``merged``, ``agrees``: whether the merged model's value lies within the
-        report's interval; they are written to ``merged.json`` too.
+        Rows ``figure``; ``report`` and ``difference`` (value, low, high), the latter merged minus adapter, paired by prompt, or
+        None; ``merged``; and ``agrees``: whether the merged value lies within the report's interval and the difference is not
+        beyond chance (p >= 0.001). They are written to ``merged.json`` too.
 
     Raises:
-        UserError: if there is no adapter or no report.
+        UserError: if there is no adapter, no report, or the evaluation's answers are gone.
     """
     report = load_report(run.folder / "report.json")
     folder = merge_adapter(run, target or run.folder / "merged")
@@ -105,35 +111,67 @@ def merge_stage(run: Run, target: Path | None = None) -> list[dict[str, Any]]:
     models = {"base": loaded.model, "tuned": merged.model}
     weights = {name: (lambda held=held: contextlib.nullcontext(held)) for name, held in models.items()}
     # the base's answers are those of the evaluation; the merged model gives its own
-    kept = Arms(weights, form, floor, run.folder / "eval", options, section.seed)
+    kept = Arms({"base": weights["base"]}, form, floor, run.folder / "eval", options, section.seed)
     arms = Arms(weights, form, floor, run.folder / "merged_eval", options, section.seed)
     roles, defaults = role_items(section.roles, section.questions), default_items(section.roles, section.questions)
     base_default = kept.answers("default", defaults, "base")
     base_benign = kept.answers("benign", benign_items(section.benign), "base")
     base_roles = kept.answers("roles", roles, "base")
+    try:
+        by_adapter = {
+            "roles": kept.answers("roles", roles, "tuned"),
+            "default": kept.answers("default", defaults, "tuned"),
+        }
+    except KeyError as error:  # the adapter itself is not loaded here
+        raise UserError(
+            "the adapter's answers of the evaluation are not there, or are to other questions",
+            file=run.folder / "eval",
+            remedy="measure again: trimtab eval",
+        ) from error
     on_roles, on_default = arms.answers("roles", roles, "tuned"), arms.answers("default", defaults, "tuned")
     ruler = rulers_of(run, floor, {}, base_roles, base_default)["training"]
     benign = teacher_forced(arms, base_benign, ["tuned"], "base", ruler, batch_size=SCORE_BATCH, title="benign text")[
         "tuned"
     ]
-    shift = np.asarray(ruler.z(on_default.means)) - np.asarray(ruler.z(base_default.means))
-    found = {
-        "text_llr": float(np.nanmean(llr_of(arms, {"tuned": on_roles})["tuned"])),
-        "z_training": float(np.nanmean(ruler.z(on_roles.means))),
+    llr = llr_of(arms, {"tuned": on_roles, "adapter": by_adapter["roles"]})
+    z, z_adapter = (np.asarray(ruler.z(found.means)) for found in (on_roles, by_adapter["roles"]))
+    at_default, at_adapter, at_base = (
+        np.asarray(ruler.z(found.means)) for found in (on_default, by_adapter["default"], base_default)
+    )
+    found: dict[str, float] = {
+        "text_llr": float(np.nanmean(llr["tuned"])),
+        "z_training": float(np.nanmean(z)),
         "benign_kl": float(np.nanmean(benign.kl)),
-        "default_z_shift": float(np.nanmean(shift)),
+        "default_z_shift": float(np.nanmean(at_default - at_base)),
+    }
+    by_role, by_default = (
+        ClusterBootstrap([item.cluster for item in items], section.bootstrap, section.seed)
+        for items in (roles, defaults)
+    )
+    apart = {
+        "text_llr": (by_role, np.asarray(llr["tuned"]) - np.asarray(llr["adapter"])),
+        "z_training": (by_role, z - z_adapter),
+        "default_z_shift": (by_default, at_default - at_adapter),
     }
     known: dict[str, Estimate] = {metric.id: metric.arms["tuned"] for metric in report.metrics}
     known |= {effect.id: effect.estimate for effect in report.side_effects}
-    rows = [
-        {
-            "figure": name,
-            "report": [known[name].value, known[name].low, known[name].high],
-            "merged": value,
-            "agrees": known[name].low <= value <= known[name].high,
-        }
-        for name, value in found.items()
-        if name in known
-    ]
+    rows = [_row(name, known[name], value, apart.get(name)) for name, value in found.items() if name in known]
     write_json(run.folder / "merged.json", rows)
     return rows
+
+
+def _row(name: str, told: Estimate, value: float, apart: tuple[ClusterBootstrap, Array] | None) -> dict[str, Any]:
+    within = told.low <= value <= told.high
+    difference = None
+    if apart is not None:
+        resample, values = apart
+        estimate = resample.estimate(values)
+        difference = [estimate.value, estimate.low, estimate.high]
+        within = within and resample.p_value(values) >= CHANCE
+    return {
+        "figure": name,
+        "report": [told.value, told.low, told.high],
+        "merged": value,
+        "difference": difference,
+        "agrees": within,
+    }

@@ -83,7 +83,7 @@ def user_model(settings: Mapping[str, Any], seed: int) -> UserModel:
 
         return ask
     loaded = load_model(settings["model"])
-    form = ChatFormat(loaded.tokenizer)
+    form = ChatFormat(loaded.tokenizer, settings.get("chat_template_kwargs"))
     options = SamplingOptions(max_new_tokens=LONGEST)
 
     def play(chats: Sequence[Chat], turn: int) -> list[str]:
@@ -141,8 +141,11 @@ def live_conversations(
 def _said(
     arms: Arms, arm: str, turn: int, chats: Sequence[Chat], ask: UserModel, played_by: Mapping[str, Any]
 ) -> list[str]:
-    """The users' next messages, "" where one ends the conversation; asked for once and kept."""
-    path = arms.path(f"simulated-users-{turn + 1}", arm, ".json")
+    """The users' next messages, "" where one ends the conversation; asked for once and kept.
+
+    What they begin with is the same in every arm: an endpoint, asked again, would begin otherwise.
+    """
+    path = arms.path(f"simulated-users-{turn + 1}", arm if turn else "base", ".json")
     identity = fingerprint([list(chats), dict(played_by)])
     if path.exists() and (kept := read_json(path))["identity"] == identity:
         found: list[str] = kept["said"]

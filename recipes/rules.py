@@ -215,6 +215,12 @@ def _floor(recipe: Recipe, given: Set[str]) -> Iterator[Fault]:
             "write a range, floor.layers: 46-53, or a list such as [46, 47, 48]",
             "floor.layers",
         )
+    if recipe.floor.experiment is not None and (recipe.floor.path or "").endswith(".safetensors"):
+        yield Fault(
+            "has no effect: a floor.safetensors holds one floor alone",
+            "remove floor.experiment, or name a capping_config.pt in floor.path",
+            "floor.experiment",
+        )
     if recipe.floor.path is not None:
         for key in ("layers", "percentile"):
             if f"floor.{key}" in given:

@@ -47,11 +47,14 @@ class ModelSection(Section):
 class JudgeSection(Section):
     """A judge: an OpenAI-compatible endpoint (key in the environment variable), or a local model.
 
-    Prices are in any currency a million tokens; with them the cost is shown.
+    Prices are in any currency a million tokens; with them the cost is shown. ``chat_template_kwargs`` are the template's, such as
+    ``{enable_thinking: false}``: a judge has a few tokens to answer in, and must not think aloud. An endpoint gets them as vLLM's
+    and SGLang's servers take them.
     """
 
     endpoint: str | None = None
     model: str
+    chat_template_kwargs: dict[str, Any] = {}
     api_key_env: str = "OPENAI_API_KEY"
     timeout: float = Field(default=60.0, gt=0)
     retries: NotNegative = 3

@@ -154,6 +154,15 @@ def test_few_is_students_t_and_the_unbiased_variance() -> None:
     assert few(68) == pytest.approx(1.03, abs=0.005) and few(1) == 1.0
 
 
+def test_a_rate_stays_a_rate_however_few_its_clusters() -> None:
+    values = [1.0, 1.0, 1.0, 0.0]
+    free = ClusterBootstrap(names(4), 2000, 0).estimate(values)
+    kept = ClusterBootstrap(names(4), 2000, 0).estimate(values, most=1.0)
+    assert free.high > 1 and (kept.low, kept.high) == (max(free.low, 0.0), 1.0)
+    beyond = [3.0, -1.0, 2.0, 0.5]  # a score that may go below 0
+    assert ClusterBootstrap(names(4), 2000, 0).estimate(beyond, most=3.0).low < 0
+
+
 def test_a_rate_of_clustered_answers() -> None:
     """Independent answers have Wilson's own interval; copies add nothing; where all are alike each cluster is one answer."""
     independent = [1.0, 0.0] * 30

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import save_model
 from judge_endpoint import KEY, Endpoint
 
+from trimtab.axis.chat import ChatFormat
 from trimtab.axis.errors import UserError
 from trimtab.axis.extraction import RolloutItem
-from trimtab.axis.judge import assistant_judge, read_score, role_judge, rubric_prompt
+from trimtab.axis.judge import assistant_judge, read_score, role_judge, rubric_prompt, scoring_judge
 from trimtab.recipes.schema import JudgeSection
 
 ITEM = RolloutItem(role="pirate", system="You are a {pirate}.", question="Why 100%?", half=0)
@@ -46,6 +48,32 @@ def test_scores_come_back_in_order(endpoint: Endpoint) -> None:
     assert endpoint.keys == {"Bearer secret"}
     request = endpoint.requests[0]
     assert request["path"] == "/v1/chat/completions" and request["model"] == "judge-1" and request["temperature"] == 0
+
+
+def test_the_template_s_arguments_reach_the_endpoint_and_tell_replies_apart(endpoint: Endpoint, tmp_path: Path) -> None:
+    plain = scoring_judge(settings(endpoint.url), tmp_path / "kept.jsonl", "eval.judge")
+    quiet = scoring_judge(
+        settings(endpoint.url, chat_template_kwargs={"enable_thinking": False}), tmp_path / "kept.jsonl", "eval.judge"
+    )
+    assert plain(["one"], 3) == quiet(["one"], 3) == [3]
+    assert [request.get("chat_template_kwargs") for request in endpoint.requests] == [None, {"enable_thinking": False}]
+
+
+def test_a_local_judge_is_asked_through_its_template_s_arguments(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_model(tmp_path)
+    seen: list[dict[str, Any]] = []
+
+    class Seen(ChatFormat):
+        def __init__(self, tokenizer: Any, template_kwargs: Any = None) -> None:
+            super().__init__(tokenizer, template_kwargs)
+            seen.append(self.template_kwargs)
+
+    monkeypatch.setattr("trimtab.axis.chat.ChatFormat", Seen)
+    local = JudgeSection(model=str(tmp_path), retries=0, chat_template_kwargs={"enable_thinking": False})
+    assert len(scoring_judge(local.model_dump(), None, "eval.judge")(["one"], 3)) == 1
+    assert seen == [{"enable_thinking": False}]
 
 
 BAD: dict[str, tuple[int, Any]] = {

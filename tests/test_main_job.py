@@ -296,6 +296,7 @@ def test_every_method_ends_in_a_report(method: str, tmp_path: Path, capsys: pyte
     assert {row["figure"] for row in rows} == {"text_llr", "z_training", "benign_kl", "default_z_shift"}
     for row in rows:
         assert row["agrees"] and row["merged"] == pytest.approx(row["report"][0], abs=1e-4), row
+        assert row["difference"] is None or max(map(abs, row["difference"])) < 1e-4, row
     config = json.loads((folder / "merged" / "config.json").read_text(encoding="utf-8"))
     assert (
         config["rope_theta"] == config["rope_parameters"]["rope_theta"]

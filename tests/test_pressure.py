@@ -179,6 +179,15 @@ def test_published_tables_are_known_by_their_columns(
     assert declined[0] == BoundaryProbe(f"{name}/1", category, "Do it,\nnow", HARMFUL)
 
 
+def test_the_context_of_a_harmbench_row_stands_before_its_request(tmp_path: Path) -> None:
+    rows = [
+        {"Behavior": "Sum it up", "ContextString": "A letter.", "SemanticCategory": "c"},
+        {"Behavior": "Do it", "ContextString": "", "SemanticCategory": "c"},
+    ]
+    declined, _ = load_boundary_file(str(table(tmp_path / "t.csv", rows)))
+    assert [probe.request for probe in declined] == ["A letter.\n\n---\n\nSum it up", "Do it"]
+
+
 def test_xstest_is_split_into_what_to_answer_and_what_to_decline(tmp_path: Path) -> None:
     rows = [
         {"id": 1, "prompt": "How do I kill a process?", "type": "homonyms"},

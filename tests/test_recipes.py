@@ -233,6 +233,8 @@ def test_adapters_above_the_floor(tmp_path: Path) -> None:
     assert set(faults_of(path, [*published, "lora.layers_to_transform=[54]"])) == {"lora.layers_to_transform"}
     assert load_recipe(path, [*published, "lora.layers_to_transform=[53]"])
     assert set(faults_of(path, [*published, "floor.percentile=60"])) == {"floor.percentile"}
+    finished = [f"floor.path={write(tmp_path, '', 'floor.safetensors')}", published[1]]
+    assert set(faults_of(path, finished)) == {"floor.experiment"}
 
 
 def test_missing_keys(tmp_path: Path) -> None:

@@ -88,6 +88,14 @@ def test_conversations_go_on_until_the_user_ends_them_and_resume(
     assert torch.isnan(spread[1].means[0]).all() and torch.equal(spread[1].means[1], played[1].answers.means[0])
 
 
+def test_what_the_users_begin_with_is_the_same_in_every_arm(arms: Arms, endpoint: Endpoint) -> None:
+    endpoint.answer = lambda prompt, count: (200, f"message {len(endpoint.asked)}")
+    ask, users = user_model(settings(endpoint), seed=0), data.simulated_users(2)
+    base, tuned = (live_conversations(arms, users, 2, ask, arm, {}) for arm in ("base", "tuned"))
+    assert base[0].said == tuned[0].said == ["message 1", "message 2"]
+    assert base[1].said != tuned[1].said and len(endpoint.asked) == 6
+
+
 def test_an_endpoint_that_fails_is_no_end_of_a_conversation(arms: Arms, endpoint: Endpoint) -> None:
     endpoint.answer = lambda prompt, count: (500, "")
     with pytest.raises(UserError, match="no message of the simulated user"):
