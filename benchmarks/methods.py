@@ -12,7 +12,7 @@ to ``<folder>/methods.md``. Two such commands may work on one folder at a time, 
 the first has its floor.
 
 Seeds are pooled and every arm is held against the recipes' default, role by role (``trimtab.eval.pooling``); ``trimtab report
---compare docs/measured/*.json`` shows the same with plots.
+--compare docs/measured/capped-SFT-+-floor-*.json docs/measured/*.json`` shows the same with plots.
 """
 
 from __future__ import annotations

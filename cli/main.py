@@ -156,7 +156,13 @@ def _add_chat(parser: argparse.ArgumentParser) -> None:
 
 def _add_comparison(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("without a recipe: finished runs, side by side")
-    group.add_argument("--compare", nargs="+", type=Path, metavar="RUN", help="run folders, or their report.json")
+    group.add_argument(
+        "--compare",
+        nargs="+",
+        type=Path,
+        metavar="RUN",
+        help="run folders, or their report.json; all are held against the first",
+    )
     group.add_argument("--to", type=Path, metavar="FILE", help="the page (default: comparison.html)")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="also every estimate as a row of a table")
     parser.add_argument("--card", type=Path, metavar="FILE", help="also the model card, beside the adapter's own")

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from trimtab.axis.errors import UserError
 from trimtab.axis.files import write_text
 from trimtab.eval.figures import Figure, comparison_figure
 from trimtab.eval.pooling import Pooled, Standing, stand
@@ -27,14 +26,13 @@ COLUMNS = ("run", "section", "id", "what", "unit", "value", "low", "high", "n", 
 def load_runs(paths: Sequence[Path]) -> dict[str, Report]:
     """Name -> report, of run folders or ``report.json`` files; names are the folders', made distinct.
 
+    A run that is given again counts where it was given first: so one can be put before all that a pattern names.
+
     Raises:
-        UserError: if a report is missing or unreadable, or one is given twice.
+        UserError: of :func:`~trimtab.eval.report.load_report`, if a report is missing or unreadable.
     """
-    files = [
-        path / "report.json" if path.is_dir() else path for path in (path.expanduser().resolve() for path in paths)
-    ]
-    if len(set(files)) < len(files):
-        raise UserError("a run is given twice", key="--compare", remedy="name each run once")
+    resolved = [path.expanduser().resolve() for path in paths]
+    files = list(dict.fromkeys(path / "report.json" if path.is_dir() else path for path in resolved))
     # a report under another name is a kept one, which lies beside others
     names = [file.parent.name if file.name == "report.json" else file.stem for file in files]
     shown = [

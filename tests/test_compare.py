@@ -55,13 +55,12 @@ def test_page_and_table_hold_every_run(runs: list[Path], tmp_path: Path, capsys:
     assert {row["section"] for row in rows} >= {"metric", "side effect", "capability", "trajectory", "claim"}
 
 
-def test_runs_of_one_name_are_told_apart_and_twice_is_refused(runs: list[Path], tmp_path: Path) -> None:
+def test_runs_of_one_name_are_told_apart_and_one_given_twice_counts_once(runs: list[Path], tmp_path: Path) -> None:
     twin = tmp_path / "elsewhere" / "first"
     twin.mkdir(parents=True)
     write_report(build_report(transcripts=1), twin)
     assert list(load_runs([runs[0], twin])) == [f"{tmp_path.name}/first", "elsewhere/first"]
-    with pytest.raises(UserError, match="twice"):
-        load_runs([runs[0], runs[0] / "report.json"])
+    assert list(load_runs([runs[1], runs[0], runs[0] / "report.json", runs[1]])) == ["second", "first"]
     with pytest.raises(UserError, match="nowhere"):
         load_runs([tmp_path / "nowhere"])
 
