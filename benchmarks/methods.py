@@ -26,6 +26,7 @@ from trimtab.axis.files import file_fingerprint, write_jsonl, write_text
 from trimtab.axis.logs import setup_logging
 from trimtab.cli.launch import launch_training
 from trimtab.eval.compare import load_runs
+from trimtab.eval.intervals import most_telling
 from trimtab.eval.pooling import Pooled, stand
 from trimtab.eval.report import load_report
 from trimtab.eval.schema import Report
@@ -174,7 +175,11 @@ def table(reports: dict[str, Report]) -> str:
         return "\n".join(lines + ["| " + " | ".join([arm, *row]) + " |" for arm, row in cells.items()]) + "\n"
 
     kept = {
-        arm: [str(len(arms[arm])), *(cell(together.metrics.get(key, {}).get(arm), 2) for key in COLUMNS)]
+        arm: [
+            str(len(arms[arm])),
+            *(cell(together.metrics.get(key, {}).get(arm), 2) for key in COLUMNS),
+            _without(arms[arm], next(iter(COLUMNS))),
+        ]
         for arm in order
     }
     apart = {
@@ -196,7 +201,7 @@ def table(reports: dict[str, Report]) -> str:
     some = next(iter(arms.values()))[0]
     parts = [
         "Retention, seeds pooled:",
-        rows(["method", "seeds", *COLUMNS.values()], kept),
+        rows(["method", "seeds", *COLUMNS.values(), "text, without the role that weighs most"], kept),
         f"The base keeps 0 of the cap's effect and the base under the cap 1, by definition. {_given(some)}",
     ]
     if DEFAULT in arms and apart:
@@ -214,6 +219,13 @@ def table(reports: dict[str, Report]) -> str:
     parts += ["Prices:", rows(["method", *EFFECTS.values(), "minutes of training", "peak GiB"], prices)]
     machines = sorted({_machine(run) for runs in arms.values() for run in runs})
     return "\n\n".join(part.strip() for part in [*parts, "Measured on: " + "; ".join(machines) + "."]) + "\n"
+
+
+def _without(runs: list[Report], key: str) -> str:
+    """A metric's retention without the one role that weighs most."""
+    found = [metric.by_cluster for run in runs for metric in run.metrics if metric.id == key]
+    told = most_telling([by_cluster for by_cluster in found if by_cluster is not None]) if any(found) else None
+    return "-" if told is None else f"{told[1]:.2f} ({told[0]})"
 
 
 def _given(report: Report) -> str:

@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
+from trimtab.eval.intervals import most_telling
 from trimtab.eval.schema import Capability, Claim, Durability, Estimate, Metric, Rerouting, SideEffect
 from trimtab.eval.verdict import BAD_BELOW, FEWEST, HALF, control_keeps_as_much, grade, too_few, toward_assistant
 from trimtab.eval.wording import estimate_text, inline_name, number, percent_text
 
 Light = Literal["green", "amber", "red", "grey"]
+TELLING = 0.1  # of retention: what a single role must move to be named
 MARGIN = 0.05  # of a task's highest score: what capability may lose
 DOCUMENTS = 60  # 3 / MARGIN: where none of fewer changed, a loss of the margin is not ruled out (the rule of three)
 TURNED = 0.1  # of cosine: what tells one turned axis from another
@@ -71,6 +73,10 @@ def _kept(primary: Metric | None) -> Claim:
             if kept
             else f"Undefined: {primary.retention.why}."
         )
+        if kept and primary.by_cluster and (found := most_telling([primary.by_cluster])) is not None:
+            name, without = found
+            if abs(without - kept.value) >= TELLING:
+                says += f" One role weighs most: without {name} it is {number(100 * without, 0)} %."
     rule = (
         "Green: 80 % or more, its interval above 50 %, cap and tuning beyond their noise, the control below. Red: the interval "
         "below 50 %, or less than 30 %. Grey: the interval reaches from below 50 % to 80 %, or to 0."

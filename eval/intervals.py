@@ -224,6 +224,34 @@ def retention_of(
     return Retention(estimate=Estimate(value=value, low=low, high=high, n=n))
 
 
+def most_telling(runs: Sequence[ByCluster]) -> tuple[str, float] | None:
+    """The role or conversation whose leaving out changes retention most, and retention without it.
+
+    A mean over answers can hang on one of them: a short answer that repeats its prompt has a log-likelihood ratio ten times the
+    others'. The bootstrap's interval holds that; this names it.
+
+    Args:
+        runs: what the repetitions of a setting have by cluster, on the same clusters.
+
+    Returns:
+        Its name and that retention; None where fewer than three clusters are there, or the cap has no effect.
+    """
+    clusters = runs[0].clusters
+    if len(clusters) < 3 or any(run.clusters != clusters or "base+cap" not in run.means for run in runs):
+        return None
+    counts = np.asarray([run.counts for run in runs], dtype=float)  # [R, C]
+    sums = {
+        arm: (counts * np.asarray([run.means[arm] for run in runs])).sum(0) for arm in ("base", "base+cap", "tuned")
+    }
+    tuned, capped = sums["tuned"] - sums["base"], sums["base+cap"] - sums["base"]
+    whole, without = capped.sum(), capped.sum() - capped
+    if whole == 0 or (without == 0).any():
+        return None
+    kept = (tuned.sum() - tuned) / without
+    most = int(np.abs(kept - tuned.sum() / whole).argmax())
+    return clusters[most], float(kept[most])
+
+
 def percentiles(samples: Array) -> tuple[float, float]:
     """Ends of the percentile interval of resamples, [S]; NaN is left out."""
     low, high = np.nanpercentile(samples, [(100 - LEVEL) / 2, 100 - (100 - LEVEL) / 2])

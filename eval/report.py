@@ -30,6 +30,7 @@ from trimtab.eval.figures import (
     training_figures,
     trajectory_figures,
 )
+from trimtab.eval.intervals import most_telling
 from trimtab.eval.schema import ArmAnswer, Durability, Report, Retention, Transcript
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -105,6 +106,7 @@ def page_environment() -> Environment:
         signed=wording.signed_text,
         points=wording.points_text,
         seed=wording.seed_text,
+        telling=lambda by_cluster: None if by_cluster is None else most_telling([by_cluster]),
         glued=lambda text: text.replace(" %", "\u00a0%"),  # no line break within "93 %"
     )
     environment.globals["arm_names"] = wording.ARM_NAMES

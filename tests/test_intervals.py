@@ -11,7 +11,8 @@ import pytest
 from scipy import stats
 from sklearn.metrics import cohen_kappa_score, r2_score, roc_auc_score
 
-from trimtab.eval.intervals import ClusterBootstrap, clustered_rate, few, holm, wilson
+from trimtab.eval.intervals import ClusterBootstrap, clustered_rate, few, holm, most_telling, wilson
+from trimtab.eval.schema import ByCluster
 
 NAN = float("nan")
 
@@ -152,6 +153,20 @@ def test_intervals_of_few_clusters_cover_too(clusters: int) -> None:
 def test_few_is_students_t_and_the_unbiased_variance() -> None:
     assert few(8) == pytest.approx(stats.t.ppf(0.975, 7) / stats.norm.ppf(0.975) * math.sqrt(8 / 7))
     assert few(68) == pytest.approx(1.03, abs=0.005) and few(1) == 1.0
+
+
+def test_the_role_that_weighs_most_is_named_with_what_is_left_without_it() -> None:
+    roles = ["a", "b", "c", "d"]
+    runs = [
+        ByCluster(clusters=roles, counts=[2, 1, 1, 1], means={"base": [1.0] * 4, "base+cap": [0.0] * 4, "tuned": tuned})
+        for tuned in ([0.2, 0.2, 3.0, 0.0], [0.0, 0.4, 4.0, 0.2])
+    ]
+    found = most_telling(runs)
+    assert found is not None and found[0] == "c"
+    assert found[1] == pytest.approx(1 - (2 * 0.2 + 0.2 + 2 * 0.0 + 0.4 + 0.2) / 8)
+    assert most_telling([run.model_copy(update={"clusters": roles[:2]}) for run in runs]) is None
+    still = runs[0].model_copy(update={"means": {**runs[0].means, "base+cap": [1.0] * 4}})
+    assert most_telling([still]) is None
 
 
 def test_a_rate_stays_a_rate_however_few_its_clusters() -> None:
