@@ -1,8 +1,7 @@
 """A model with its adapter switched off, or merged into the weights for a while and the weights given back bit by bit.
 
 An unmerged LoRA adapter makes sampling two to three times slower, on a CPU by its arithmetic and on a GPU by the launches of its
-kernels. Merging rounds the adapter's delta to the weights'
-dtype, as any deployment of merged weights does.
+kernels. Merging rounds the adapter's delta to the weights' dtype, as any deployment of merged weights does.
 
 PEFT's ``unmerge`` subtracts the delta again, which in bfloat16 leaves rounding errors behind: over 300 merges of a growing
 adapter a fifth of SmolLM2's weights changed, by half of the adapter's own norm. The base is the teacher and the yardstick of
@@ -143,13 +142,13 @@ def can_merge(model: Any) -> bool:
     )
     # 4-bit blocks are stored in a floating dtype, 8-bit ones as whole numbers
     plain = all(p.is_floating_point() and not hasattr(p, "quant_state") for p in parameters)
-    on_meta = any(p.device.type not in ("cpu", "cuda") for p in parameters)
+    known = all(p.device.type in ("cpu", "cuda") for p in parameters)
     own = (p for layer in adapted for p in layer.get_base_layer().parameters())
-    return whole and placed and plain and not on_meta and room_for_copies(own)
+    return whole and placed and plain and known and room_for_copies(own)
 
 
 def room_for_copies(parameters: Iterable[Any], times: int = 1) -> bool:
-    """Whether weights may be copied where they lie: on a CPU always, on a GPU within :data:`MERGED_SHARE` of its memory.
+    """Whether weights may be copied where they lie: on a GPU within :data:`MERGED_SHARE` of its memory, elsewhere always.
 
     Args:
         parameters: the weights.
@@ -159,7 +158,7 @@ def room_for_copies(parameters: Iterable[Any], times: int = 1) -> bool:
     for p in parameters:
         sizes[p.device] = sizes.get(p.device, 0) + times * p.numel() * p.element_size()
     return all(
-        device.type == "cpu"
-        or (device.type == "cuda" and size <= MERGED_SHARE * torch.cuda.get_device_properties(device).total_memory)
+        size <= MERGED_SHARE * torch.cuda.get_device_properties(device).total_memory
         for device, size in sizes.items()
+        if device.type == "cuda"
     )

@@ -220,7 +220,8 @@ class Endpoint:
         self._section = section
         self._url = settings["endpoint"].rstrip("/") + "/chat/completions"
         self._model = settings["model"]
-        self._template = dict(settings.get("chat_template_kwargs") or {})
+        template = settings.get("chat_template_kwargs")
+        self._more = {"chat_template_kwargs": dict(template)} if template else {}
         self._client = httpx.Client(timeout=settings["timeout"], headers={"Authorization": f"Bearer {key}"})
         rate = settings.get("requests_per_minute")
         self._pause = 60.0 / rate if rate else 0.0
@@ -235,7 +236,7 @@ class Endpoint:
         """Replies; "" where there was none. A kept reply serves the first attempt alone: it may be the unreadable one."""
         replies, asked = [], 0
         for prompt in prompts:
-            key = fingerprint([self._url, self._model, prompt, *([self._template] if self._template else [])])
+            key = fingerprint([self._url, self._model, prompt, *self._more.values()])
             if attempt == 0 and key in self._known:
                 replies.append(self._known[key])
                 continue
@@ -263,7 +264,7 @@ class Endpoint:
             "messages": list(messages),
             "temperature": temperature,
             "max_tokens": max_tokens,
-            **({"chat_template_kwargs": self._template} if self._template else {}),
+            **self._more,
         }
         try:
             response = self._client.post(self._url, json=body)

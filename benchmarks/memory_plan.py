@@ -26,12 +26,12 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 import torch
+from measuring import facts_of_now
 from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
 
 from trimtab.axis.files import write_json, write_text
 from trimtab.axis.layers import text_config_of
-from trimtab.axis.machine import machine_facts
-from trimtab.axis.models import fetch_embedded, load_tokenizer
+from trimtab.axis.models import load_tokenizer
 from trimtab.cli.check import (
     CONTEXT,
     GIB,
@@ -77,7 +77,7 @@ def make_model(name: str, folder: Path) -> None:
     with torch.device("cuda"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.bfloat16)
     model.save_pretrained(folder)
-    load_tokenizer(fetch_embedded("smollm2-135m").as_posix()).save_pretrained(folder)
+    load_tokenizer("smollm2-135m").save_pretrained(folder)
 
 
 class Phases(TrainerCallback):
@@ -172,7 +172,7 @@ def main() -> None:
                 lines += [f"| {' | '.join(row)} |" for row in rows]
             else:
                 lines.append(f"| {name} | failed |")
-            write_text(folder / "memory.md", "\n".join(lines) + f"\n\n{machine_facts()}\n")
+            write_text(folder / "memory.md", "\n".join(lines) + f"\n\n{facts_of_now()}\n")
         print("\n".join(lines))
         return
     (name,) = given.recipes
@@ -180,8 +180,6 @@ def main() -> None:
     make_model(load_recipe(name).recipe.model.name, model)
     loaded = load_recipe(name, overrides(name, model, given.length, given.steps))
     shutil.rmtree(run, ignore_errors=True)
-    gc.collect()
-    torch.cuda.empty_cache()
     rows = rows_of(name, loaded, measure(loaded, run))
     write_json(run / "memory.json", rows)
 

@@ -223,8 +223,8 @@ def table(reports: dict[str, Report]) -> str:
 
 def _without(runs: list[Report], key: str) -> str:
     """A metric's retention without the one role that weighs most."""
-    found = [metric.by_cluster for run in runs for metric in run.metrics if metric.id == key]
-    told = most_telling([by_cluster for by_cluster in found if by_cluster is not None]) if any(found) else None
+    found = [metric.by_cluster for run in runs for metric in run.metrics if metric.id == key and metric.by_cluster]
+    told = most_telling(found) if found else None
     return "-" if told is None else f"{told[1]:.2f} ({told[0]})"
 
 
@@ -273,6 +273,7 @@ def main() -> None:
     if arguments.kept is not None and (files := sorted(arguments.kept.glob("*.json"))):
         reports = load_runs(files)
     page = folder / "methods.md" if arguments.kept is None else arguments.kept / "README.md"
+    told: str | None = None  # the bootstrap behind it takes as long as many a run
     for seed in arguments.seeds:
         for arm in arguments.arms:
             name = _file_name(arm, seed)
@@ -282,22 +283,18 @@ def main() -> None:
             reports[name] = kept_report(load_report(run.folder / "report.json"))
             if arguments.kept is not None:
                 write_jsonl(arguments.kept / f"{name}.json", [reports[name].model_dump()])
-            write_text(page, page_of(reports, arguments.model))
+            told = write_page(page, reports, arguments.model)
     if reports:
-        write_text(page, page_of(reports, arguments.model))
-        print(table(reports))
+        print(told or write_page(page, reports, arguments.model))
 
 
-def page_of(reports: dict[str, Report], model: str) -> str:
-    """The table with what each arm is."""
-    arms = [
-        f"- {arm}: `{model}/{ARMS[arm][0]}` {' '.join(ARMS[arm][1])}".rstrip() for arm in ARMS if arm in by_arm(reports)
-    ]
-    return (
-        f"# Every way of baking, {model}\n\nWritten by `benchmarks/methods.py`.\n\n{table(reports)}\n"
-        + "\n".join(arms)
-        + "\n"
-    )
+def write_page(page: Path, reports: dict[str, Report], model: str) -> str:
+    """Write the table with what each arm is; returns the table."""
+    told, known = table(reports), by_arm(reports)
+    arms = [f"- {arm}: `{model}/{ARMS[arm][0]}` {' '.join(ARMS[arm][1])}".rstrip() for arm in ARMS if arm in known]
+    head = f"# Every way of baking, {model}\n\nWritten by `benchmarks/methods.py`.\n\n"
+    write_text(page, head + told + "\n" + "\n".join(arms) + "\n")
+    return told
 
 
 if __name__ == "__main__":

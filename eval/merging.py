@@ -33,9 +33,8 @@ from trimtab.train.run import Run
 
 log = logging.getLogger("trimtab")
 
-CHANCE = (
-    0.001  # p below which merged weights and adapter are called different: merging is checked often, and three figures
-)
+# p below which merged weights and adapter are called different: merging is checked often, and on three figures.
+CHANCE = 0.001
 
 
 def merge_adapter(run: Run, target: Path) -> Path:
