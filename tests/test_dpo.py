@@ -53,12 +53,52 @@ def test_pairs_are_the_capped_and_the_uncapped_answer_of_one_seed(tmp_path: Path
     for floor, name in ((FLOOR, "chosen"), (None, "rejected")):
         (found,) = sample_batch(model, form, [ids], [0], OPTIONS, seeds=[seed_of([1, 0])], floor=floor)
         assert row[name][0]["content"] == found.text
+        # trained are the tokens that were sampled, which the text alone would not give again
+        assert form.answer_ids(found.text) != found.ids
+        assert pair_tokens(form, row)[f"{name}_ids"] == found.ids + [form.end_token] * found.ended
 
 
 def test_a_conversation_shares_the_turns_before(tmp_path: Path) -> None:
     row = next(row for row in pairs(tmp_path / "pairs.jsonl")[1] if row["id"] == "b")
     assert [message["role"] for message in row["prompt"]] == ["user", "assistant", "user"]
     assert row["prompt"][-1]["content"] == "And the grass?"
+
+
+def test_a_conversation_is_paired_on_the_turns_that_rows_hold(tmp_path: Path) -> None:
+    tokenizer = build_tokenizer()
+    form, path = ChatFormat(tokenizer), tmp_path / "pairs.jsonl"
+    loaded = Loaded(build_model("llama"), tokenizer, {})
+    last = len(form.prompt_ids(chat("", "And the grass?")))
+    settings: dict[str, Any] = {"options": OPTIONS, "strength": 1.0, "seed": 1}
+    facts = make_pairs(
+        loaded, form, FLOOR, PROMPTS[1:2], path, max_length=last + OPTIONS.max_new_tokens + 1, **settings
+    )
+    (row,) = read_jsonl(path)
+    assert facts["shortened"] == row["turns_dropped"] == 1
+    assert row["prompt"] == chat("", "And the grass?")
+    ids = form.prompt_ids(row["prompt"])
+    (found,) = sample_batch(loaded.model, form, [ids], [0], OPTIONS, seeds=[seed_of([1, 0])], floor=FLOOR)
+    assert row["chosen_ids"] == found.ids
+
+
+@pytest.mark.parametrize("folds", [False, True])
+def test_pairs_that_are_too_long_keep_their_answers(
+    tokenizer_folder: Path, tokenizer_without_system_folder: Path, folds: bool
+) -> None:
+    """Without the oldest turns; but where the first may hold the system prompt, nothing is taken away."""
+    form = ChatFormat(AutoTokenizer.from_pretrained(tokenizer_without_system_folder if folds else tokenizer_folder))
+    talk = [*chat("", "first"), {"role": "assistant", "content": "so long an answer"}, *chat("", "second")]
+    row = {
+        "prompt": talk,
+        "chosen": [{"role": "assistant", "content": "Arr."}],
+        "rejected": [{"content": "Aye, captain."}],
+    }
+    longest = len(form.prompt_ids(talk)) + len(form.answer_ids("Aye, captain.")) + 1
+    for length, dropped in ((longest, 0), (longest - 1, 0 if folds else 1)):
+        found = pair_tokens(form, row, length)
+        assert found["turns_dropped"] == dropped
+        assert found["prompt_ids"] == form.prompt_ids(talk[2 * dropped :])
+        assert found["rejected_ids"] == [*form.answer_ids("Aye, captain."), form.end_token]
 
 
 def test_a_cap_that_never_fires_gives_no_pair(tmp_path: Path) -> None:
@@ -191,6 +231,10 @@ def test_the_trainer_takes_pairs_of_a_template_without_a_system_role(
     batch = next(iter(trainer.get_train_dataloader()))
     assert tokenizer.decode(batch["input_ids"][0]).count("You are a pirate.") == 1
     trainer.train()
+    trainer.args.max_length = 20
+    with pytest.raises(UserError, match="no pair fits in 20 tokens") as caught:
+        trainer._prepare_dataset(asked, tokenizer, trainer.args, "train")
+    assert caught.value.key == "train.max_length" and "train.max_length=" in str(caught.value.remedy)
 
 
 def test_evaluation_reports_the_policys_figures_and_not_the_references(tmp_path: Path) -> None:

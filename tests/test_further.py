@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from tiny_recipe import largest_difference, write_recipe
 from transformers import AutoModelForCausalLM
 
+from trimtab.axis.chat import ChatFormat
 from trimtab.axis.errors import UserError
 from trimtab.axis.files import read_jsonl, write_jsonl
 from trimtab.axis.models import Loaded
@@ -24,7 +25,7 @@ from trimtab.eval.weights import open_subjects
 from trimtab.recipes import data
 from trimtab.recipes.loader import RecipeError, load_recipe
 from trimtab.recipes.schema import FurtherTuning
-from trimtab.train.further import Plan, rows_of, train_further
+from trimtab.train.further import Plan, _tokens, rows_of, train_further
 from trimtab.train.run import Run, open_run
 
 ANSWER = [{"role": "assistant", "content": "Aye, captain!"}]
@@ -115,6 +116,19 @@ def test_rows_of_personas_and_of_files(folder: Path, tmp_path: Path) -> None:
         write_jsonl(given, [{"messages": [user, *ANSWER]}, broken])
         with pytest.raises(UserError, match="row 2"):
             rows_of(run, mine)
+
+
+def test_a_conversation_keeps_its_answer_and_loses_its_oldest_turns(caplog: pytest.LogCaptureFixture) -> None:
+    form = ChatFormat(build_tokenizer())
+    user = {"role": "user", "content": "Who goes there?"}
+    last = [*form.prompt_ids([user]), *form.answer_ids("Aye, captain!"), form.end_token]
+    rows = [{"prompt": [user, *ANSWER, user], "completion": ANSWER, "ended": True}]
+    with caplog.at_level("INFO", "trimtab"):
+        assert _tokens(form, rows, len(last))["input_ids"] == [last]
+    assert "1 of 1 rows are without their oldest turns" in caplog.text
+    # an answer that the last turn leaves no room for is told, and not taught to end where it was cut
+    assert _tokens(form, rows, len(last) - 1)["labels"][0][-1] != form.end_token
+    assert "1 of 1 rows lose the end of their answer" in caplog.text
 
 
 def test_an_adapter_goes_on_and_whole_weights_get_one(folder: Path, tmp_path: Path) -> None:

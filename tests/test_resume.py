@@ -142,12 +142,12 @@ def logged(folder: Path, step: int) -> bool:
 MOMENTS: dict[str, tuple[Callable[[Path], bool], float]] = {
     "axis": (lambda folder: (folder / "axis" / "state.safetensors").exists(), 0.2),
     "floor": (lambda folder: (folder / "stages" / "axis.json").exists(), 0.1),
-    # round 1 is sampled right after step 1
+    "writing a checkpoint": (lambda folder: (folder / "checkpoints" / "checkpoint-2").exists(), 0.0),
+    # round 1 is sampled when step 3 begins, after the checkpoint of step 2
     "rollout round": (
-        lambda folder: logged(folder, 1) and not (folder / "rollouts/round-0001-of-rank-0.jsonl").exists(),
+        lambda folder: logged(folder, 2) and not (folder / "rollouts/round-0001-of-rank-0.jsonl").exists(),
         0.2,
     ),
-    "writing a checkpoint": (lambda folder: (folder / "checkpoints" / "checkpoint-2").exists(), 0.0),
     "after a checkpoint": (lambda folder: last_checkpoint(folder / "checkpoints") is not None, 0.5),
     "writing the adapter": (lambda folder: (folder / ".adapter.unfinished").exists(), 0.0),
 }

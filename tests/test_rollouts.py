@@ -10,20 +10,34 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import build_floor, build_model
-from peft import LoraConfig, get_peft_model
+from conftest import build_floor, build_model, save_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from tiny_recipe import write_recipe
+from transformers import AutoModelForCausalLM
 
 from trimtab.axis import ActivationController, Floor, UserError, sampling
 from trimtab.axis.chat import ChatFormat, chat
 from trimtab.axis.files import read_jsonl, write_jsonl
 from trimtab.axis.sampling import SamplingOptions, sample_batch
 from trimtab.recipes import data
+from trimtab.recipes.loader import load_recipe
 from trimtab.recipes.schema import DataSection
-from trimtab.train.rollouts import IGNORED, RolloutPlan, RolloutSource, TrainPrompt, tokens_of, training_order
+from trimtab.train.rollouts import (
+    IGNORED,
+    RolloutPlan,
+    RolloutSource,
+    TrainPrompt,
+    check_lengths,
+    tokens_of,
+    training_order,
+)
+from trimtab.train.run import open_run
+from trimtab.train.sft import build_trainer, training_arguments
 from trimtab.train.sources import benign_sources, drift_sources, from_file
 
 FLOOR = build_floor((1, 2), tau=6.0)  # high: the cap changes what is said
@@ -160,6 +174,11 @@ def make_source(
     return source
 
 
+def rows_of(source: RolloutSource, first: int, end: int) -> dict[str, list[Any]]:
+    """Rows as a trainer takes them."""
+    return source({"row": list(range(first, end))})
+
+
 def answer(form: ChatFormat, model: Any, prompt: TrainPrompt, floor: Floor | None, strength: float = 1.0) -> str:
     """The answer of a model by itself."""
     ids = form.prompt_ids(chat(prompt.system, prompt.turns[0]))
@@ -176,14 +195,15 @@ def test_rounds_are_sampled_with_the_weights_of_their_moment(tmp_path: Path, for
     trainer = make_trainer()
     source = make_source(tmp_path, form, trainer)
     dataset = source.dataset()
-    assert len(dataset) == 16
-    dataset[:4]
+    assert len(dataset) == 16 and dataset[:4] == {"row": [0, 1, 2, 3]}
+    assert not list(tmp_path.iterdir()), "a data loader that looks ahead asks for numbers alone"
+    rows_of(source, 0, 4)
     assert [path.name for path in tmp_path.iterdir()] == ["round-0000-of-rank-0.jsonl"]
     assert texts(tmp_path, 0)[1] == answer(form, trainer.model, DRIFT[1], FLOOR)
     shake(trainer.model, seed=1)
-    dataset[4:8]  # the same round: the text is the old one
+    rows_of(source, 4, 8)  # the same round: the text is the old one
     assert texts(tmp_path, 0)[5] != answer(form, trainer.model, DRIFT[1], FLOOR)
-    dataset[8:12]
+    rows_of(source, 8, 12)
     second = texts(tmp_path, 1)
     assert sorted(second) == list(range(8, 16))
     assert second[9] == answer(form, trainer.model, DRIFT[1], FLOOR, 0.5)
@@ -195,7 +215,7 @@ def test_drift_is_sampled_capped_and_benign_from_the_plain_base(
 ) -> None:
     trainer = make_trainer()
     samples = Samples(monkeypatch)
-    make_source(tmp_path, form, trainer).dataset()[:1]
+    rows_of(make_source(tmp_path, form, trainer), 0, 1)
     kinds = [(call["floor"] is FLOOR, call["off"], call["rows"]) for call in samples.calls]
     assert kinds == [
         (True, False, 3),
@@ -214,12 +234,45 @@ def test_drift_is_sampled_capped_and_benign_from_the_plain_base(
     assert ActivationController.of(trainer.model).cap_strength == 0.0  # off again
 
 
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_round_is_what_the_checkpoint_of_its_step_says(tmp_path: Path, accumulation: int) -> None:
+    """By the trainer itself, whose loader looks a batch ahead; beside it an evaluation on rows of tokens."""
+    model = save_model(tmp_path / "model")
+    rows = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": accumulation}
+    recipe = write_recipe(tmp_path / "recipe.yaml", model, max_steps=4, save_steps=1, save_total_limit=4, **rows)
+    changes = ["method.regenerate_every=1", "data.conversation_turns=0"]
+    run = open_run(load_recipe(recipe, changes), output_dir=str(tmp_path / "run"))
+    variant = run.variant(control=False)
+    FLOOR.save(variant.floor_path)
+    trainer = build_trainer(run, training_arguments(run, variant, True), variant)
+    trainer.train()
+    form, plain = ChatFormat(trainer.processing_class), AutoModelForCausalLM.from_pretrained(model)
+    options = SamplingOptions(max_new_tokens=8, temperature=0)
+    changed = 0
+    for step in range(1, 4):
+        tuned = PeftModel.from_pretrained(plain, variant.checkpoints / f"checkpoint-{step}")
+        records = read_jsonl(variant.rollouts / f"round-{step:04d}-of-rank-0.jsonl")
+        drift = [record for record in records if record["kind"] == "drift"]
+        prompts = [form.prompt_ids(record["prompt"]) for record in drift]
+        said = sample_batch(
+            tuned, form, prompts, range(len(drift)), options, seeds=[0] * len(drift), floor=FLOOR,
+            strength=drift[0]["cap_strength"],
+        )  # fmt: skip
+        assert [record["completion"][0]["content"] for record in drift] == [answer.text for answer in said], step
+        plain = tuned.unload()
+        before = sample_batch(plain, form, prompts, range(len(drift)), options, seeds=[0] * len(drift), floor=FLOOR)
+        changed += sum(one.text != other.text for one, other in zip(said, before, strict=True))
+    assert changed > 2, "the weights do change what is said"
+    tokens = datasets.Dataset.from_list([{"input_ids": [5, 6, 7, 8], "labels": [-100, 6, 7, 8], "anchor": False}] * 4)
+    assert trainer.evaluate(tokens)["eval_loss"] > 0
+
+
 def test_strength_is_annealed_by_round(tmp_path: Path, form: ChatFormat, monkeypatch: pytest.MonkeyPatch) -> None:
     samples = Samples(monkeypatch)
     plan = make_plan(every=1, schedule="cosine")
-    dataset = make_source(tmp_path, form, make_trainer(), plan).dataset()
+    source = make_source(tmp_path, form, make_trainer(), plan)
     for row in (0, 4, 8, 12):
-        dataset[row]
+        rows_of(source, row, row + 1)
     found = [call["strength"] for call in samples.calls if call["floor"] is not None]
     wanted = [1.0, 0.8535533905932737, 0.5, 0.14644660940672627]
     assert sorted(set(found), reverse=True) == pytest.approx(wanted)
@@ -230,7 +283,7 @@ def test_strength_is_annealed_by_round(tmp_path: Path, form: ChatFormat, monkeyp
 @pytest.mark.parametrize("changes", [{"strength": 0.0}, {"floor": None}])
 def test_without_strength_or_floor_nothing_is_capped(tmp_path: Path, form: ChatFormat, changes: dict[str, Any]) -> None:
     trainer = make_trainer()
-    make_source(tmp_path, form, trainer, **changes).dataset()[:1]
+    rows_of(make_source(tmp_path, form, trainer, **changes), 0, 1)
     assert texts(tmp_path, 0)[0] == answer(form, trainer.model, DRIFT[0], None)
     assert {row["cap_strength"] for row in read_jsonl(tmp_path / "round-0000-of-rank-0.jsonl")} == {0.0}
 
@@ -246,7 +299,7 @@ def test_sampling_leaves_random_state_mode_and_checkpointing_alone(tmp_path: Pat
     torch.manual_seed(9)
     state = torch.random.get_rng_state()
     plan = make_plan(options=SamplingOptions(max_new_tokens=6, batch_size=3))
-    make_source(tmp_path, form, trainer, plan).dataset()[:1]
+    rows_of(make_source(tmp_path, form, trainer, plan), 0, 1)
     assert torch.random.get_rng_state().equal(state)
     assert model.training and all(layer.training for layer in layers)
     assert [(layer.gradient_checkpointing, layer._gradient_checkpointing_func) for layer in layers] == before
@@ -255,17 +308,17 @@ def test_sampling_leaves_random_state_mode_and_checkpointing_alone(tmp_path: Pat
 
 def test_rounds_on_disk_are_read_again(tmp_path: Path, form: ChatFormat, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "round-0000-of-rank-0.jsonl"
-    first = make_source(tmp_path, form, make_trainer()).dataset()[:8]
+    first = rows_of(make_source(tmp_path, form, make_trainer()), 0, 8)
     written = path.read_bytes()
     samples = Samples(monkeypatch)
     # after a kill: another process, whose weights are those of an earlier checkpoint
-    again = make_source(tmp_path, form, make_trainer(seed=8)).dataset()[:8]
+    again = rows_of(make_source(tmp_path, form, make_trainer(seed=8)), 0, 8)
     assert again == first and not samples.calls and path.read_bytes() == written
 
     rows = read_jsonl(path)
     for spoilt in (rows[:-1], [{**row, "identity": "of another order"} for row in rows]):
         write_jsonl(path, spoilt)
-        assert make_source(tmp_path, form, make_trainer()).dataset()[:8] == first
+        assert rows_of(make_source(tmp_path, form, make_trainer()), 0, 8) == first
         assert samples.calls and path.read_bytes() == written
         samples.calls.clear()
 
@@ -278,7 +331,7 @@ def test_turns_before_the_last_are_sampled_along_the_way(
     samples = Samples(monkeypatch)
     order = [DRIFT[0], long, DRIFT[1], BENIGN[0]] * 2
     source = make_source(tmp_path, form, trainer, make_plan(order))
-    source.dataset()[:4]
+    rows_of(source, 0, 4)
     row = next(r for r in read_jsonl(tmp_path / "round-0000-of-rank-0.jsonl") if r["row"] == 1)
     roles = [message["role"] for message in row["prompt"]]
     assert roles == ["system", "user", "assistant", "user", "assistant", "user"]
@@ -291,10 +344,10 @@ def test_turns_before_the_last_are_sampled_along_the_way(
         wanted = sample_batch(trainer.model, form, [ids], [0], GREEDY, seeds=[0], floor=FLOOR)[0].text
         assert row["prompt"][depth]["content"] == wanted
     # only the last answer carries labels
-    ids, labels = source._tokens(1)
-    tail = form.answer_ids(row["completion"][0]["content"]) + ([form.end_token] if row["ended"] else [])
-    assert [label for label in labels if label != IGNORED] == tail
-    assert ids == form.prompt_ids(row["prompt"]) + tail
+    made = rows_of(source, 1, 2)
+    tail = row["completion_ids"] + ([form.end_token] if row["ended"] else [])
+    assert [label for label in made["labels"][0] if label != IGNORED] == tail
+    assert made["input_ids"] == [form.prompt_ids(row["prompt"]) + tail]
 
 
 def test_every_rank_samples_equally_often(tmp_path: Path, form: ChatFormat, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -337,7 +390,7 @@ def test_a_round_that_another_rank_lacks_is_sampled_by_all(
 ) -> None:
     """After a kill between the files of two ranks: the one that has its own must take part, or the other waits for ever."""
     trainer = make_trainer()
-    first = make_source(tmp_path, form, trainer).dataset()[:8]
+    first = rows_of(make_source(tmp_path, form, trainer), 0, 8)
     samples = Samples(monkeypatch)
     accelerator = trainer.accelerator
     for lacking, calls in ((0.0, 0), (1.0, 3)):
@@ -345,15 +398,8 @@ def test_a_round_that_another_rank_lacks_is_sampled_by_all(
             process_index=0, num_processes=1, device=torch.device("cpu"), state=accelerator.state,
             reduce=lambda tensor, reduction, lacking=lacking: tensor + lacking, unwrap_model=accelerator.unwrap_model,
         )  # fmt: skip
-        assert make_source(tmp_path, form, trainer).dataset()[:8] == first
+        assert rows_of(make_source(tmp_path, form, trainer), 0, 8) == first
         assert len(samples.calls) == calls
-
-
-def test_before_it_is_bound_rows_are_prompts_without_an_answer(tmp_path: Path, form: ChatFormat) -> None:
-    row = RolloutSource(make_plan(), form, FLOOR, tmp_path, max_length=None).dataset()[3]
-    assert row["input_ids"] == form.prompt_ids(chat("", "request 0"))
-    assert row["labels"] == [IGNORED] * len(row["input_ids"]) and row["anchor"] is True
-    assert not list(tmp_path.iterdir())
 
 
 # ---- tokens ----
@@ -362,16 +408,132 @@ def test_before_it_is_bound_rows_are_prompts_without_an_answer(tmp_path: Path, f
 def test_tokens_of_labels_the_answer_and_its_end_alone(form: ChatFormat) -> None:
     prompt = chat("You are a pirate.", "Where is the harbour?")
     head, tail = form.prompt_ids(prompt), form.answer_ids("by the sea")
-    ids, labels = tokens_of(form, prompt, "by the sea", True, None)
+    ids, labels, *_ = tokens_of(form, prompt, "by the sea", True, None)
     assert ids == [*head, *tail, form.end_token]
     assert labels == [IGNORED] * len(head) + [*tail, form.end_token]
     assert form.tokenizer.decode(ids).endswith("by the sea<|im_end|>")
-    cut, cut_labels = tokens_of(form, prompt, "by the sea", False, None)
+    cut, cut_labels, *_ = tokens_of(form, prompt, "by the sea", False, None)
     assert cut == head + tail and cut_labels[-1] == tail[-1]  # no end is taught where none was sampled
-    short, short_labels = tokens_of(form, prompt, "by the sea", True, len(head) + 2)
-    assert short == ids[: len(head) + 2] and short_labels == labels[: len(head) + 2]
-    assert set(tokens_of(form, prompt, "by the sea", True, len(head))[1]) == {IGNORED}
-    assert tokens_of(form, prompt, "", True, None)[1][-1] == form.end_token
+    short = tokens_of(form, prompt, "by the sea", True, len(head) + 2)
+    assert short.ids == ids[: len(head) + 2] and short.labels == labels[: len(head) + 2]
+    assert (short.turns_dropped, short.tokens_lost) == (0, len(tail) - 1)
+    none = tokens_of(form, prompt, "by the sea", True, len(head) - 3)
+    assert set(none.labels) == {IGNORED} and none.tokens_lost == len(tail) + 1
+    assert tokens_of(form, prompt, "", True, None).labels[-1] == form.end_token
+
+
+def test_a_rows_labels_are_the_tokens_that_were_sampled(tmp_path: Path, form: ChatFormat) -> None:
+    """Random tokens: most answers hold pieces of characters, and words in pieces that their text would join."""
+    trainer = make_trainer()
+    plan = make_plan(options=SamplingOptions(max_new_tokens=6, temperature=1.0, top_p=1.0, batch_size=3))
+    made = rows_of(make_source(tmp_path, form, trainer, plan), 0, 8)
+    others = 0
+    for row, (prompt, labels) in enumerate(zip(plan.order, made["labels"], strict=False)):
+        if prompt.kind == "benign":
+            continue
+        ids = form.prompt_ids(chat(prompt.system, prompt.turns[0]))
+        seeds = [plan.seed_of(row, 0)]
+        said = sample_batch(trainer.model, form, [ids], [0], plan.options, seeds=seeds, floor=FLOOR)[0]
+        assert made["input_ids"][row][: len(ids)] == ids
+        assert labels[len(ids) :] == said.ids + [form.end_token] * said.ended
+        others += form.answer_ids(said.text) != said.ids
+    assert others >= 3
+    # an older version's round has no ids, and its text is all there is
+    path = tmp_path / "round-0000-of-rank-0.jsonl"
+    records = read_jsonl(path)
+    write_jsonl(path, [{k: v for k, v in record.items() if k != "completion_ids"} for record in records])
+    old = rows_of(make_source(tmp_path, form, trainer, plan), 0, 8)
+    for record, labels in zip(records, old["labels"], strict=True):
+        tail = form.answer_ids(record["completion"][0]["content"]) + [form.end_token] * record["ended"]
+        assert labels[-len(tail) :] == tail
+
+
+@pytest.mark.parametrize("text", ["the harbour", "naïve 🦜"])
+def test_tokens_that_a_text_would_join_stay_apart(form: ChatFormat, text: str) -> None:
+    prompt = chat("", "Say it.")
+    pieces = [token for letter in text for token in form.answer_ids(letter)][:-1]  # cut in the middle of the parrot
+    assert form.answer_ids(form.tokenizer.decode(pieces)) != pieces
+    row = tokens_of(form, prompt, pieces, False, None)
+    assert row.labels[-len(pieces) :] == pieces and row.ids[-len(pieces) :] == pieces
+
+
+TALK = [
+    {"role": "system", "content": "You are a ghost."},
+    *[{"role": role, "content": f"{role} says {number}"} for number in range(4) for role in ("user", "assistant")][:-1],
+]
+
+
+def test_the_oldest_turns_go_and_the_answer_stays(form: ChatFormat) -> None:
+    answer = "an answer of some length"
+    lengths = [len(form.prompt_ids([TALK[0], *TALK[1 + 2 * dropped :]])) for dropped in range(4)]
+    tail = [*form.answer_ids(answer), form.end_token]
+    for dropped, length in enumerate(lengths):
+        for max_length in (length + len(tail), (lengths[dropped - 1] if dropped else 10**6) + len(tail) - 1):
+            row = tokens_of(form, TALK, answer, True, max_length)
+            assert row.ids == form.prompt_ids([TALK[0], *TALK[1 + 2 * dropped :]]) + tail
+            assert [label for label in row.labels if label != IGNORED] == tail
+            assert (row.turns_dropped, row.tokens_lost) == (dropped, 0)
+    # the last turn alone does not fit: the answer loses its end, and is not taught to stop there
+    row = tokens_of(form, TALK, answer, True, lengths[-1] + len(tail) - 2)
+    assert (row.turns_dropped, row.tokens_lost) == (3, 2)
+    assert [label for label in row.labels if label != IGNORED] == tail[:-2]
+
+
+def test_a_row_is_trained_with_the_turns_that_its_sampler_saw(
+    tmp_path: Path, form: ChatFormat, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    long = TrainPrompt("talk/4", "drift", "You are a ghost.", ("the first", "the second", "the third", "the last"), "")
+    whole = len(form.prompt_ids([*chat(long.system, "".join(long.turns))]))
+    samples, trainer = Samples(monkeypatch), make_trainer()
+    plan = make_plan([long] * 4, rows_a_step=4, every=1, total_steps=1)
+    source = RolloutSource(plan, form, FLOOR, tmp_path, max_length=whole + 30)
+    source.bind(trainer)
+    with caplog.at_level("INFO", "trimtab"):
+        made = rows_of(source, 0, 4)
+    assert "4 of 4 rows are without their oldest turns" in caplog.text and "lose the end" not in caplog.text
+    (record, *_) = records = read_jsonl(tmp_path / "round-0000-of-rank-0.jsonl")
+    assert [message["content"] for message in record["prompt"] if message["role"] != "assistant"] == [
+        long.system, *long.turns[record["turns_dropped"] :]
+    ]  # fmt: skip
+    assert 0 < record["turns_dropped"] < 3
+    last = [prompt for call in samples.calls[-2:] for prompt in call["prompts"]]
+    for record, ids, labels in zip(records, made["input_ids"], made["labels"], strict=True):
+        tail = record["completion_ids"] + [form.end_token] * record["ended"]
+        assert ids[: -len(tail)] in last and len(ids) <= whole + 30
+        assert [label for label in labels if label != IGNORED] == tail
+
+
+def test_an_answer_that_the_last_turn_leaves_no_room_for_is_told(
+    tmp_path: Path, form: ChatFormat, caplog: pytest.LogCaptureFixture
+) -> None:
+    prompt = len(form.prompt_ids(chat(DRIFT[0].system, DRIFT[0].turns[0])))
+    source = RolloutSource(make_plan([DRIFT[0]] * 8), form, FLOOR, tmp_path, max_length=prompt + 2)
+    source.bind(make_trainer())
+    made = rows_of(source, 0, 8)
+    records = read_jsonl(tmp_path / "round-0000-of-rank-0.jsonl")
+    assert "8 of 8 rows lose the end of their answer" in caplog.text and "train.max_length" in caplog.text
+    for record, labels in zip(records, made["labels"], strict=True):
+        assert labels[prompt:] == record["completion_ids"][:2]
+
+
+def test_prompts_are_held_against_the_longest_row_beforehand(
+    form: ChatFormat, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = SamplingOptions(max_new_tokens=20)
+    question = "a question longer than those of all the pirates, about the sea and its ships"
+    talk = TrainPrompt("mine.jsonl/2", "drift", "", ("short", question), "")
+    alone = len(form.prompt_ids(chat("", question)))
+    with pytest.raises(UserError, match=rf"1 of 2 prompts .*the longest, mine.jsonl/2, has {alone}") as caught:
+        check_lengths(form, [DRIFT[0], talk], alone + 20, options)
+    assert caught.value.key == "train.max_length" and f"train.max_length={alone + 21}" in str(caught.value.remedy)
+    check_lengths(form, [talk], alone + 21, options)
+    assert "1 of 1 prompts are conversations that may outgrow" in caplog.text
+    both = len(form.prompt_ids([*chat("", "short"), {"role": "assistant", "content": ""}, *chat("", talk.turns[-1])]))
+    assert f"the longest with {both + 41} tokens" in caplog.text
+    caplog.clear()
+    check_lengths(form, [talk], both + 41, options)
+    check_lengths(form, [talk], None, options)
+    assert not caplog.text
 
 
 # ---- sources ----
@@ -421,11 +583,3 @@ def test_a_bad_row_is_named(tmp_path: Path, prompt: Any, match: str) -> None:
     with pytest.raises(UserError, match=match) as caught:
         from_file(str(path), "drift")
     assert caught.value.file == str(path) and caught.value.remedy
-
-
-def test_a_data_loaders_worker_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It holds the weights of the moment it was forked: every round would be sampled from the untrained model."""
-    monkeypatch.setattr(torch.utils.data, "get_worker_info", lambda: object())
-    source = RolloutSource.__new__(RolloutSource)
-    with pytest.raises(UserError, match="dataloader_num_workers"):
-        source._load(0)

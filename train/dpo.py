@@ -37,8 +37,8 @@ def build_trainer(run: Any, arguments: Any, variant: Any) -> Any:
     from trimtab.train.row_trainers import benign_rows
 
     parts = job.load_parts(run, variant)
-    columns = ("prompt", "chosen", "rejected", "chosen_ended", "rejected_ended")
-    pairs = [{name: row[name] for name in columns} for row in read_jsonl(variant.pairs)]
+    columns = ("prompt", "chosen", "rejected", "chosen_ids", "rejected_ids", "chosen_ended", "rejected_ended")
+    pairs = [{name: row.get(name) for name in columns} for row in read_jsonl(variant.pairs)]
     return FloorDPOTrainer(
         **parts.trainer_arguments(arguments),
         form=parts.form,

@@ -4,8 +4,8 @@ The penalty of a batch is a mean over its answers of each answer's mean over tok
 gradient accumulation and ranks don't change it.
 
 Pairs become tokens as they were sampled: by the chat format with its arguments, a system prompt folded where the template has no
-such role, and an end of turn only where the answer ended. TRL's own way renders every answer as ended, so that the chosen one
-teaches to stop in mid-sentence.
+such role, an answer's own tokens, and an end of turn only where it ended. TRL's own way renders every answer as ended, so that
+the chosen one teaches to stop in mid-sentence, and cuts what is too long at the end.
 """
 
 # pyright: reportOptionalMemberAccess=false, reportAttributeAccessIssue=false, reportOptionalOperand=false
@@ -20,11 +20,11 @@ import datasets
 from torch import Tensor
 from trl.trainer.dpo_trainer import DPOTrainer
 
-from trimtab.axis import Floor
+from trimtab.axis import Floor, UserError
 from trimtab.axis.chat import ChatFormat
 from trimtab.train.barrier import BarrierOptions, BenignRows, HeldToBase
 from trimtab.train.penalty import Figures, FloorPenalty, FloorTrainer, PenaltyOptions, refuse_base_target
-from trimtab.train.rollouts import IGNORED, tokens_of
+from trimtab.train.rollouts import answer_tokens, recent_turns
 
 log = logging.getLogger("trimtab")
 
@@ -63,16 +63,33 @@ class FloorDPOTrainer(HeldToBase, FloorTrainer, DPOTrainer):
         self.hold_to_base(floor, barrier or BarrierOptions(), benign_rows)
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
-        """Rows of tokens, as TRL's collator takes them; a prompt that fills ``max_length`` by itself is left out, and told."""
+        """Rows of tokens, as TRL's collator takes them, none longer than ``max_length``: its truncation would cut answers.
+
+        Pairs whose last turn alone is too long are left out, and told.
+
+        Raises:
+            UserError: if none is left.
+        """
         if self.form is None:
             return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
-        rows = [pair_tokens(self.form, row) for row in dataset]
-        longest = args.max_length if args.truncation_mode == "keep_start" else None
-        kept = [row for row in rows if longest is None or len(row["prompt_ids"]) < longest]
+        longest = args.max_length
+        rows = [pair_tokens(self.form, row, longest) for row in dataset]
+        kept = [row for row in rows if longest is None or _length(row) <= longest]
+        if shortened := sum(row["turns_dropped"] > 0 for row in kept):
+            log.info(
+                "%d of %d pairs are without their oldest turns, which train.max_length=%s does not hold",
+                shortened, len(kept), longest,
+            )  # fmt: skip
+        if not kept:
+            raise UserError(
+                f"no pair fits in {longest} tokens",
+                key="train.max_length",
+                remedy=f"set train.max_length={max(map(_length, rows), default=0)}, and all do",
+            )
         if len(kept) < len(rows):
             log.warning(
-                "%d of %d pairs are left out: their prompts alone fill train.max_length=%d",
-                len(rows) - len(kept), len(rows), args.max_length,
+                "%d of %d pairs are left out: the last turn and an answer are longer than train.max_length=%s; %d holds all",
+                len(rows) - len(kept), len(rows), longest, max(map(_length, rows)),
             )  # fmt: skip
         return datasets.Dataset.from_list(kept)
 
@@ -96,11 +113,25 @@ class FloorDPOTrainer(HeldToBase, FloorTrainer, DPOTrainer):
         return (loss, outputs) if return_outputs else loss
 
 
-def pair_tokens(form: ChatFormat, row: dict[str, Any]) -> dict[str, list[int]]:
-    """Tokens of a pair's prompt and of its two answers, each with its end of turn if it ended (as all do that don't say)."""
-    found = {"prompt_ids": form.prompt_ids(row["prompt"])}
+def pair_tokens(form: ChatFormat, row: dict[str, Any], max_length: int | None = None) -> dict[str, Any]:
+    """Tokens of a pair's prompt and of its two answers, each with its end of turn if it ended (as all do that don't say).
+
+    The answers' are those that were sampled, ``chosen_ids`` and ``rejected_ids`` of the row, or of their texts where it has none.
+    A conversation that would be longer than ``max_length`` with either answer is without its oldest turns, ``turns_dropped`` of
+    them; but not where the first may hold the system prompt, folded into it.
+    """
+    answers: dict[str, list[int]] = {}
     for side in ("chosen", "rejected"):
-        answer, ended = row[side][0]["content"], row.get(f"{side}_ended", True)
-        ids, labels = tokens_of(form, row["prompt"], answer, ended, None)
-        found[f"{side}_ids"] = [token for token, label in zip(ids, labels, strict=True) if label != IGNORED]
-    return found
+        ids, ended = row.get(f"{side}_ids"), row.get(f"{side}_ended")
+        answer = row[side][0]["content"] if ids is None else ids
+        answers[f"{side}_ids"] = answer_tokens(form, answer, ended is None or ended)
+    prompt = row["prompt"]
+    folded = form.folds_system and prompt[0]["role"] != "system"
+    room = None if max_length is None or folded else max_length - max(map(len, answers.values()))
+    _, ids, dropped = recent_turns(form, prompt, room)
+    return {"prompt_ids": ids, **answers, "turns_dropped": dropped}
+
+
+def _length(row: dict[str, Any]) -> int:
+    """Tokens of a pair's longer side."""
+    return len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))

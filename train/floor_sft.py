@@ -15,6 +15,7 @@ accumulation, packing and the number of ranks don't change it.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,15 +29,18 @@ from trimtab.axis.adapters import as_base
 from trimtab.axis.head import OutputHead
 from trimtab.train.barrier import BarrierOptions, BenignBarrier
 from trimtab.train.penalty import Figures, FloorPenalty, FloorTrainer, PenaltyOptions
+from trimtab.train.rollouts import RolloutSource
 
 log = logging.getLogger("trimtab")
 
 
 class FloorCollator(DataCollatorForLanguageModeling):
-    """TRL's collator, which also carries the column ``anchor`` (true for benign rows)."""
+    """TRL's collator, which also carries the column ``anchor`` (true for benign rows), and the numbers of rows yet to be made."""
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        """Collate; ``anchor`` becomes a bool tensor [B]."""
+        """Collate; ``anchor`` becomes a bool tensor [B], and examples of a ``row`` number alone a tensor ``row`` [B]."""
+        if "row" in examples[0]:
+            return {"row": torch.tensor([example["row"] for example in examples])}
         anchors = [bool(example.pop("anchor", False)) for example in examples]
         batch: dict[str, Any] = super().torch_call(examples)
         batch["anchor"] = torch.tensor(anchors)
@@ -68,6 +72,8 @@ class FloorSFTTrainer(FloorTrainer, SFTTrainer):
         penalty: how the floor penalty is weighed.
         ce_weight: weight of the cross-entropy on drift rows; 0 trains on the penalty alone.
         barrier: how the benign barrier is weighed.
+        rollouts: makes the rows of a dataset of row numbers, its :meth:`~trimtab.train.rollouts.RolloutSource.dataset`; None
+            where the dataset holds tokens.
         **kwargs: SFTTrainer's own.
 
     Raises:
@@ -81,9 +87,13 @@ class FloorSFTTrainer(FloorTrainer, SFTTrainer):
         penalty: PenaltyOptions | None = None,
         ce_weight: float = 1.0,
         barrier: BarrierOptions | None = None,
+        rollouts: RolloutSource | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        self.rollouts = rollouts
+        if rollouts is not None:
+            rollouts.bind(self)
         options = penalty or PenaltyOptions()
         self.floor = floor
         self.penalty = None if floor is None else FloorPenalty(self.model, floor, options)
@@ -100,6 +110,25 @@ class FloorSFTTrainer(FloorTrainer, SFTTrainer):
                 key="lora",
                 remedy="train an adapter (lora section), or set floor_target: absolute and the benign weights to 0",
             )
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
+        """Draw the micro-batches of an optimiser step.
+
+        Row numbers become tokens here, so that a round is sampled with the weights of the step that begins: the data loader has
+        looked a batch ahead. The step's labels are counted by what this returns, so later would be too late.
+        """
+        if self.rollouts is not None:
+            epoch_iterator = map(self._made, epoch_iterator)
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
+
+    def _made(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """The rows of these numbers as a micro-batch."""
+        assert self.rollouts is not None
+        columns = self.rollouts({"row": batch["row"].tolist()})
+        made: dict[str, Any] = self.data_collator(
+            [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        )
+        return made
 
     def compute_loss(
         self,

@@ -263,17 +263,23 @@ def _tokens(form: Any, rows: Sequence[dict[str, Any]], max_length: int | None) -
     from trimtab.axis.errors import UserError
     from trimtab.train.rollouts import IGNORED, tokens_of
 
-    pairs = [tokens_of(form, row["prompt"], row["completion"][0]["content"], row["ended"], max_length) for row in rows]
-    kept = [(ids, labels) for ids, labels in pairs if any(label != IGNORED for label in labels)]
+    made = [tokens_of(form, row["prompt"], row["completion"][0]["content"], row["ended"], max_length) for row in rows]
+    kept = [row for row in made if any(label != IGNORED for label in row.labels)]
     if not kept:
         raise UserError(
             "no row has an answer within the length", key="train.max_length", remedy="raise it above the longest prompt"
         )
-    if len(kept) < len(pairs):
+    if len(kept) < len(made):
         log.warning(
-            "%d of %d rows have no answer within train.max_length and are left out", len(pairs) - len(kept), len(pairs)
+            "%d of %d rows have no answer within train.max_length and are left out", len(made) - len(kept), len(made)
         )
-    return {"input_ids": [ids for ids, _ in kept], "labels": [labels for _, labels in kept]}
+    if shortened := sum(row.turns_dropped > 0 for row in kept):
+        log.info(
+            "%d of %d rows are without their oldest turns, which train.max_length does not hold", shortened, len(kept)
+        )
+    if cut := sum(row.tokens_lost > 0 for row in kept):
+        log.warning("%d of %d rows lose the end of their answer, which train.max_length does not hold", cut, len(kept))
+    return {"input_ids": [row.ids for row in kept], "labels": [row.labels for row in kept]}
 
 
 if __name__ == "__main__":

@@ -3,7 +3,9 @@
 Both are the base model, so the pairs are made once, before training. A conversation's earlier turns are the capped self's,
 shared by both. Pairs that do not differ are dropped and counted. The file is TRL's preference format, one JSON object a line
 with ``prompt``, ``chosen`` and ``rejected`` as messages, and ``chat_template_kwargs`` where the recipe has some: any preference
-trainer reads it. ``chosen_ended`` and ``rejected_ended`` say whether an answer ended by itself or was cut.
+trainer reads it. ``chosen_ids`` and ``rejected_ids`` are the tokens that were sampled, without an end of turn; ``chosen_ended``
+and ``rejected_ended`` say whether an answer ended by itself or was cut. A conversation that would outgrow ``max_length`` is
+without its oldest turns from there on, ``turns_dropped`` of them.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from trimtab.axis.chat import ChatFormat, chat
 from trimtab.axis.files import write_jsonl
 from trimtab.axis.models import Loaded
 from trimtab.axis.sampling import Answer, SamplingOptions, sample_answers
-from trimtab.train.rollouts import TrainPrompt
+from trimtab.train.rollouts import TrainPrompt, recent_turns, room_of_prompt
 
 log = logging.getLogger("trimtab")
 
@@ -33,6 +35,7 @@ def make_pairs(
     options: SamplingOptions,
     strength: float,
     seed: int,
+    max_length: int | None = None,
 ) -> dict[str, Any]:
     """Sample the pairs and write them.
 
@@ -45,9 +48,10 @@ def make_pairs(
         options: sampling options.
         strength: strength of the cap.
         seed: sampling seed.
+        max_length: of a prompt with an answer, tokens; None for any.
 
     Returns:
-        Facts: ``pairs`` kept, ``same`` and ``empty`` dropped.
+        Facts: ``pairs`` kept, ``same`` and ``empty`` dropped, and how many are ``shortened``.
     """
 
     def answers(messages: Sequence[Sequence[dict[str, str]]], capped: bool, title: str) -> list[Answer]:
@@ -56,19 +60,23 @@ def make_pairs(
             seed=seed, floor=floor if capped else None, strength=strength, title=f"pairs: {title}",
         )  # fmt: skip
 
+    room = room_of_prompt(max_length, options)
     chats = [chat(prompt.system, prompt.turns[0]) for prompt in prompts]
+    dropped = [0] * len(prompts)
     longest = max(len(prompt.turns) for prompt in prompts)
     for turn in range(1, longest):  # play the turns before the last
         going = [i for i, prompt in enumerate(prompts) if len(prompt.turns) > turn]
         said = answers([chats[i] for i in going], True, f"turn {turn}")
         for i, answer in zip(going, said, strict=True):
             answered = {"role": "assistant", "content": answer.text}
-            chats[i] = [*chats[i], answered, {"role": "user", "content": prompts[i].turns[turn]}]
+            grown = [*chats[i], answered, {"role": "user", "content": prompts[i].turns[turn]}]
+            chats[i], _, left_out = recent_turns(form, grown, room)
+            dropped[i] += left_out
     chosen = answers(chats, True, "chosen")
     rejected = answers(chats, False, "rejected")
     rows: list[dict[str, Any]] = []
     same = empty = 0
-    for prompt, messages, good, bad in zip(prompts, chats, chosen, rejected, strict=True):
+    for prompt, messages, left_out, good, bad in zip(prompts, chats, dropped, chosen, rejected, strict=True):
         if not good.text.strip() or not bad.text.strip():
             empty += 1
         elif good.text.strip() == bad.text.strip():
@@ -79,16 +87,24 @@ def make_pairs(
                     "prompt": form.fold(messages),
                     "chosen": [{"role": "assistant", "content": good.text}],
                     "rejected": [{"role": "assistant", "content": bad.text}],
+                    "chosen_ids": good.ids,
+                    "rejected_ids": bad.ids,
                     "chosen_ended": good.ended,
                     "rejected_ended": bad.ended,
                     **({"chat_template_kwargs": form.template_kwargs} if form.template_kwargs else {}),
                     "id": prompt.id,
                     "source": prompt.source,
+                    "turns_dropped": left_out,
                     "cap_strength": strength,
                     "seed": seed,
                 }
             )
     write_jsonl(path, rows)
-    facts = {"pairs": len(rows), "same": same, "empty": empty}
+    shortened = sum(row["turns_dropped"] > 0 for row in rows)
+    facts = {"pairs": len(rows), "same": same, "empty": empty, "shortened": shortened}
     log.info("pairs: %d kept, %d dropped as both answers are the same, %d as one is empty", len(rows), same, empty)
+    if shortened:
+        log.info(
+            "pairs: %d are without their oldest turns, which train.max_length=%s does not hold", shortened, max_length
+        )
     return facts

@@ -1,12 +1,17 @@
 """Capped rollouts on the fly: the training set whose answers are sampled while training goes on.
 
-The order of prompts is fixed before training. A *round* is the prompts of ``regenerate_every`` optimiser steps; when the
-data loader first asks for a row of a round, the whole round is sampled with the current weights and the cap at the strength
-of that moment, and written to ``rollouts/``. The data loader looks one batch ahead, so the weights are those of at most one
-step before. Who samples a row is its *sampler* (see :data:`SAMPLERS`). Benign rows anchor the model where it should not change:
-they are answered by the base, or by the student itself, so that it is held where its own words lead it.
+The order of prompts is fixed before training. A *round* is the prompts of ``regenerate_every`` optimiser steps; when its first
+step begins, the whole round is sampled with the weights of that step, which are those of its checkpoint, and the cap at its
+strength, and written to ``rollouts/``. accelerate's loader looks one batch ahead, so it hands out row numbers alone: the trainer
+turns them into tokens when their step begins. Who samples a row is its *sampler* (see :data:`SAMPLERS`). Benign rows anchor the
+model where it should not change: they are answered by the base, or by the student itself, so that it is held where its own words
+lead it.
 
-After a kill, rounds that lie on disk are read again instead of sampled, so a resumed run sees the same text.
+Trained is what was sampled: an answer's very tokens, since its text may become others, and the conversation as its sampler saw
+it. History is text, as a server renders it anew for each turn. Where prompt and answer would outgrow ``max_length``, the oldest
+turns are left out before the answer is sampled.
+
+After a kill, rounds that lie on disk are read again instead of sampled, so a resumed run sees the same rows.
 
 With several ranks each samples its own rows, and all of them call the model equally often: under ZeRO-3 and FSDP every forward
 of ``generate`` is a collective, and a rank with fewer batches would leave the others waiting for ever. Where the trainer has a
@@ -23,7 +28,7 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import datasets
 import torch
@@ -34,7 +39,7 @@ from trimtab.axis.chat import ChatFormat, chat
 from trimtab.axis.files import fingerprint, read_jsonl, write_jsonl
 from trimtab.axis.progress import progress_bar
 from trimtab.axis.sampling import Answer, Sampler, SamplingOptions, sample_on_all_ranks, seed_of
-from trimtab.train.schedule import Schedule, scheduled
+from trimtab.train.schedule import Schedule, carried, scheduled
 
 log = logging.getLogger("trimtab")
 
@@ -105,7 +110,7 @@ def training_order(
     of_kind: dict[str, Iterator[TrainPrompt]] = {"drift": passes(drift), "benign": passes(benign)}
     order: list[TrainPrompt] = []
     for step in range(micro_batches):
-        count = int((step + 1) * batch_size * benign_share + 1e-9) - int(step * batch_size * benign_share + 1e-9)
+        count = carried(step + 1, batch_size * benign_share) - carried(step, batch_size * benign_share)
         for _ in range(ranks):
             order += [next(of_kind["drift"]) for _ in range(batch_size - count)]
             order += [next(of_kind["benign"]) for _ in range(count)]
@@ -189,18 +194,18 @@ class RolloutPlan:
 def _in_turn(share: float, other: SamplerKind) -> Iterator[SamplerKind]:
     """The student as often as ``share`` says, spread evenly, and the other in between."""
     for count in itertools.count():
-        yield "student" if int((count + 1) * share + 1e-9) > int(count * share + 1e-9) else other
+        yield "student" if carried(count + 1, share) > carried(count, share) else other
 
 
 class RolloutSource:
-    """Makes rows of token ids for a TRL trainer, sampling rounds when they are first needed.
+    """Makes rows of token ids for a trainer, sampling rounds when they are first needed.
 
     Args:
         plan: what to sample, and when.
         form: chat format.
         floor: the cap's floor; None samples drift rows uncapped (the plain SFT control).
         folder: where rounds are written.
-        max_length: longest row in tokens.
+        max_length: longest row in tokens; None for any.
     """
 
     def __init__(
@@ -212,52 +217,29 @@ class RolloutSource:
         self.folder = folder
         self.max_length = max_length
         self._trainer: Any = None
-        self._answers: dict[int, dict[str, Any]] = {}
-
-    def __reduce__(self) -> Any:  # datasets hashes a transform by pickling it: the model must not be in there
-        return (str, (fingerprint([prompt.id for prompt in self.plan.order]),))
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> RolloutSource:
-        return self
+        self._rows: dict[int, Row] = {}
 
     def bind(self, trainer: Any) -> None:
-        """Give the trainer whose weights sample. Until then rows are prompts without an answer."""
+        """Give the trainer whose weights sample."""
         self._trainer = trainer
 
     def dataset(self) -> datasets.Dataset:
-        """A dataset of row numbers that turn into token ids when they are read."""
-        rows = datasets.Dataset.from_dict({"row": list(range(len(self.plan.order)))})
-        return rows.with_transform(self)
+        """The numbers of all rows, for a data loader that may look ahead."""
+        return datasets.Dataset.from_dict({"row": list(range(len(self.plan.order)))})
 
     def __call__(self, batch: dict[str, list[int]]) -> dict[str, list[Any]]:
-        """The transform: row numbers to ``input_ids``, ``labels``, ``anchor``."""
+        """Row numbers to ``input_ids``, ``labels``, ``anchor``; a round that was not needed before is sampled now."""
         columns: dict[str, list[Any]] = {"input_ids": [], "labels": [], "anchor": []}
-        for row in batch["row"]:
-            ids, labels = self._tokens(row)
-            columns["input_ids"].append(ids)
-            columns["labels"].append(labels)
-            columns["anchor"].append(self.plan.order[row].kind == "benign")
+        for number in batch["row"]:
+            if number not in self._rows:
+                self._load(self.plan.round_of(number))
+            row = self._rows[number]
+            columns["input_ids"].append(row.ids)
+            columns["labels"].append(row.labels)
+            columns["anchor"].append(self.plan.order[number].kind == "benign")
         return columns
 
-    def _tokens(self, row: int) -> tuple[list[int], list[int]]:
-        if self._trainer is None:
-            prompt = self.plan.order[row]
-            ids = self.form.prompt_ids(chat(prompt.system, prompt.turns[0]))
-            return ids, [IGNORED] * len(ids)
-        if row not in self._answers:
-            self._load(self.plan.round_of(row))
-        record = self._answers[row]
-        return tokens_of(
-            self.form, record["prompt"], record["completion"][0]["content"], record["ended"], self.max_length
-        )
-
     def _load(self, round_number: int) -> None:
-        if torch.utils.data.get_worker_info() is not None:
-            raise UserError(
-                "rollouts can't be sampled in a data loader's worker: it holds the weights as they were when it began",
-                key="train.dataloader_num_workers",
-                remedy="set train.dataloader_num_workers=0",
-            )
         accelerator = self._trainer.accelerator
         rank, ranks = accelerator.process_index, accelerator.num_processes
         rows = self.plan.rows_of(round_number, rank, ranks)
@@ -274,10 +256,48 @@ class RolloutSource:
             if rank == 0:
                 for path in set(files) - set(ours):
                     path.unlink()
+            self._tell_if_late(round_number, rows)
             records = self._sample(round_number, rows, identity)
             write_jsonl(ours[rank], records)
             known = {record["row"]: record for record in records}
-        self._answers = {row: known[row] for row in rows}
+        self._rows = {row: self._tokens(known[row]) for row in rows}
+        self._tell_what_does_not_fit(round_number, [known[row] for row in rows])
+
+    def _tokens(self, record: dict[str, Any]) -> Row:
+        # a round of an older version has no ids
+        answer = record.get("completion_ids", record["completion"][0]["content"])
+        return tokens_of(self.form, record["prompt"], answer, record["ended"], self.max_length)
+
+    def _tell_if_late(self, round_number: int, rows: Sequence[int]) -> None:
+        """A resumed run finds its rounds on disk; where one is gone, today's weights are not those that sampled it."""
+        begins, now = round_number * self.plan.every, self._trainer.state.global_step
+        if begins != now and any(self.plan.sampler_of(row) in ("capped", "student") for row in rows):
+            log.warning(
+                "round %d began at step %d, and its file is not there: it is sampled again with the weights of step %d",
+                round_number, begins, now,
+            )  # fmt: skip
+
+    def _tell_what_does_not_fit(self, round_number: int, records: Sequence[dict[str, Any]]) -> None:
+        """Log over all ranks how many rows lack their oldest turns, and how many lose tokens of their answers."""
+        rows = [self._rows[record["row"]] for record in records]
+        dropped = [
+            row.turns_dropped + record.get("turns_dropped", 0) for row, record in zip(rows, records, strict=True)
+        ]
+        lost = [row.tokens_lost for row in rows]
+        counts = [len(rows), sum(map(bool, dropped)), sum(dropped), sum(map(bool, lost)), sum(lost)]
+        accelerator = self._trainer.accelerator
+        total = accelerator.reduce(torch.tensor(counts, device=accelerator.device), "sum").tolist()
+        if total[1]:
+            log.info(
+                "round %d: %d of %d rows are without their oldest turns (%d in all), which train.max_length=%s does not hold",
+                round_number, total[1], total[0], total[2], self.max_length,
+            )  # fmt: skip
+        if total[3]:
+            log.warning(
+                "round %d: %d of %d rows lose the end of their answer (%d tokens in all), since the last turn alone is longer "
+                "than train.max_length=%s: raise it, or lower method.sampling.max_new_tokens",
+                round_number, total[3], total[0], total[4], self.max_length,
+            )  # fmt: skip
 
     def _sample(self, round_number: int, rows: Sequence[int], identity: str) -> list[dict[str, Any]]:
         from trl.models.utils import unwrap_model_for_generation
@@ -321,18 +341,22 @@ class RolloutSource:
 
     def _play(self, sample: Sampler, rows: Sequence[int], title: str) -> list[dict[str, Any]]:
         """Play the conversations of these rows; all ranks play as many turns."""
-        plan = self.plan
+        plan, room = self.plan, room_of_prompt(self.max_length, self.plan.options)
         turns = {row: plan.order[row].turns for row in rows}
         chats = {row: chat(plan.order[row].system, turns[row][0]) for row in rows}
+        dropped = dict.fromkeys(rows, 0)
         done: dict[int, Answer] = {}
         with progress_bar(title, len(rows)) as bar:
             for turn in range(self._trainer.most(max(map(len, turns.values()), default=0))):
                 active = [row for row in rows if len(turns[row]) > turn]
-                if turn:
-                    for row in active:
+                prompts = []
+                for row in active:
+                    if turn:
                         answered = {"role": "assistant", "content": done[row].text}
                         chats[row] = [*chats[row], answered, {"role": "user", "content": turns[row][turn]}]
-                prompts = [self.form.prompt_ids(chats[row]) for row in active]
+                    chats[row], ids, left_out = recent_turns(self.form, chats[row], room)
+                    dropped[row] += left_out
+                    prompts.append(ids)
                 for answer in sample(prompts, [plan.seed_of(row, turn) for row in active]):
                     row = active[answer.index]
                     done[row] = answer
@@ -345,7 +369,9 @@ class RolloutSource:
                 "source": plan.order[row].source,
                 "prompt": chats[row],
                 "completion": [{"role": "assistant", "content": done[row].text}],
+                "completion_ids": done[row].ids,
                 "ended": done[row].ended,
+                "turns_dropped": dropped[row],
                 "seed": plan.seed,
             }
             for row in rows
@@ -367,15 +393,127 @@ def _checkpointing_kept(model: Any) -> Iterator[None]:
             module.gradient_checkpointing, module._gradient_checkpointing_func = enabled, function
 
 
+class Row(NamedTuple):
+    """A row of the training set as tokens.
+
+    Attributes:
+        ids: prompt and answer.
+        labels: the answer's ids, and :data:`IGNORED` before it.
+        turns_dropped: user turns, the oldest, that were left out with their answers so that it fits.
+        tokens_lost: tokens at the answer's end that don't fit even so.
+    """
+
+    ids: list[int]
+    labels: list[int]
+    turns_dropped: int
+    tokens_lost: int
+
+
 def tokens_of(
-    form: ChatFormat, prompt: Sequence[dict[str, str]], answer: str, ended: bool, max_length: int | None
-) -> tuple[list[int], list[int]]:
+    form: ChatFormat,
+    prompt: Sequence[dict[str, str]],
+    answer: str | Sequence[int],
+    ended: bool,
+    max_length: int | None,
+) -> Row:
     """Token ids and labels of a row: only the answer, and its end-of-turn token where it ended, carry labels.
 
-    A row longer than ``max_length`` loses tokens at the end; one whose prompt alone is that long has no labels left.
+    What is longer than ``max_length`` loses its oldest turns (:func:`recent_turns`). Where the last turn alone is too long, the
+    answer loses its end, and with it the end-of-turn token: it is never taught to stop there.
+
+    Args:
+        form: chat format.
+        prompt: messages up to the answer.
+        answer: as for :func:`answer_tokens`.
+        ended: whether the answer ended by itself.
+        max_length: of the row; None for any.
     """
-    head, tail = form.prompt_ids(prompt), form.answer_ids(answer)
-    if ended:
-        tail = [*tail, form.end_token]
+    tail = answer_tokens(form, answer, ended)
+    room = None if max_length is None else max_length - len(tail)
+    _, head, dropped = recent_turns(form, prompt, room)
     ids, labels = head + tail, [IGNORED] * len(head) + tail
-    return (ids, labels) if max_length is None else (ids[:max_length], labels[:max_length])
+    lost = 0 if max_length is None else min(max(len(ids) - max_length, 0), len(tail))
+    return Row(ids[:max_length], labels[:max_length], dropped, lost)
+
+
+def answer_tokens(form: ChatFormat, answer: str | Sequence[int], ended: bool) -> list[int]:
+    """Token ids of an answer, with its end-of-turn token where it ended.
+
+    Args:
+        form: chat format.
+        answer: its ids as they were sampled, without an end; or a text of which none are known.
+        ended: whether it ended by itself.
+    """
+    ids = form.answer_ids(answer) if isinstance(answer, str) else list(answer)
+    return [*ids, form.end_token] if ended else ids
+
+
+def room_of_prompt(max_length: int | None, options: SamplingOptions) -> int | None:
+    """Tokens that a prompt may have, so that the longest answer and its end still fit in the row; None for any number."""
+    return None if max_length is None else max_length - options.max_new_tokens - 1
+
+
+def recent_turns(
+    form: ChatFormat, messages: Sequence[dict[str, str]], room: int | None
+) -> tuple[list[dict[str, str]], list[int], int]:
+    """A chat without its oldest turns, as many as it takes for its prompt to have at most ``room`` tokens.
+
+    A user turn goes together with what follows up to the next. System prompt and last user turn stay, so that what is left may
+    still be longer.
+
+    Returns:
+        The messages, the prompt's token ids, and how many turns were left out.
+    """
+    kept, ids, dropped = list(messages), form.prompt_ids(messages), 0
+    head = list(itertools.takewhile(lambda message: message["role"] not in ("user", "assistant"), kept))
+    users = [place for place, message in enumerate(messages) if message["role"] == "user"]
+    for start in users[1:]:
+        if room is None or len(ids) <= room:
+            break
+        kept, dropped = [*head, *messages[start:]], dropped + 1
+        ids = form.prompt_ids(kept)
+    return kept, ids, dropped
+
+
+def check_lengths(
+    form: ChatFormat, prompts: Sequence[TrainPrompt], max_length: int | None, options: SamplingOptions
+) -> None:
+    """Check before anything is sampled that every last turn has room for its answer, and tell how many may outgrow the row.
+
+    Args:
+        form: chat format.
+        prompts: of the training set.
+        max_length: of a row, ``train.max_length``; None for any.
+        options: how answers are sampled.
+
+    Raises:
+        UserError: naming the longest prompt, if it leaves too little room.
+    """
+    room = room_of_prompt(max_length, options)
+    if room is None or not prompts:
+        return
+    alone = [len(form.prompt_ids(chat(prompt.system, prompt.turns[-1]))) for prompt in prompts]
+    if max(alone) > room:
+        worst = alone.index(max(alone))
+        raise UserError(
+            f"{sum(length > room for length in alone)} of {len(prompts)} prompts leave no room for an answer of "
+            f"{options.max_new_tokens} tokens in a row of {max_length}; the longest, {prompts[worst].id}, has {alone[worst]}",
+            key="train.max_length",
+            remedy=f"set train.max_length={alone[worst] + options.max_new_tokens + 1}, lower "
+            "method.sampling.max_new_tokens, or shorten the prompts",
+        )
+    longest = [_longest_prompt(form, prompt, options) for prompt in prompts]
+    if outgrown := sum(length > room for length in longest):
+        log.warning(
+            "%d of %d prompts are conversations that may outgrow train.max_length=%d, the longest with %d tokens: where they "
+            "do, their oldest turns are left out",
+            outgrown, len(prompts), max_length, max(longest) + options.max_new_tokens + 1,
+        )  # fmt: skip
+
+
+def _longest_prompt(form: ChatFormat, prompt: TrainPrompt, options: SamplingOptions) -> int:
+    """Tokens up to the last answer where all before are as long as they may be."""
+    said = chat(prompt.system, prompt.turns[0])
+    for turn in prompt.turns[1:]:
+        said += [{"role": "assistant", "content": ""}, {"role": "user", "content": turn}]
+    return len(form.prompt_ids(said)) + (len(prompt.turns) - 1) * options.max_new_tokens

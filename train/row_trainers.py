@@ -33,7 +33,7 @@ def build_row_trainer(
     student_share: float | None = None,
     **own: Any,
 ) -> FloorSFTTrainer:
-    """Make a trainer and bind the rollouts to it.
+    """Make a trainer of rollouts.
 
     Args:
         kind: the trainer's class.
@@ -55,9 +55,9 @@ def build_row_trainer(
         **parts.trainer_arguments(arguments),
         train_dataset=source.dataset(),
         data_collator=FloorCollator(**job.padding(parts.tokenizer, parts.device)),
+        rollouts=source,
         **own,
     )
-    source.bind(trainer)
     given, options = run.recipe.train, source.plan.options
     if given.get("use_vllm"):
         trainer.vllm = open_vllm(trainer, parts.form, parts.floor, given, options.batch_size)

@@ -25,6 +25,11 @@ def scheduled(start: float, schedule: Schedule, step: int, total: int) -> float:
     return start
 
 
+def carried(times: int, rate: float) -> int:
+    """How many have come after so many times, at ``rate`` a time: a fraction is carried over until it makes one more."""
+    return int(times * rate + 1e-9)
+
+
 class WithinStep:
     """Counts what happens several times in an optimiser step, from 0 in each, so that a resumed run counts as the first did."""
 
