@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,8 @@ from test_floor_sft import wake
 
 from trimtab.axis.chat import ChatFormat
 from trimtab.axis.sampling import SamplingOptions
+from trimtab.recipes.schema import DataSection
+from trimtab.train import row_trainers
 from trimtab.train.barrier import BarrierOptions, BenignRows
 from trimtab.train.floor_dpo import FloorDPOTrainer
 from trimtab.train.penalty import PenaltyOptions
@@ -27,16 +30,15 @@ BENIGN = [TrainPrompt(f"b{i}", "benign", "", (f"request {i}",), "benign") for i 
 OPTIONS = BarrierOptions(kl_weight=0.7, axis_weight=0.3)
 
 
-def benign_rows(folder: Path, *, steps: int = 4, micro_batches: int = 1, ranks: int = 1, size: int = 2) -> BenignRows:
-    order = training_order(
-        [], BENIGN, micro_batches=steps * micro_batches, ranks=ranks, batch_size=size, benign_share=1.0, seed=0
-    )
+def benign_rows(folder: Path, *, steps: int = 4, micro_batches: int = 1, ranks: int = 1, rate: float = 2) -> BenignRows:
+    rows = int(steps * micro_batches * rate)
+    order = training_order([], BENIGN, micro_batches=rows, ranks=ranks, batch_size=1, benign_share=1.0, seed=0)
     plan = RolloutPlan(
-        order=order, rows_a_step=size * micro_batches * ranks, batch_size=size, every=2, total_steps=steps, strength=0.0,
+        order=order, rows_a_step=ranks, batch_size=1, every=math.ceil(2 * micro_batches * rate), total_steps=steps, strength=0.0,
         schedule="constant", options=SamplingOptions(max_new_tokens=6, batch_size=4), seed=0,
     )  # fmt: skip
     source = RolloutSource(plan, ChatFormat(build_tokenizer()), None, folder, max_length=None)
-    return BenignRows(source, micro_batches=micro_batches, pad_token_id=0, pad_to_multiple_of=None)
+    return BenignRows(source, rate=rate, micro_batches=micro_batches, pad_token_id=0, pad_to_multiple_of=None)
 
 
 def grpo(folder: Path, own: dict[str, Any]) -> tuple[Any, Callable[[Any], Any]]:
@@ -121,3 +123,55 @@ def test_rows_are_the_same_after_a_resume_and_differ_between_ranks(tmp_path: Pat
     assert sorted(path.name for path in (tmp_path / "rollouts").iterdir()) == [
         f"round-000{number}-of-rank-{rank}.jsonl" for number in range(2) for rank in range(2)
     ]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize(("own", "share"), [(1, 0.25), (2, 0.5), (4, 0.3), (1, 0.9), (8, 0.05)])
+def test_the_share_asked_for_is_the_share_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: int, share: float, ranks: int
+) -> None:
+    """Over the run, however few rows a micro-batch has; equally many on every rank, no row twice, and in the order laid out."""
+    steps, micro_batches = 15, 2
+    parts = SimpleNamespace(
+        barrier=OPTIONS, form=ChatFormat(build_tokenizer()), tokenizer=build_tokenizer(), device=torch.device("cpu")
+    )
+    run = SimpleNamespace(recipe=SimpleNamespace(data=DataSection(benign_share=share)))
+    arguments = SimpleNamespace(
+        per_device_train_batch_size=own, gradient_accumulation_steps=micro_batches, world_size=ranks, max_steps=steps
+    )
+    asked: list[list[int]] = []
+
+    def said(_: Any, batch: dict[str, list[int]]) -> dict[str, list[Any]]:
+        asked.append(batch["row"])
+        return {name: [[5]] * len(batch["row"]) for name in ("input_ids", "labels")}
+
+    monkeypatch.setattr(RolloutSource, "__call__", said)
+    drawn: list[list[int]] = []
+    for rank in range(ranks):
+        variant = SimpleNamespace(rollouts=tmp_path)
+        rows = row_trainers.benign_rows(run, parts, arguments, variant, SamplingOptions())  # type: ignore[arg-type]
+        assert rows is not None
+        batches = [rows.next(step, rank, ranks) for step in range(steps) for _ in range(micro_batches)]
+        drawn.append([0 if batch is None else len(batch["input_ids"]) for batch in batches])
+    mine = steps * micro_batches * own
+    assert all(counts == drawn[0] for counts in drawn) and max(drawn[0]) - min(drawn[0]) <= 1
+    assert abs(sum(drawn[0]) - mine * share / (1 - share)) < 1
+    assert sorted(row for rows in asked for row in rows) == list(range(sum(map(sum, drawn))))
+
+
+@pytest.mark.parametrize("method", [grpo, dpo])
+def test_every_benign_row_weighs_alike_however_few_a_micro_batch_has(tmp_path: Path, method: Any) -> None:
+    """At a row in three micro-batches the one that has it carries all three: the weights mean the same for any share."""
+    sums = []
+    for rate in (1.0, 1 / 3):
+        rows = benign_rows(tmp_path / "rollouts", steps=3, rate=rate)
+        trainer, _ = method(tmp_path / str(rate), {"barrier": OPTIONS, "benign_rows": rows})
+        wake(trainer.model)
+        losses = []
+        for step in range(3):
+            trainer.state.global_step = step
+            losses.append(trainer.benign_loss(trainer.model, {}))
+        assert [loss is None for loss in losses] == ([False] * 3 if rate == 1 else [True, True, False])
+        sums.append([float(loss) for loss in losses if loss is not None])
+    assert sums[0][0] > 0
+    assert sums[1] == pytest.approx([3 * sums[0][0]], rel=1e-5)

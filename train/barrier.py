@@ -22,7 +22,7 @@ from trimtab.axis.head import OutputHead
 from trimtab.losses import axis_anchor_terms, chunked_divergence
 from trimtab.losses.axis_floor import projections
 from trimtab.train.rollouts import RolloutSource
-from trimtab.train.schedule import WithinStep
+from trimtab.train.schedule import WithinStep, carried
 
 
 @dataclass(frozen=True)
@@ -86,19 +86,31 @@ class BenignBarrier:
 
 
 class BenignRows:
-    """Benign rows for a trainer whose own batches have none: equally many for every micro-batch, in an order that is fixed.
+    """Benign rows for a trainer whose own batches have none, in an order that is fixed.
+
+    A micro-batch gets ``rate`` of them over the run: a fraction is carried from one to the next, so that some have a row more
+    than others, or one where others have none. All ranks have equally many, since benign rows take a forward of their own.
 
     Args:
-        source: benign rows alone, ``batch_size`` of its plan for each micro-batch of each rank.
+        source: benign rows alone, dealt to the ranks one by one (``batch_size`` 1 of its plan).
+        rate: rows a micro-batch of a rank; may be below 1.
         micro_batches: micro-batches of an optimiser step.
         pad_token_id: padding.
         pad_to_multiple_of: as of TRL's collator.
     """
 
     def __init__(
-        self, source: RolloutSource, *, micro_batches: int, pad_token_id: int, pad_to_multiple_of: int | None
+        self,
+        source: RolloutSource,
+        *,
+        rate: float,
+        micro_batches: int,
+        pad_token_id: int,
+        pad_to_multiple_of: int | None,
     ) -> None:
+        assert source.plan.batch_size == 1
         self._source = source
+        self.rate = rate
         self._micro_batches = micro_batches
         self._collate = DataCollatorForLanguageModeling(pad_token_id, pad_to_multiple_of=pad_to_multiple_of)
         self._drawn = WithinStep()
@@ -107,11 +119,16 @@ class BenignRows:
         """Give the trainer whose base answers."""
         self._source.bind(trainer)
 
-    def next(self, step: int, rank: int, ranks: int) -> dict[str, Any]:
-        """The next micro-batch of an optimiser step; counted within the step, so that a resumed run draws the same rows."""
-        size = self._source.plan.batch_size
-        first = ((step * self._micro_batches + self._drawn.next(step)) * ranks + rank) * size
-        rows = self._source({"row": list(range(first, first + size))})
+    def next(self, step: int, rank: int, ranks: int) -> dict[str, Any] | None:
+        """The rows beside the next micro-batch of an optimiser step; None where it has none.
+
+        Counted within the step, so that a resumed run draws the same rows.
+        """
+        before = step * self._micro_batches + self._drawn.next(step)
+        numbers = range(carried(before, self.rate), carried(before + 1, self.rate))
+        if not numbers:
+            return None
+        rows = self._source({"row": [number * ranks + rank for number in numbers]})
         batch: dict[str, Any] = self._collate(
             [
                 {"input_ids": ids, "labels": labels}
@@ -140,11 +157,19 @@ class HeldToBase:
         rows.bind(trainer)
 
     def benign_loss(self, model: Any, figures: dict[str, Tensor]) -> Tensor | None:
-        """The barrier on the next benign rows, a mean over their tokens; None where there is none, and in evaluation."""
+        """The barrier on the next benign rows; None where there is none, and in evaluation.
+
+        It is a mean over their tokens, times their number over the usual one: so every row of the run weighs alike, however few a
+        micro-batch has, and the weights mean the same for any share.
+        """
         trainer: Any = self
-        if self.barrier is None or self._benign_rows is None or not trainer.model.training:
+        rows = self._benign_rows
+        if self.barrier is None or rows is None or not trainer.model.training:
             return None
         accelerator = trainer.accelerator
-        inputs = self._benign_rows.next(trainer.state.global_step, accelerator.process_index, accelerator.num_processes)
+        inputs = rows.next(trainer.state.global_step, accelerator.process_index, accelerator.num_processes)
+        if inputs is None:
+            return None
         inputs = {key: value.to(accelerator.device) for key, value in inputs.items()}
-        return self.barrier.terms(model, inputs, figures) / figures["benign_tokens"].clamp(min=1)
+        mean = self.barrier.terms(model, inputs, figures) / figures["benign_tokens"].clamp(min=1)
+        return mean * (len(inputs["input_ids"]) / rows.rate)

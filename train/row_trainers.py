@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from trimtab.axis.sampling import SamplingOptions
@@ -11,6 +12,7 @@ from trimtab.train.floor_sft import FloorCollator, FloorSFTTrainer
 from trimtab.train.prepare import sampling_options
 from trimtab.train.rollouts import RolloutPlan, RolloutSource, training_order
 from trimtab.train.run import Variant
+from trimtab.train.schedule import carried
 from trimtab.train.sources import benign_sources, drift_sources
 from trimtab.train.vllm_rollouts import open_vllm
 
@@ -67,7 +69,7 @@ def build_row_trainer(
 def benign_rows(
     run: Any, parts: job.Parts, arguments: Any, variant: Variant, options: SamplingOptions
 ) -> BenignRows | None:
-    """Benign rows for a trainer that has none of its own, as many beside each micro-batch as ``data.benign_share`` says.
+    """Benign rows for a trainer that has none of its own: ``data.benign_share`` of all rows of the run.
 
     Args:
         run: the run.
@@ -80,30 +82,35 @@ def benign_rows(
     if not parts.barrier or data.benign_share == 0:
         return None
     own = arguments.per_device_train_batch_size
-    count = max(1, round(own * data.benign_share / (1 - data.benign_share)))
+    rate = own * data.benign_share / (1 - data.benign_share)
     micro_batches, ranks = arguments.gradient_accumulation_steps, arguments.world_size
     order = training_order(
         [],
         benign_sources(data),
-        micro_batches=arguments.max_steps * micro_batches,
+        micro_batches=carried(arguments.max_steps * micro_batches, rate),
         ranks=ranks,
-        batch_size=count,
+        batch_size=1,
         benign_share=1.0,
         seed=data.seed,
     )
+    # A rank's rows come one by one, whatever the share, so a "step" of this plan is a row of each rank. The base answers them, in
+    # rounds of about so many optimiser steps.
     plan = RolloutPlan(
         order=order,
-        rows_a_step=count * micro_batches * ranks,
-        batch_size=count,
-        every=BENIGN_EVERY,
+        rows_a_step=ranks,
+        batch_size=1,
+        every=math.ceil(BENIGN_EVERY * micro_batches * rate),
         total_steps=arguments.max_steps,
         strength=0.0,
         schedule="constant",
         options=options,
         seed=data.seed,
     )
-    source = RolloutSource(plan, parts.form, None, variant.rollouts, max_length=None)
-    return BenignRows(source, micro_batches=micro_batches, **job.padding(parts.tokenizer, parts.device))
+    # GRPO has no longest row
+    longest = getattr(arguments, "max_length", None)
+    source = RolloutSource(plan, parts.form, None, variant.rollouts, max_length=longest)
+    padding = job.padding(parts.tokenizer, parts.device)
+    return BenignRows(source, rate=rate, micro_batches=micro_batches, **padding)
 
 
 def rollout_plan(recipe: Any, arguments: Any, student_share: float | None = None) -> RolloutPlan:
