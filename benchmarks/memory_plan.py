@@ -4,7 +4,8 @@
     python benchmarks/memory_plan.py --folder /dev/shm/plan --recipes llama-3.1-8b/sft --length 1024
 
 No weights are fetched: a model is made from the figures of its ``config.json`` (``tests/model_configs.json``), and SmolLM2's
-tokenizer reads for it. Such a model never ends an answer, so every row is as long as the recipe allows, as the plan takes it.
+tokenizer reads for it. Such a model never ends an answer, so the longest row is about as long as the recipe allows, as the plan
+takes it.
 The stages, the trainers and the adapters are the recipe's own, for a few steps. *Used* is the most that PyTorch's allocator had
 given out, and had reserved, in each phase; the plan is told without the CUDA context, which the allocator does not see. The table
 goes to ``<folder>/memory.md``.
@@ -56,6 +57,7 @@ SHORT = [
     "floor.pool=12", "floor.drift_rows=4", "floor.min_firing=0", "data.drift_prompts=16", "data.role_questions=0",
     "data.conversation_turns=0", "train.save_strategy=no",
 ]  # fmt: skip
+PROMPT = 96  # tokens of the longest prompt, about
 HEAD = ["recipe", "phase", "plan, GiB", "used", "reserved", "plan / used", "seconds", "estimate / measured"]
 
 
@@ -63,7 +65,7 @@ def overrides(name: str, model: Path, length: int, steps: int) -> list[str]:
     """What a recipe is told, so that its rows have so many tokens and it ends after so many steps."""
     method = load_recipe(name).recipe.method.name
     own = [f"train.max_completion_length={length}"] if method == "grpo" else [
-        f"train.max_length={length}", f"method.sampling.max_new_tokens={length}", "method.sampling.batch_size=16",
+        f"train.max_length={length}", f"method.sampling.max_new_tokens={length - PROMPT}", "method.sampling.batch_size=16",
     ]  # fmt: skip
     return [f"model.name={model}", *SHORT, *own, f"train.max_steps={steps}", "train.warmup_steps=0"]
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import re
 from collections.abc import Iterator, Set
 from pathlib import Path
@@ -36,6 +38,7 @@ NOT_YOURS_IN_GRPO = {
 NOT_YOURS = {
     "remove_unused_columns": "remove it: trimtab sets it, as its rows carry a column of their own",
     "chat_template_path": "remove it: the tokenizer's own template is used, with model.chat_template_kwargs",
+    "truncation_mode": "remove it: what is longer than train.max_length loses its oldest turns, never its answer",
     "model_init_kwargs": "remove it: the `model` section says how the model is loaded",
     "num_train_epochs": "set train.max_steps instead: rollouts are made as training goes on, so there is no epoch",
     "eval_strategy": "remove it: the eval stage measures the model, with every arm",
@@ -53,7 +56,6 @@ ONLY = {
         False,
         "a checkpoint without the optimiser would be resumed with another one, and nothing would say so",
     ),
-    "dataloader_num_workers": (0, "a worker would sample rollouts from the weights as they were when it began"),
 }
 # Keys of `train` that shape GRPO's samples without its log-probabilities knowing of it -> values that do nothing.
 SHAPING: dict[str, tuple[object, ...]] = {
@@ -62,6 +64,11 @@ SHAPING: dict[str, tuple[object, ...]] = {
 
 # Keys of `train` that must be whole numbers above 0; the library's own annotation says only int.
 POSITIVE = ("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps")
+# TRL's own longest row, tokens, where train.max_length says nothing.
+ROW_LENGTH = 1024
+# How texts are taken for tokens without a tokenizer: characters a token, as in English, and what a template writes around a turn
+# with its answer, and before a chat. Rather too many, so that what passes here does fit.
+CHARACTERS, TURN, HEAD = 4, 12, 32
 REWARDS = ("persona_llr", "capped_self", "above_floor", "judge")
 
 # key -> (file, split, what): how many there are is known, so asking for more is told before anything is loaded.
@@ -88,6 +95,7 @@ def impossible(recipe: Recipe, given: Set[str]) -> Iterator[Fault]:
         given: dotted keys that stand in the file or on the command line, as against defaults.
     """
     yield from _train(recipe)
+    yield from _lengths(recipe)
     yield from _floor(recipe, given)
     yield from _lora(recipe)
     yield from _method_and_data(recipe, given)
@@ -195,6 +203,56 @@ def _train(recipe: Recipe) -> Iterator[Fault]:
             "set lora.lora_dropout=0.0",
             "lora.lora_dropout",
         )
+
+
+def row_length(recipe: Recipe) -> int | None:
+    """The longest row that is trained on, in tokens; None for any: GRPO's completions are cut one by one."""
+    if isinstance(recipe.method, GrpoMethod):
+        return None
+    length: int | None = recipe.train.get("max_length", ROW_LENGTH)
+    return length
+
+
+def _lengths(recipe: Recipe) -> Iterator[Fault]:
+    """Rows too short for an answer, or for the deepest turn of the shipped conversations with answers as long as they may be."""
+    longest, method = row_length(recipe), recipe.method
+    if isinstance(method, GrpoMethod) or not isinstance(longest, int) or recipe.eval.tuned is not None:
+        return
+    answer = method.sampling.max_new_tokens
+    if longest <= answer + TURN:
+        yield Fault(
+            f"rows of {longest} tokens hold no answer of {answer} (method.sampling.max_new_tokens) with its prompt",
+            f"set train.max_length={_rounded(answer + HEAD + 10 * TURN)}, or lower method.sampling.max_new_tokens",
+            "train.max_length",
+        )
+        return
+    needed = _conversation_lengths(answer)[
+        : 0 if recipe.data.drift_file is not None else recipe.data.conversation_turns
+    ]
+    if needed and needed[-1] > longest:
+        fits = sum(tokens <= longest for tokens in needed)
+        yield Fault(
+            f"a conversation of {len(needed)} turns (data.conversation_turns) with answers of {answer} tokens "
+            f"(method.sampling.max_new_tokens) takes about {needed[-1]} tokens, and rows hold {longest}",
+            f"set train.max_length={_rounded(needed[-1])}, which costs memory only where rows are that long; "
+            f"or data.conversation_turns={fits}, or lower method.sampling.max_new_tokens",
+            "train.max_length",
+        )
+
+
+def _conversation_lengths(answer: int) -> list[int]:
+    """About how many tokens the longest shipped conversation has after 1, 2, ... turns, each answered with ``answer`` tokens."""
+    rows = map(json.loads, (DATA / "drift_conversations.jsonl").read_text(encoding="utf-8").splitlines())
+    asked: list[list[str]] = [row["turns"] for row in rows if row["split"] == "train"]
+    lengths = [
+        list(itertools.accumulate((math.ceil(len(turn) / CHARACTERS) + TURN + answer for turn in turns), initial=HEAD))
+        for turns in asked
+    ]
+    return [max(column) for column in itertools.zip_longest(*lengths, fillvalue=0)][1:]
+
+
+def _rounded(tokens: int) -> int:
+    return math.ceil(tokens / 64) * 64
 
 
 def floor_layers(recipe: Recipe) -> list[int] | None:

@@ -40,7 +40,7 @@ def recipe(tmp_path: Path) -> Path:
     path.write_text(
         f"model: {{name: {folder}, device: cpu}}\n"
         "lora: {r: 4, target_modules: all-linear}\n"
-        "train: {max_steps: 2, per_device_train_batch_size: 2, max_length: 64}\n",
+        "train: {max_steps: 2, per_device_train_batch_size: 2, max_length: 192}\n",
         encoding="utf-8",
     )
     return path

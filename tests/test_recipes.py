@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -168,6 +169,9 @@ COMBINATIONS = {
     "train.dataset_kwargs={}": ("train.dataset_kwargs", "remove it"),
     "train.deepspeed=ds.json": ("train.deepspeed", "--accelerate"),
     "train.num_train_epochs=3": ("train.num_train_epochs", "train.max_steps"),
+    "train.truncation_mode=keep_start": ("train.truncation_mode", "never its answer"),
+    "train.max_length=64": ("train.max_length", "train.max_length=256"),
+    "train.max_length=-5": ("train.max_length", "train.max_length=256"),
     "train.max_steps=0": ("train.max_steps", "positive"),
     "train.max_steps=-1": ("train.max_steps", "positive"),
     "train.per_device_train_batch_size=4.0": ("train.per_device_train_batch_size", "kind"),
@@ -181,7 +185,6 @@ COMBINATIONS = {
     "train.use_vllm=1": ("train.use_vllm", "kind"),
     "train.vllm_structured_outputs_regex=x": ("train.vllm_structured_outputs_regex", ""),
     "train.learning_rate=-1.0": ("train.learning_rate", "positive"),
-    "train.dataloader_num_workers=2": ("train.dataloader_num_workers", "train.dataloader_num_workers=0"),
     "train.save_only_model=true": ("train.save_only_model", "train.save_only_model=false"),
     "train.train_sampling_strategy=random": ("train.train_sampling_strategy", "data.seed"),
     "train.ignore_data_skip=true": ("train.ignore_data_skip", "remove it"),
@@ -190,6 +193,8 @@ COMBINATIONS = {
 }
 # method, override -> (key, part of the remedy)
 OF_METHODS = {
+    ("dpo", "train.truncation_mode=keep_end"): ("train.truncation_mode", "never its answer"),
+    ("dpo", "train.max_length=48"): ("train.max_length", "train.max_length=256"),
     ("distill", "train.loss_type=dft"): ("train.loss_type", "method.divergence"),
     ("distill", "method.jsd_beta=0.3"): ("method.jsd_beta", "divergence=jsd"),
     ("grpo", "train.top_p=0.9"): ("train.top_p", "train.top_p=1"),
@@ -204,6 +209,36 @@ def test_impossible_for_a_method(method: str, override: str) -> None:
     with pytest.raises(RecipeError) as caught:
         load_recipe(f"smollm2-135m/{method}", [override])
     assert [fault.key for fault in caught.value.faults] == [key] and remedy in caught.value.faults[0].remedy
+
+
+@pytest.mark.parametrize("method", ["sft", "distill", "dpo"])
+def test_a_conversation_that_rows_do_not_hold_is_told_with_what_would(method: str) -> None:
+    """Turns, answers and rows are weighed together, whichever of them is changed; and every remedy that is offered works."""
+    name = f"qwen3-32b/{method}"
+    load_recipe(name)
+    changes = [
+        "train.max_length=1024", "data.conversation_turns=5", "method.sampling.max_new_tokens=300",
+        "data.conversation_turns=1000000000", "train.max_length=1300",
+    ]  # fmt: skip
+    for change in changes:
+        with pytest.raises(RecipeError) as caught:
+            load_recipe(name, [change])
+        (fault,) = caught.value.faults
+        assert fault.key == "train.max_length" and "data.conversation_turns" in fault.fault
+        for remedy in re.findall(r"(?:train|data)\.\w+=\d+", fault.remedy):
+            load_recipe(name, [*(word for word in [change] if word.split("=")[0] != remedy.split("=")[0]), remedy])
+    for change in ("train.max_length=null", "data.conversation_turns=0"):
+        load_recipe(name, [change])
+    load_recipe(name, ["train.max_length=1024", "eval.tuned=somewhere"])  # nothing is trained
+
+
+def test_the_longest_row_of_the_rules_is_trls_own() -> None:
+    from trl import DPOConfig, SFTConfig
+
+    from trimtab.recipes.rules import ROW_LENGTH
+
+    for config in (SFTConfig, DPOConfig):
+        assert config.__dataclass_fields__["max_length"].default == ROW_LENGTH
 
 
 def test_rewards_of_the_rules_are_those_that_ship() -> None:

@@ -15,13 +15,15 @@ from trimtab.axis.chat import ChatFormat
 from trimtab.axis.extraction import DEFAULT, extract
 from trimtab.axis.files import file_fingerprint, read_jsonl, write_json
 from trimtab.axis.judge import role_judge
-from trimtab.axis.models import Loaded, load_model
+from trimtab.axis.models import Loaded, load_model, load_tokenizer
 from trimtab.axis.sampling import SamplingOptions
 from trimtab.recipes import data
-from trimtab.recipes.schema import DpoMethod, ModelSection, Sampling
+from trimtab.recipes.rules import row_length
+from trimtab.recipes.schema import DpoMethod, GrpoMethod, ModelSection, Sampling
 from trimtab.train.pairs import make_pairs
+from trimtab.train.rollouts import check_lengths
 from trimtab.train.run import Run
-from trimtab.train.sources import drift_sources
+from trimtab.train.sources import benign_sources, drift_sources
 
 log = logging.getLogger("trimtab")
 
@@ -212,8 +214,10 @@ def _floor_from_file(
 def rollouts_stage(run: Run, prepared: Prepared | None = None) -> None:
     """Everything that training needs: axis, floor, and DPO's pairs. The other methods' trainers sample as they go on."""
     prepared = prepared or Prepared(run)
+    method, longest = run.recipe.method, row_length(run.recipe)
+    if not isinstance(method, GrpoMethod) and run.recipe.eval.tuned is None:
+        _check_lengths(run, sampling_options(method.sampling), longest)
     floor_stage(run, prepared)
-    method = run.recipe.method
     if not isinstance(method, DpoMethod):
         return
 
@@ -231,10 +235,12 @@ def rollouts_stage(run: Run, prepared: Prepared | None = None) -> None:
                 options=sampling_options(method.sampling),
                 strength=method.cap_strength,
                 seed=run.recipe.data.seed,
+                max_length=longest,
             )
         return found
 
-    inputs = [file_fingerprint(run.variant(False).floor_path), method.model_dump(), run.recipe.data.model_dump()]
+    floor = file_fingerprint(run.variant(False).floor_path)
+    inputs = [floor, method.model_dump(), run.recipe.data.model_dump(), longest]
     facts = run.stage("pairs", inputs, work)
     if facts["pairs"]["pairs"] == 0:
         raise UserError(
@@ -242,3 +248,11 @@ def rollouts_stage(run: Run, prepared: Prepared | None = None) -> None:
             key="floor",
             remedy="raise floor.percentile or widen floor.layers, and see the firing fraction in floor.json",
         )
+
+
+def _check_lengths(run: Run, options: SamplingOptions, longest: int | None) -> None:
+    """Hold the training prompts against the longest row, by the tokenizer alone."""
+    section, data_section = run.recipe.model, run.recipe.data
+    form = ChatFormat(load_tokenizer(section.name, section.revision), section.chat_template_kwargs)
+    benign = benign_sources(data_section) if data_section.benign_share else []
+    check_lengths(form, [*drift_sources(data_section), *benign], longest, options)
