@@ -92,6 +92,9 @@ def _change_method(content: dict[str, Any], method: str, sampling: dict[str, Any
         "dpo": {"sampling": free},
     }  # fmt: skip
     content["method"] = {"name": method, **common, **own[method]}
+    if method != "distill":
+        # a row beside each micro-batch of 4: a fraction is carried along a rank's micro-batches, which are fewer with two
+        content["data"]["benign_share"] = 0.2
     if method == "grpo":
         del content["train"]["max_length"]
         content["train"] |= {"num_generations": 4, "max_completion_length": 6, "beta": 0.02}
