@@ -329,11 +329,15 @@ def project_command(
     for conversation in track(conversations, "projections"):
         if conversation.model not in (None, model):
             log.info("%s: written by %s, read by %s", conversation.title, conversation.model, model)
-        courses.append(
-            project_transcript(
-                loaded.model, form, instrument, conversation.messages, capped=capped, title=conversation.title
-            )
+        course = project_transcript(
+            loaded.model, form, instrument, conversation.messages, capped=capped, title=conversation.title
         )
+        read = {turn.message for turn in course.turns}
+        for number, message in enumerate(conversation.messages):
+            if number not in read:
+                said = "%s: the model does not see message %d (%s): its chat template leaves it out"
+                log.warning(said, conversation.title, number + 1, message["role"])
+        courses.append(course)
     console = Console()
     for course in courses:
         console.print(render_table(course))

@@ -217,18 +217,18 @@ def test_every_format_gives_the_same_conversation(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "fault"),
     [
-        ("", "the file is empty"),
+        ("", "there is no row in it"),
         ('{"a": ', "not valid JSON"),
         ("{}", "the keys are: none"),
         ('{"text": "x"}', "the keys are: 'text'"),
-        ("3", "can't be a int"),
-        ('{"conversation": "hello"}', "conversation: not a list of messages"),
-        ('{"prompt": "hello", "completion": "hi"}', "prompt and completion: not a list"),
-        ('[{"role": "user"}]', "message 1 has no role and content"),
-        ('[{"role": "user", "content": null}]', "message 1: role and content must both be text"),
+        ("3", "can't be a number"),
+        ('{"conversation": "hello"}', "`conversation` is text, not a list of messages"),
+        ('{"prompt": "hello", "completion": 3}', "`completion` is a number, not a list"),
+        ('[{"role": "user"}]', "message 1 has no content"),
+        ('[{"role": "user", "content": 3}]', "message 1: its content is a number, not text"),
         ('[{"role": "user", "content": "x"}]', "no assistant turn among 1 messages"),
-        ('[{"role": "assistant", "content": "x"}]\n[{"role": "user"}]', "line 2: message 1 has no role"),
-        ('[{"role": "assistant", "content": "x"}]\n{"cut', "line 2 is not JSON"),
+        ('[{"role": "assistant", "content": "x"}]\n[{"role": "user"}]', "line 2: message 1 has no content"),
+        ('[{"role": "assistant", "content": "x"}]\n{"cut', "line 2: not valid JSON"),
     ],
 )
 def test_faulty_files_are_told_with_their_place(tmp_path: Path, content: str, fault: str) -> None:
@@ -236,6 +236,18 @@ def test_faulty_files_are_told_with_their_place(tmp_path: Path, content: str, fa
     with pytest.raises(UserError, match=r"talk\.json: ") as caught:
         load_transcript(path)
     assert fault in str(caught.value) and caught.value.remedy
+
+
+def test_a_system_prompt_beside_the_messages_is_read(
+    loaded: Loaded, form: ChatFormat, floor: Floor, tmp_path: Path
+) -> None:
+    """The compass's figures are those of the whole conversation, however the file holds it."""
+    beside = {"system": TALK[0]["content"], "messages": TALK[1:]}
+    (found,) = load_transcript(write(tmp_path / "talk.json", beside))
+    course = project_transcript(loaded.model, form, floor, found.messages)
+    whole, without = (project_transcript(loaded.model, form, floor, talk) for talk in (TALK, TALK[1:]))
+    assert [turn.value for turn in course.assistant] == [turn.value for turn in whole.assistant]
+    assert course.assistant[0].value != pytest.approx(without.assistant[0].value, abs=0.01)
 
 
 def test_missing_and_binary_files(tmp_path: Path) -> None:
