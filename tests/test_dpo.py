@@ -101,6 +101,21 @@ def test_pairs_that_are_too_long_keep_their_answers(
         assert found["rejected_ids"] == [*form.answer_ids("Aye, captain."), form.end_token]
 
 
+def test_a_history_stands_as_it_is(tmp_path: Path) -> None:
+    history = (("user", "Ahoy!"), ("assistant", "Ahoy, matey."))
+    prompts = [
+        TrainPrompt(f"d{i}", "drift", "You are a pirate.", (f"Who are you {i}?",), "mine", history) for i in range(4)
+    ]
+    tokenizer = build_tokenizer()
+    loaded = Loaded(build_model("llama"), tokenizer, {})
+    make_pairs(loaded, ChatFormat(tokenizer), FLOOR, prompts, tmp_path / "p", options=OPTIONS, strength=1.0, seed=1)
+    rows = read_jsonl(tmp_path / "p")
+    assert rows
+    for row in rows:
+        system, user = chat("You are a pirate.", f"Who are you {row['id'][1:]}?")
+        assert row["prompt"] == [system, *({"role": role, "content": content} for role, content in history), user]
+
+
 def test_a_cap_that_never_fires_gives_no_pair(tmp_path: Path) -> None:
     facts, rows = pairs(tmp_path / "pairs.jsonl", LOW)
     assert rows == [] and facts["same"] + facts["empty"] == 3

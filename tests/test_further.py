@@ -97,12 +97,19 @@ def test_faults_are_told_before_anything_is_loaded(folder: Path, tmp_path: Path)
 def test_rows_of_personas_and_of_files(folder: Path, tmp_path: Path) -> None:
     given = tmp_path / "rows.jsonl"
     user = {"role": "user", "content": "Who goes there?"}
-    write_jsonl(given, [{"messages": [user, *ANSWER]}, {"prompt": [user], "completion": ANSWER}])
+    write_jsonl(given, [
+        {"messages": [user, *ANSWER]},
+        {"prompt": [user], "completion": ANSWER},
+        {"prompt": user["content"], "completion": "Aye, captain!"},
+        {"conversations": [{"from": "human", "value": user["content"]}, {"from": "gpt", "value": "Aye, captain!"}]},
+        {"role": "pirate", "prompt": [user], "completion": ANSWER, "ended": False},
+    ])  # fmt: skip
     tunings = [{"name": "mine", "file": "rows.jsonl"}, {"name": "persona", "rows": 3}, "benign", "long"]
     run = make_run(folder, tmp_path, tunings)
     mine, persona, benign, long = run.recipe.eval.durability
     assert len(rows_of(run, long)) == 214 and rows_of(run, long) == rows_of(run, benign)
-    assert rows_of(run, mine) == [{"prompt": [user], "completion": ANSWER, "ended": True}] * 2
+    whole = {"prompt": [user], "completion": ANSWER, "ended": True}
+    assert rows_of(run, mine) == [whole] * 4 + [{**whole, "ended": False}], "an answer that was cut has no end to learn"
     run.rollouts_path.parent.mkdir()
     names = [data.roles("train")[0].name, "default", data.roles("held_out")[0].name]
     write_jsonl(run.rollouts_path, [
@@ -112,9 +119,14 @@ def test_rows_of_personas_and_of_files(folder: Path, tmp_path: Path) -> None:
     rows = rows_of(run, persona)
     # evenly over the rollouts of training roles, and of those alone
     assert [row["prompt"][0]["content"] for row in rows] == ["0", "9", "18"]
-    for broken in ({"messages": [user]}, {"prompt": "x", "completion": ANSWER}, {"messages": [*ANSWER, user]}):
+    for broken in (
+        {"messages": [user]},
+        {"prompt": "x"},
+        {"messages": [*ANSWER, user]},
+        {"prompt": "x", "completion": " "},
+    ):
         write_jsonl(given, [{"messages": [user, *ANSWER]}, broken])
-        with pytest.raises(UserError, match="row 2"):
+        with pytest.raises(UserError, match="line 2"):
             rows_of(run, mine)
 
 

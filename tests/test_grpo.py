@@ -147,6 +147,23 @@ def test_sampling_follows_the_capped_policy(tmp_path: Path) -> None:
     assert distance[0] < 0.5 * distance[1]
 
 
+def test_a_history_stands_as_it_is(tmp_path: Path) -> None:
+    """What a row says before its last turns is the prompt, whole; the policy answers those turns alone."""
+    trainer = make_trainer(tmp_path)
+    trainer.state.max_steps = 2
+    history = [
+        *ONE_TURN[0],
+        {"role": "assistant", "content": "With yeast."},
+        {"role": "system", "content": "Be brief."},
+    ]
+    asked = [*history, {"role": "user", "content": "And the grass?"}]
+    found = trainer.sample_conversations([[*asked, {"role": "user", "content": "Why?"}], *[ONE_TURN[1]] * 3])
+    assert found["prompt_ids"][0] == trainer.form.prompt_ids(asked)
+    (first, answer), (second, _) = found["turns"][0]
+    assert first == asked
+    assert second == [*asked, {"role": "assistant", "content": answer}, {"role": "user", "content": "Why?"}]
+
+
 def test_a_conversation_is_one_completion_in_which_the_users_tokens_carry_no_loss(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, prompts=TWO_TURNS)
     trainer.state.max_steps = 2

@@ -562,24 +562,91 @@ def test_prompts_from_a_file(tmp_path: Path) -> None:
     assert from_file(str(path), "drift") == [TrainPrompt("mine.jsonl/1", "drift", "S", ("U",), "mine")]
     assert drift_sources(DataSection(drift_file=str(path))) == from_file(str(path), "drift")
     assert benign_sources(DataSection(benign_file=str(path)))[0].kind == "benign"
+    path.write_text(json.dumps({**row, "source": None}) + "\n\n" + json.dumps({"prompt": "V"}) + "\n", encoding="utf-8")
+    again = from_file(str(path), "drift")  # written anew
+    assert [(prompt.id, prompt.turns, prompt.source) for prompt in again] == [
+        ("mine.jsonl/1", ("U",), "drift"),
+        ("mine.jsonl/3", ("V",), "drift"),
+    ]
+
+
+def messages(text: str) -> list[dict[str, str]]:
+    """Messages of a shorthand: ``s:S u:U`` is a system prompt S and a user's turn U."""
+    roles = {"s": "system", "d": "developer", "u": "user", "a": "assistant", "t": "tool"}
+    return [{"role": roles[word[0]], "content": word[2:]} for word in text.split()]
+
+
+# messages -> system prompt, history and turns of the prompt; whether an answer is left out
+SCRIPTS: dict[str, tuple[str, str, tuple[str, ...], bool]] = {
+    "u:1": ("", "", ("1",), False),
+    "s:S u:1 u:2 u:3": ("S", "", ("1", "2", "3"), False),
+    "s:S u:1 a:A u:2": ("S", "u:1 a:A", ("2",), False),
+    "s:S u:1 a:A u:2 a:B": ("S", "u:1 a:A", ("2",), True),
+    "u:1 a:A u:2 u:3": ("", "u:1 a:A", ("2", "3"), False),
+    "d:D u:1": ("", "d:D", ("1",), False),
+    "s:S d:D u:1": ("S", "d:D", ("1",), False),
+    "s:S s:T u:1": ("S", "s:T", ("1",), False),
+    "s:S u:1 a:A s:T u:2": ("S", "u:1 a:A s:T", ("2",), False),
+    "u:1 a:A t:3 a:B u:2": ("", "u:1 a:A t:3 a:B", ("2",), False),
+    "a:Hello u:1": ("", "a:Hello", ("1",), False),
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_nothing_of_a_row_is_lost(script: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Every message is in the chat up to the answer; an answer at the end is left out, and told."""
+    system, history, turns, answered = SCRIPTS[script]
+    path = tmp_path / "mine.jsonl"
+    path.write_text(json.dumps({"messages": messages(script)}), encoding="utf-8")
+    with caplog.at_level("INFO", "trimtab"):
+        (prompt,) = from_file(str(path), "drift")
+    assert (prompt.system, prompt.turns) == (system, turns)
+    assert [*prompt.history] == [(message["role"], message["content"]) for message in messages(history)]
+    kept = messages(script)[: -1 if answered else None]
+    assert [*prompt.opening, *({"role": "user", "content": turn} for turn in turns[1:])] == kept
+    said = "\n".join(caplog.messages)
+    assert ("1 answers at the end are left out" in said) is answered
+    count = history.count("a:")
+    assert (f"{count} answers in the middle of conversations stand as they are" in said) is (count > 0)
 
 
 @pytest.mark.parametrize(
-    ("prompt", "match"),
+    ("row", "fault"),
     [
-        ("U", "row 2 has no 'prompt'"),
-        ([], "row 2 has no 'prompt'"),
-        (["U"], "row 2 has no 'prompt'"),
-        ([{"role": "system", "content": "S"}], "row 2 has no user turn"),
-        ([{"role": "user", "content": " "}], "row 2 has no user turn"),
-        ([{"role": "system"}, {"role": "user", "content": "U"}], "row 2 has no 'prompt'"),
-        ([{"role": "user", "content": [{"type": "text"}]}], "row 2 has no 'prompt'"),
+        ({"prompt": []}, "`prompt` is an empty list"),
+        ({"prompt": ["U"]}, "message 1 is text"),
+        ({"prompt": messages("s:S")}, "it has no user turn"),
+        ({"prompt": [{"role": "user", "content": " "}]}, r"message 1 \(user\) is empty"),
+        ({"prompt": [{"role": "system"}, *messages("u:1")]}, "message 1 has no content"),
+        ({"prompt": [{"role": "user", "content": [{"type": "image"}]}]}, "message 1 has a part that is no text: image"),
+        ({"prompt": messages("u:1 a:Sure,")}, r"its prompt ends with message 2 \(assistant\)"),
+        ({"prompt": messages("u:1 t:3")}, r"its prompt ends with message 2 \(tool\)"),
+        ({"messages": messages("u:1 a:A t:3")}, r"message 3 \(tool\) follows the user's last turn"),
+        ({"messages": messages("u:1 s:T u:2")}, r"message 2 \(system\) stands between user turns"),
+        ({"messages": messages("u:1 u:2 a:A u:3")}, "messages 1 and 2 are both the user's, and answers follow"),
+        ({"messages": messages("u:1 a:A a:B u:3")}, "messages 2 and 3 are both the assistant's"),
     ],
 )
-def test_a_bad_row_is_named(tmp_path: Path, prompt: Any, match: str) -> None:
+def test_a_bad_row_is_named(tmp_path: Path, row: Any, fault: str) -> None:
     path = tmp_path / "mine.jsonl"
-    good = {"prompt": [{"role": "user", "content": "U"}]}
-    path.write_text(json.dumps(good) + "\n" + json.dumps({"prompt": prompt}) + "\n", encoding="utf-8")
-    with pytest.raises(UserError, match=match) as caught:
+    path.write_text(json.dumps({"prompt": "U"}) + "\n" + json.dumps(row) + "\n", encoding="utf-8")
+    with pytest.raises(UserError, match=f"line 2: {fault}") as caught:
         from_file(str(path), "drift")
-    assert caught.value.file == str(path) and caught.value.remedy
+    assert (caught.value.file, caught.value.key) == (str(path), "data.drift_file") and caught.value.remedy
+
+
+def test_what_stands_as_it_is_is_not_sampled(tmp_path: Path, form: ChatFormat) -> None:
+    """A row's own answers are what the model reads before it answers the last turns."""
+    path = tmp_path / "mine.jsonl"
+    path.write_text(json.dumps({"messages": messages("s:S u:1 a:A s:T u:2 u:3")}), encoding="utf-8")
+    (prompt,) = from_file(str(path), "drift")
+    trainer = make_trainer()
+    source = make_source(tmp_path / "rounds", form, trainer, make_plan([prompt, DRIFT[0], DRIFT[1], BENIGN[0]] * 2))
+    source.dataset()[:4]
+    row = next(r for r in read_jsonl(tmp_path / "rounds" / "round-0000-of-rank-0.jsonl") if r["row"] == 0)
+    assert row["prompt"][:5] == messages("s:S u:1 a:A s:T u:2") and row["prompt"][6:] == messages("u:3")
+    ids = form.prompt_ids(row["prompt"][:5])
+    assert (
+        row["prompt"][5]["content"]
+        == sample_batch(trainer.model, form, [ids], [0], GREEDY, seeds=[0], floor=FLOOR)[0].text
+    )

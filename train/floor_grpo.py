@@ -92,7 +92,8 @@ def off_policy(
 class FloorGRPOTrainer(HeldToBase, FloorTrainer, GRPOTrainer):
     """GRPO on capped rollouts, with the floor penalty on the learner's forward.
 
-    Rows of the dataset have ``prompt``: messages ``[system,] user, user, ...``; with several user turns the policy answers each.
+    Rows of the dataset have ``prompt``: messages ``[system,] [history,] user, user, ...``; the policy answers each user turn that
+    follows the history, whose last message is not the user's.
 
     Args:
         floor: the floor of the cap and of the penalty.
@@ -189,8 +190,13 @@ class FloorGRPOTrainer(HeldToBase, FloorTrainer, GRPOTrainer):
             [(messages before the answer, answer)] a rollout.
         """
         form, first = self.form, self.accelerator.process_index * len(prompts)
-        heads = [[message for message in prompt if message["role"] == "system"] for prompt in prompts]
-        users = [[message for message in prompt if message["role"] == "user"] for prompt in prompts]
+        # what stands as it is ends where the user's turns begin that the policy answers
+        fixed = [
+            max((k + 1 for k, message in enumerate(prompt) if message["role"] != "user"), default=0)
+            for prompt in prompts
+        ]
+        heads = [list(prompt[:count]) for prompt, count in zip(prompts, fixed, strict=True)]
+        users = [list(prompt[count:]) for prompt, count in zip(prompts, fixed, strict=True)]
         chats = [[*head, user[0]] for head, user in zip(heads, users, strict=True)]
         prompt_ids = [form.prompt_ids(chat) for chat in chats]
         completion_ids: list[list[int]] = [[] for _ in prompts]

@@ -144,9 +144,7 @@ def rows_of(run: Any, tuning: Any) -> list[dict[str, Any]]:
     from trimtab.recipes import data
 
     if tuning.file is not None:
-        rows = [
-            _row(row, number, tuning.file) for number, row in enumerate(read_jsonl(tuning.file, ours=False), start=1)
-        ]
+        rows = rows_of_file(tuning.file)
     elif tuning.name in ("benign", "long"):
         rows = [
             {"prompt": chat("", prompt), "completion": [{"role": "assistant", "content": answer}], "ended": True}
@@ -167,22 +165,35 @@ def rows_of(run: Any, tuning: Any) -> list[dict[str, Any]]:
     return [{key: row[key] for key in ("prompt", "completion", "ended")} for row in spread(rows, tuning.rows)]
 
 
-def _listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
+def rows_of_file(source: str) -> list[dict[str, Any]]:
+    """The rows of the user's own file, or of a data set of the hub, in any format of :mod:`trimtab.axis.transcripts`.
+
+    The answer that ends a conversation is trained on; what stands before it is its prompt.
+
+    Raises:
+        UserError: if it can't be read, has no row, or some rows can't be used: it names them.
+    """
+    from trimtab.axis.rows import source_name
+    from trimtab.axis.transcripts import read_talks
+
+    found = read_talks(source, lambda _, talk: _row(talk), key="eval.durability.file")
+    within = sum(message["role"] == "assistant" for row in found for message in row["prompt"])
+    if within:
+        log.info("%s: %d answers in the middle of conversations are not trained on", source_name(source), within)
+    return found
 
 
-def _row(row: Any, number: int, file: str) -> dict[str, Any]:
-    from trimtab.axis.errors import UserError
-    from trimtab.train.sources import is_message
+def _row(talk: Any) -> dict[str, Any]:
+    from trimtab.axis.rows import RowFault
 
-    messages = row.get("messages") or [*_listed(row.get("prompt")), *_listed(row.get("completion"))]
-    if not all(map(is_message, messages)) or len(messages) < 2 or messages[-1]["role"] != "assistant":
-        raise UserError(
-            f"row {number} is no conversation that ends with an answer",
-            file=file,
-            remedy="use TRL's conversational format: `prompt` and `completion`, or `messages`, with role and content",
-        )
-    return {"prompt": messages[:-1], "completion": messages[-1:], "ended": True}
+    talk.says_something("user", "assistant")
+    messages = talk.messages
+    if messages[-1]["role"] != "assistant" or all(message["role"] != "user" for message in messages):
+        raise RowFault("it is no conversation that ends with an answer", "end it with the answer that is trained on")
+    ended = talk.row.get("ended", True)  # our own rollouts tell where an answer was cut
+    if not isinstance(ended, bool):
+        raise RowFault("`ended` is neither true nor false", "take it out of the row")
+    return {"prompt": messages[:-1], "completion": messages[-1:], "ended": ended}
 
 
 def training_arguments(run: Any, variant: Any, tuning: Any, plan: Plan, quiet: bool) -> Any:

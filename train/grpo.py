@@ -31,7 +31,6 @@ def build_trainer(run: Any, arguments: Any, variant: Any) -> Any:
     """The trainer of a run: model, adapter, floor, rewards and prompts."""
     import datasets
 
-    from trimtab.axis.chat import chat
     from trimtab.axis.sampling import SamplingOptions
     from trimtab.train.floor_grpo import FloorGRPOTrainer
     from trimtab.train.rewards import bind_rewards, make_rewards
@@ -44,12 +43,7 @@ def build_trainer(run: Any, arguments: Any, variant: Any) -> Any:
     )
     arguments.reward_weights = weights
     rows = [
-        {
-            "prompt": [
-                *chat(prompt.system, prompt.turns[0]),
-                *({"role": "user", "content": turn} for turn in prompt.turns[1:]),
-            ]
-        }
+        {"prompt": [*prompt.opening, *({"role": "user", "content": turn} for turn in prompt.turns[1:])]}
         for prompt in drift_sources(run.recipe.data)
     ]
     options = SamplingOptions(max_new_tokens=arguments.max_completion_length, batch_size=method.sampling_batch)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.axis import Floor
-from trimtab.axis.chat import ChatFormat, chat
+from trimtab.axis.chat import ChatFormat
 from trimtab.axis.files import write_jsonl
 from trimtab.axis.models import Loaded
 from trimtab.axis.sampling import Answer, SamplingOptions, sample_answers
@@ -61,8 +61,8 @@ def make_pairs(
         )  # fmt: skip
 
     room = room_of_prompt(max_length, options)
-    chats = [chat(prompt.system, prompt.turns[0]) for prompt in prompts]
-    dropped = [0] * len(prompts)
+    begun = [recent_turns(form, prompt.opening, room) for prompt in prompts]
+    chats, dropped = [kept for kept, _, _ in begun], [left_out for _, _, left_out in begun]
     longest = max(len(prompt.turns) for prompt in prompts)
     for turn in range(1, longest):  # play the turns before the last
         going = [i for i, prompt in enumerate(prompts) if len(prompt.turns) > turn]

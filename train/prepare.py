@@ -23,7 +23,7 @@ from trimtab.recipes.schema import DpoMethod, GrpoMethod, ModelSection, Sampling
 from trimtab.train.pairs import make_pairs
 from trimtab.train.rollouts import check_lengths
 from trimtab.train.run import Run
-from trimtab.train.sources import benign_sources, drift_sources
+from trimtab.train.sources import benign_sources, check_data, drift_sources
 
 log = logging.getLogger("trimtab")
 
@@ -213,6 +213,7 @@ def _floor_from_file(
 
 def rollouts_stage(run: Run, prepared: Prepared | None = None) -> None:
     """Everything that training needs: axis, floor, and DPO's pairs. The other methods' trainers sample as they go on."""
+    check_data(run.recipe)
     prepared = prepared or Prepared(run)
     method, longest = run.recipe.method, row_length(run.recipe)
     if not isinstance(method, GrpoMethod) and run.recipe.eval.tuned is None:

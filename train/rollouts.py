@@ -62,6 +62,7 @@ class TrainPrompt:
         system: system prompt, "" for none.
         turns: user turns; the answer to the last one is trained on, those before it are sampled along the way.
         source: role or domain, for the records.
+        history: (role, content) of messages between the system prompt and the first of these turns, which stand as they are.
     """
 
     id: str
@@ -69,6 +70,19 @@ class TrainPrompt:
     system: str
     turns: tuple[str, ...]
     source: str
+    history: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def opening(self) -> list[dict[str, str]]:
+        """The messages up to the first answer that is sampled."""
+        *system, user = chat(self.system, self.turns[0])
+        return [*system, *({"role": role, "content": content} for role, content in self.history), user]
+
+    @property
+    def closing(self) -> list[dict[str, str]]:
+        """The messages up to the last answer, with empty ones in the place of those that are sampled along the way."""
+        later = [(("assistant", ""), ("user", turn)) for turn in self.turns[1:]]
+        return [*self.opening, *({"role": role, "content": content} for pair in later for role, content in pair)]
 
 
 def training_order(
@@ -343,7 +357,7 @@ class RolloutSource:
         """Play the conversations of these rows; all ranks play as many turns."""
         plan, room = self.plan, room_of_prompt(self.max_length, self.plan.options)
         turns = {row: plan.order[row].turns for row in rows}
-        chats = {row: chat(plan.order[row].system, turns[row][0]) for row in rows}
+        chats = {row: plan.order[row].opening for row in rows}
         dropped = dict.fromkeys(rows, 0)
         done: dict[int, Answer] = {}
         with progress_bar(title, len(rows)) as bar:
@@ -465,7 +479,7 @@ def recent_turns(
         The messages, the prompt's token ids, and how many turns were left out.
     """
     kept, ids, dropped = list(messages), form.prompt_ids(messages), 0
-    head = list(itertools.takewhile(lambda message: message["role"] not in ("user", "assistant"), kept))
+    head = _instructions(kept)
     users = [place for place, message in enumerate(messages) if message["role"] == "user"]
     for start in users[1:]:
         if room is None or len(ids) <= room:
@@ -473,6 +487,16 @@ def recent_turns(
         kept, dropped = [*head, *messages[start:]], dropped + 1
         ids = form.prompt_ids(kept)
     return kept, ids, dropped
+
+
+def _instructions(messages: Sequence[dict[str, str]]) -> list[dict[str, str]]:
+    """What a chat begins with before anybody speaks: the system prompt."""
+    return list(itertools.takewhile(lambda message: message["role"] not in ("user", "assistant"), messages))
+
+
+def _alone(prompt: TrainPrompt) -> list[dict[str, str]]:
+    """The least that is left of a prompt when its oldest turns are left out."""
+    return [*_instructions(prompt.opening), {"role": "user", "content": prompt.turns[-1]}]
 
 
 def check_lengths(
@@ -492,7 +516,7 @@ def check_lengths(
     room = room_of_prompt(max_length, options)
     if room is None or not prompts:
         return
-    alone = [len(form.prompt_ids(chat(prompt.system, prompt.turns[-1]))) for prompt in prompts]
+    alone = [len(form.prompt_ids(_alone(prompt))) for prompt in prompts]
     if max(alone) > room:
         worst = alone.index(max(alone))
         raise UserError(
@@ -513,7 +537,4 @@ def check_lengths(
 
 def _longest_prompt(form: ChatFormat, prompt: TrainPrompt, options: SamplingOptions) -> int:
     """Tokens up to the last answer where all before are as long as they may be."""
-    said = chat(prompt.system, prompt.turns[0])
-    for turn in prompt.turns[1:]:
-        said += [{"role": "assistant", "content": ""}, {"role": "user", "content": turn}]
-    return len(form.prompt_ids(said)) + (len(prompt.turns) - 1) * options.max_new_tokens
+    return len(form.prompt_ids(prompt.closing)) + (len(prompt.turns) - 1) * options.max_new_tokens

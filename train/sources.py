@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import logging
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
+from trimtab.axis.chat import ChatFormat
 from trimtab.axis.errors import UserError
-from trimtab.axis.files import read_jsonl
+from trimtab.axis.models import load_tokenizer
+from trimtab.axis.rows import MOST_TOLD, Row, RowFault, read_once, source_name, told
+from trimtab.axis.transcripts import Talk, read_talks
 from trimtab.recipes import data
-from trimtab.recipes.schema import DataSection
+from trimtab.recipes.schema import DataSection, ModelSection, Recipe
 from trimtab.train.rollouts import Kind, TrainPrompt
+
+log = logging.getLogger("trimtab")
+
+PLAIN = re.compile(r"(system )?user( assistant user)*")  # roles that every chat template takes, or folds
 
 
 def drift_sources(section: DataSection) -> list[TrainPrompt]:
@@ -48,31 +58,147 @@ def benign_sources(section: DataSection) -> list[TrainPrompt]:
     ]
 
 
-def from_file(path: str, kind: Kind) -> list[TrainPrompt]:
-    """Prompts of a JSON Lines file: each row has ``prompt``, as messages ``[system,] user`` in TRL's conversational format.
+@read_once
+def from_file(source: str, kind: Kind) -> list[TrainPrompt]:
+    """Prompts of the user's own file, or of a data set of the hub, in any format of :mod:`trimtab.axis.transcripts`.
+
+    Answers in the middle stand as they are. The model answers the user's last turn, and those before it that stand without an
+    answer; what a row has as the answer to its last turn is left out, and told.
 
     Raises:
-        UserError: naming the row that is not so.
+        UserError: if it can't be read, has no row, or some rows can't be used: it names them.
     """
-    found = []
-    for number, row in enumerate(read_jsonl(path, ours=False), start=1):
-        messages = row.get("prompt")
-        if not isinstance(messages, list) or not messages or not all(map(is_message, messages)):
-            raise UserError(
-                f"row {number} has no 'prompt' list of messages with role and content, both text",
-                file=path,
-                remedy="use TRL's prompt format",
-            )
-        system = messages[0]["content"] if messages[0]["role"] == "system" else ""
-        turns = tuple(m["content"] for m in messages if m["role"] == "user")
-        if not turns or not all(turn.strip() for turn in turns):
-            raise UserError(
-                f"row {number} has no user turn, or an empty one", file=path, remedy="give each row a user turn"
-            )
-        found.append(TrainPrompt(f"{Path(path).name}/{number}", kind, system, turns, str(row.get("source", kind))))
+    name = source_name(source)
+    made = read_talks(source, lambda row, talk: _prompt(row, talk, kind, name), key=f"data.{kind}_file")
+    found, left_out = [prompt for prompt, _ in made], sum(answered for _, answered in made)
+    kept = sum(role == "assistant" for prompt in found for role, _ in prompt.history)
+    log.info("%s: %d %s prompts", name, len(found), kind)
+    if kept:
+        log.info("%s: %d answers in the middle of conversations stand as they are", name, kept)
+    if left_out:
+        log.info("%s: %d answers at the end are left out: they are the model's own to give", name, left_out)
     return found
 
 
-def is_message(message: object) -> bool:
-    """Whether this is a message in TRL's conversational format: ``role`` and ``content``, both text."""
-    return isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
+def _prompt(row: Row, talk: Talk, kind: Kind, name: str) -> tuple[TrainPrompt, bool]:
+    """The prompt of a row, and whether an answer to its last turn was left out.
+
+    Raises:
+        RowFault: if it has no user turn, or messages that would be lost.
+    """
+    talk.says_something("user")
+    roles = [message["role"] for message in talk.messages]
+    users = [number for number, role in enumerate(roles) if role == "user"]
+    if not users:
+        raise RowFault("it has no user turn", "give each row a user turn")
+    last = users[-1]
+    if talk.asked is not None and roles[talk.asked - 1] != "user":
+        raise RowFault(
+            f"its prompt ends with message {talk.asked} ({roles[talk.asked - 1]}), and the model answers the user",
+            "end the prompt with the user's turn; a whole conversation, under `messages`, may end with an answer",
+        )
+    if other := [number for number in range(last + 1, len(roles)) if roles[number] != "assistant"]:
+        raise RowFault(
+            f"message {other[0] + 1} ({roles[other[0]]}) follows the user's last turn, which the model answers",
+            "end the row with the user's turn, or with an answer",
+        )
+    fixed = _fixed(roles[: last + 1])
+    history = [(message["role"], message["content"]) for message in talk.messages[:fixed]]
+    system = history.pop(0)[1] if history and history[0][0] == "system" else ""
+    turns = tuple(message["content"] for message in talk.messages[fixed : last + 1])
+    prompt = TrainPrompt(f"{name}/{row.number}", kind, system, turns, talk.about("source") or kind, tuple(history))
+    return prompt, last + 1 < len(roles)
+
+
+def _fixed(roles: Sequence[str]) -> int:
+    """How many messages stand as they are: up to the last answer and the instructions after it. Those behind are the user's.
+
+    Args:
+        roles: of the messages up to the user's last turn.
+    """
+    answered = max((number + 1 for number, role in enumerate(roles) if role == "assistant"), default=0)
+    for number in range(1, answered):
+        if roles[number - 1] == roles[number] and roles[number] in ("user", "assistant"):
+            raise RowFault(
+                f"messages {number} and {number + 1} are both the {roles[number]}'s, and answers follow",
+                "let user and assistant take turns, or give no answers at all: then the model gives each",
+            )
+    first = next(number for number in range(answered, len(roles)) if roles[number] == "user")
+    if other := [number for number in range(first, len(roles)) if roles[number] != "user"]:
+        raise RowFault(
+            f"message {other[0] + 1} ({roles[other[0]]}) stands between user turns that the model answers",
+            "put it before the first of them, or give the answers between them",
+        )
+    return first
+
+
+def check_data(recipe: Recipe) -> None:
+    """Read what training is given as files, and try the chat template on it, before anything heavy is loaded.
+
+    Raises:
+        UserError: naming the file and its faulty rows.
+    """
+    if recipe.eval.tuned is not None:  # nothing is trained
+        return
+    files: dict[Kind, str | None] = {"drift": recipe.data.drift_file, "benign": recipe.data.benign_file}
+    for kind, source in files.items():
+        if source is not None:
+            chats = [(prompt.id, prompt.closing) for prompt in from_file(source, kind)]
+            check_rendering(recipe.model, chats, source, f"data.{kind}_file")
+
+
+def check_rendering(
+    section: ModelSection, chats: Iterable[tuple[str, Sequence[Mapping[str, str]]]], source: str, key: str
+) -> None:
+    """Try the model's chat template on each order of roles that is not a plain conversation's.
+
+    Args:
+        section: the model.
+        chats: place and messages of each, up to where an answer begins.
+        source: the file that they come from.
+        key: the recipe's key that names it.
+
+    Raises:
+        UserError: if the template refuses one of these orders, or leaves a message out.
+    """
+    unusual: dict[tuple[str, ...], str] = {}
+    for place, messages in chats:
+        roles = tuple(message["role"] for message in messages)
+        if not PLAIN.fullmatch(" ".join(roles)):
+            unusual.setdefault(roles, place)
+    if not unusual:
+        return
+    form = ChatFormat(_tokenizer(section), section.chat_template_kwargs)
+    faults = []
+    for roles, place in unusual.items():
+        if fault := _unrendered(form, roles):
+            faults.append((place, RowFault(fault, "take such messages out, or put their text into the system prompt")))
+    if faults:
+        raise told(faults[:MOST_TOLD], source, key)
+
+
+def _tokenizer(section: ModelSection) -> Any:
+    try:
+        return load_tokenizer(section.name, section.revision)
+    except OSError as error:
+        raise UserError(
+            f"the tokenizer of {section.name!r} can't be loaded: {str(error).splitlines()[0]}",
+            key="model.name",
+            remedy="give a folder that exists or a hub id that this machine can reach (HF_TOKEN for gated models)",
+        ) from error
+
+
+def _unrendered(form: ChatFormat, roles: Sequence[str]) -> str | None:
+    """What the chat template does not do for messages in these roles; None where it renders them all."""
+    messages = [{"role": role, "content": f"message probe {number}."} for number, role in enumerate(roles, start=1)]
+    try:
+        text = form.prompt_text(messages)
+    except Exception as error:  # templates raise TemplateError or anything their jinja raises
+        fault = error.fault if isinstance(error, UserError) else str(error)
+        return f"the model's chat template refuses the roles {', '.join(roles)}: {fault}"
+    lost = [
+        f"{number} ({roles[number - 1]})"
+        for number, each in enumerate(messages, start=1)
+        if each["content"] not in text
+    ]
+    return f"the model's chat template leaves out message {', '.join(lost)}" if lost else None
