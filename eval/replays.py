@@ -2,73 +2,68 @@
 
 from __future__ import annotations
 
-import json
-from collections import Counter
-from collections.abc import Mapping
+import logging
 from pathlib import Path
-from typing import Any
 
-from trimtab.axis.errors import UserError
-from trimtab.axis.files import read_jsonl
+from trimtab.axis.rows import Row, RowFault, read_once, source_name
+from trimtab.axis.transcripts import Talk, read_talks
 from trimtab.recipes.data import Conversation
 
-KEYS = ("turns", "prompts", "conversation", "messages")
-FORMATS = (
-    "give JSON or JSON Lines: cases with `turns` or `prompts` (a list of user messages), transcripts with `conversation` or "
-    "`messages` ({role, content}), or one mapping of names to lists of user messages; `id` and `domain` if wanted"
-)
+log = logging.getLogger("trimtab")
+
+KEY = "eval.conversations_file"
+INSTRUCTIONS = ("system", "developer")
 
 
-def load_replays(path: Path) -> list[Conversation]:
-    """The conversations of a file; what an assistant said in a transcript is left out, it is every arm's own to say.
+@read_once
+def load_replays(source: str) -> list[Conversation]:
+    """The conversations of a file, or of a data set of the hub, in any format of :mod:`trimtab.axis.transcripts`.
+
+    The system prompt that a conversation begins with stands before the first turn of every arm. What an assistant said in it is
+    left out, and told: it is every arm's own to say.
 
     Raises:
-        UserError: if the file is none of the known formats, or a case has no user turn; it names the case.
+        UserError: if it can't be read, or some conversations can't be replayed: it names them.
     """
-    cases = _cases(path)
-    found = [_conversation(case, number, path) for number, case in enumerate(cases, start=1)]
-    if not found:
-        raise UserError("the file holds no conversation", file=path, key="eval.conversations_file", remedy=FORMATS)
-    if twice := sorted(name for name, count in Counter(talk.id for talk in found).items() if count > 1):
-        raise _fault(f"ids that are taken twice: {', '.join(twice)}", path)
-    return found
+    stem = Path(source_name(source)).stem
+    left_out = 0
+    places: dict[str, str] = {}
+
+    def made(row: Row, talk: Talk) -> Conversation:
+        nonlocal left_out
+        left_out += sum(message["role"] == "assistant" for message in talk.messages)
+        found = _conversation(row, talk, stem)
+        if found.id in places:  # their answers could not be told apart
+            raise RowFault(f"the id {found.id!r} is taken by {places[found.id]}", "give each an id of its own")
+        places[found.id] = row.place
+        return found
+
+    talks = read_talks(source, made, key=KEY)
+    if left_out:
+        log.info("%s: %d answers are left out: every arm gives its own", source_name(source), left_out)
+    return talks
 
 
-def _fault(what: str, path: Path) -> UserError:
-    return UserError(what, file=path, key="eval.conversations_file", remedy=FORMATS)
-
-
-def _cases(path: Path) -> list[Any]:
-    if path.suffix == ".jsonl":
-        return list(read_jsonl(path, ours=False))
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise _fault(f"not valid JSON: {error}", path) from error
-    if isinstance(content, Mapping) and not any(key in content for key in KEYS):
-        return [{"id": name, "turns": turns} for name, turns in content.items()]
-    return content if isinstance(content, list) else [content]
-
-
-def _conversation(case: Any, number: int, path: Path) -> Conversation:
-    if not isinstance(case, Mapping):
-        raise _fault(f"case {number} is no mapping", path)
-    key = next((key for key in KEYS if isinstance(case.get(key), list)), None)
-    if key is None:
-        raise _fault(f"case {number} has none of {', '.join(KEYS)}", path)
-    said = case[key]
-    if key in ("conversation", "messages"):
-        said = [message.get("content") for message in said if isinstance(message, Mapping) and _is_user(message)]
-    if not said or not all(isinstance(turn, str) and turn.strip() for turn in said):
-        raise _fault(f"case {number} has no user turn, or one that is no text", path)
+def _conversation(row: Row, talk: Talk, stem: str) -> Conversation:
+    talk.says_something("user")
+    roles = [message["role"] for message in talk.messages]
+    if "user" not in roles:
+        raise RowFault("it has no user turn", "give each conversation a user turn")
+    first = roles.index("user")
+    for number, role in enumerate(roles, start=1):
+        before = number <= first
+        if role not in (INSTRUCTIONS if before else ("user", "assistant")) and not (before and role == "assistant"):
+            raise RowFault(
+                f"message {number} ({role}) can't be replayed: it belongs to answers that every arm gives anew",
+                "leave it out; instructions go before the first user turn",
+            )
     return Conversation(
-        id=str(case.get("id") or f"{path.stem}/{number}"),
-        domain=str(case.get("domain") or path.stem),
-        persona=str(case.get("persona") or ""),
-        topic=str(case.get("topic") or ""),
-        turns=[str(turn) for turn in said],
+        id=talk.about("id") or f"{stem}/{row.number}",
+        domain=talk.about("domain") or stem,
+        persona=talk.about("persona") or "",
+        topic=talk.about("topic") or "",
+        turns=[message["content"] for message in talk.messages if message["role"] == "user"],
+        opening=[
+            message for message in talk.messages[:first] if message["role"] in INSTRUCTIONS and message["content"]
+        ],
     )
-
-
-def _is_user(message: Mapping[str, Any]) -> bool:
-    return message.get("role") == "user"

@@ -8,6 +8,7 @@ import importlib.util
 import json
 import logging
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from trimtab.eval.boundary_files import load_boundary_file
 from trimtab.eval.capability import measure_capability, tasks_of
 from trimtab.eval.card import model_card
 from trimtab.eval.durability import after
+from trimtab.eval.inputs import check_inputs
 from trimtab.eval.intervals import ClusterBootstrap
 from trimtab.eval.measure import (
     Ruler,
@@ -49,7 +51,6 @@ from trimtab.eval.simulated import LiveTurn, live_conversations, simulated_suite
 from trimtab.eval.weights import Weights, open_subjects
 from trimtab.recipes import data
 from trimtab.recipes.schema import EvalSection
-from trimtab.train.further import rows_of
 from trimtab.train.prepare import Prepared, sampling_options
 from trimtab.train.run import STARTS, Run
 from trimtab.train.subject import Subject, trained_subject, tuned_subject
@@ -94,13 +95,7 @@ def check_files(run: Run) -> None:
         raise UserError(
             "capability needs lm-eval", key="eval.capability", remedy="pip install 'trimtab[eval]', or set it to []"
         )
-    if section.conversations_file is not None:
-        load_replays(Path(section.conversations_file))
-    if section.boundary_file is not None:
-        load_boundary_file(section.boundary_file)
-    for tuning in section.durability:
-        if tuning.file is not None:
-            rows_of(run, tuning)
+    check_inputs(run.recipe)
 
 
 def _given_files(run: Run) -> dict[str, str]:
@@ -164,7 +159,7 @@ def evaluate(run: Run, model_facts: dict[str, Any], weights: Weights, form: Chat
     pro_items = [Item(row["id"], row["role"], chat(row["system"], row["user"])) for row in probes]
     on_pro = {arm: arms.answers("professional", pro_items, arm) for arm in arms.names} if pro_items else {}
     conversations = _conversations(section)
-    talk_items = [Item(talk.id, talk.id, []) for talk in conversations]
+    talk_items = conversation_items(conversations)
     scripts = [talk.turns[: section.turns] for talk in conversations]
     on_talks = (
         {arm: arms.conversations("conversations", talk_items, scripts, arm) for arm in arms.names} if scripts else {}
@@ -315,11 +310,16 @@ def benign_items(count: int) -> list[Item]:
     return [Item(f"benign/{i}", f"benign/{i}", chat("", prompt)) for i, prompt in enumerate(prompts)]
 
 
+def conversation_items(conversations: Sequence[data.Conversation]) -> list[Item]:
+    """An item a conversation, whose prompt is what stands before the first turn."""
+    return [Item(talk.id, talk.id, list(talk.opening)) for talk in conversations]
+
+
 def _conversations(section: EvalSection) -> list[data.Conversation]:
     """The shipped conversations, or those of the user's file, of which what is left out is told."""
     if section.conversations_file is None:
         return data.conversations("held_out", section.conversations)
-    there = load_replays(Path(section.conversations_file))
+    there = load_replays(section.conversations_file)
     chosen = there[: section.conversations or None]
     longest = max(len(talk.turns) for talk in chosen)
     if len(chosen) < len(there):
@@ -544,7 +544,7 @@ def _transcripts(
             Transcript(
                 id=talk.id,
                 kind=talk.domain,
-                system="",
+                system="\n\n".join(message["content"] for message in talk.opening),
                 turns=[Turn(user=user, answers={}) for user in talk.turns[:turns]],
             )
             for talk in conversations[:talks]

@@ -6,7 +6,7 @@ All sentences are our own. A role, a question or a conversation is in one split 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,13 +30,14 @@ class DriftPrompt:
 
 @dataclass(frozen=True)
 class Conversation:
-    """The scripted user side of a conversation."""
+    """The scripted user side of a conversation, and the instructions that it begins with, as messages."""
 
     id: str
     domain: str
     persona: str
     topic: str
     turns: list[str]
+    opening: list[dict[str, str]] = field(default_factory=list)
 
 
 def _rows(name: str, split: Split | None = None) -> list[dict[str, Any]]:

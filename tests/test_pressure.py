@@ -213,6 +213,29 @@ def test_json_lines_of_system_and_question(tmp_path: Path) -> None:
     assert answered == []
 
 
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [
+        ("strings.jsonl", [{"prompt": "Where?", "system": "You are a spy."}]),
+        ("array.json", [{"messages": [{"role": "system", "content": "You are a spy."}, {"role": "user", "content": "Where?"}]}]),
+        ("beside.json", [{"prompt": "Where?", "category": "none", "system": "You are a spy."}]),
+        ("gpt.json", [{"system": "You are a spy.", "conversations": [{"from": "human", "value": "Where?"}]}]),
+    ],
+)  # fmt: skip
+def test_probes_in_the_formats_of_conversations(name: str, rows: list[Any], tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_text(json.dumps(rows if name.endswith("json") else rows[0]), encoding="utf-8")
+    (probe,), _ = load_boundary_file(str(path))
+    assert (probe.request, probe.system, probe.harmful_if) == ("Where?", "You are a spy.", HARMFUL)
+
+
+def test_a_published_table_may_be_json(tmp_path: Path) -> None:
+    path = tmp_path / "bench.jsonl"
+    path.write_text(json.dumps({"Behavior": "Do it", "SemanticCategory": "c"}), encoding="utf-8")
+    (probe,), _ = load_boundary_file(str(path))
+    assert probe == BoundaryProbe("HarmBench/1", "c", "Do it", HARMFUL)
+
+
 def test_a_data_set_of_the_hub_by_its_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the same loader, which takes a folder in the place of a name on the hub."""
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
@@ -232,15 +255,22 @@ def test_a_data_set_of_the_hub_by_its_columns(tmp_path: Path, monkeypatch: pytes
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("a.csv", "one,two\n1,2\n", "one, two"),
-        ("b.csv", "Goal,Category\n,c\n", "row 1 has no Goal"),
-        ("c.jsonl", '{"system": "x"}\n', "row 1 has no question"),
+        ("a.csv", "one,two\n1,2\n", "line 2: no conversation in here; the keys are: 'one', 'two'"),
+        ("b.csv", "Goal,Category\nx,c\n,c\n,d\n", "line 3: it has no Goal\n    line 4: it has no Goal"),
+        ("c.jsonl", '{"system": "x"}\n', "line 1: no conversation in here"),
         ("d.csv", "Goal,Category\n", "there is no row"),
+        (
+            "e.jsonl",
+            '{"question": "x", "id": 1}\n{"question": "y", "id": 1}\n',
+            "line 2: the id '1' is taken by line 1",
+        ),
+        ("f.json", '[{"turns": ["x", "y"]}]', "row 1: a probe is one request, and its messages are user, user"),
     ],
 )
 def test_what_is_no_probe_file_says_so(name: str, content: str, said: str, tmp_path: Path) -> None:
     path = tmp_path / name
     path.write_text(content, encoding="utf-8")
-    with pytest.raises(UserError, match=said) as caught:
+    with pytest.raises(UserError) as caught:
         load_boundary_file(str(path))
+    assert said in caught.value.fault
     assert name in str(caught.value) and "remedy" in str(caught.value)
