@@ -92,13 +92,10 @@ def read_json(path: str | Path) -> Any:
         raise UserError(f"not valid JSON: {error}", file=path, remedy="mend or re-create the file") from error
 
 
-def read_jsonl(path: str | Path, *, ours: bool = True) -> list[dict[str, Any]]:
-    """Read JSON Lines.
+def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
+    """Read JSON Lines of our own writing; :mod:`trimtab.axis.rows` reads those of others.
 
-    Args:
-        path: the file.
-        ours: whether it is one that we append to, whose last line without a newline is a write cut short by a kill, and is left
-            out; in a file from elsewhere that line counts.
+    A last line without a newline is a write cut short by a kill, and is left out.
 
     Raises:
         UserError: if the file is missing, or any whole line is not a JSON object.
@@ -107,7 +104,7 @@ def read_jsonl(path: str | Path, *, ours: bool = True) -> list[dict[str, Any]]:
     if not path.exists():
         raise UserError("no such file", file=path, remedy="check the path")
     rows: list[dict[str, Any]] = []
-    for number, line in enumerate(path.read_bytes().split(b"\n")[: -1 if ours else None], start=1):
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
         if not line.strip():
             continue
         try:

@@ -390,6 +390,18 @@ def advice(recipe: Recipe, plan: MemoryPlan, strategy: Strategy, gpu_memory: flo
     return found or ["a GPU with more memory"]
 
 
+def _check_files(recipe: Recipe) -> None:
+    """Read the user's own files of conversations, where the recipe names some."""
+    data, section = recipe.data, recipe.eval
+    named = [data.drift_file, data.benign_file, section.conversations_file, section.boundary_file]
+    if any(name is not None for name in [*named, *(tuning.file for tuning in section.durability)]):
+        from trimtab.eval.inputs import check_inputs
+        from trimtab.train.sources import check_data
+
+        check_data(recipe)
+        check_inputs(recipe)
+
+
 def check_recipe(
     loaded: LoadedRecipe, accelerate: str | None, num_processes: int | None, gpu_memory: float | None
 ) -> tuple[Structure, MemoryPlan]:
@@ -407,6 +419,7 @@ def check_recipe(
     recipe = loaded.recipe
     path = resolve_accelerate_config(accelerate or default_accelerate(recipe.model.device)[0])
     strategy = strategy_of(path, num_processes)
+    _check_files(recipe)
     model = build_meta_model(recipe)
     config = text_config_of(model)
     structure = find_structure(recipe, model)

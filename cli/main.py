@@ -107,7 +107,7 @@ def build_parser() -> argparse.ArgumentParser:
     project.add_argument("--json", metavar="FILE", type=Path, help="also write the numbers")
     project.add_argument("--capped", action="store_true", help="read the model with the cap on")
     project.add_argument(
-        "transcript", type=Path, help="published transcript, list of messages, or rollouts (JSON Lines)"
+        "transcript", help="conversations: a file, or a data set of the hub, in any format of docs/data.md"
     )
     _add_chat(
         add(
@@ -381,6 +381,9 @@ def _stage(arguments: argparse.Namespace) -> None:
         raise UserError("no recipe is named", key="RECIPE", remedy="name one, or finished runs: --compare RUN RUN")
     run = _open(arguments, make=arguments.command != "report")
     if arguments.command == "train":
+        from trimtab.train.sources import check_data
+
+        check_data(run.recipe)
         _train(run, arguments)
     elif arguments.command in ("eval", "report"):
         from trimtab.eval import stages

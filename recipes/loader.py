@@ -16,6 +16,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from trimtab.axis.rows import is_hub_name
 from trimtab.recipes.faults import Fault, RecipeError, did_you_mean
 from trimtab.recipes.library_fields import Fields, accepts, describe, lora_fields, train_config, train_fields
 from trimtab.recipes.rules import impossible
@@ -34,8 +35,15 @@ PATH_KEYS = (
     "eval.capability_folder",
     "eval.durability.file",
 )
-# Those of them that also take what lies on the hub.
-HUB_KEYS = ("axis.path", "floor.path", "eval.boundary_file")
+# Those of them that name conversations, which may be a data set of the hub, and those that may be a file on it.
+DATA_KEYS = (
+    "data.drift_file",
+    "data.benign_file",
+    "eval.boundary_file",
+    "eval.conversations_file",
+    "eval.durability.file",
+)
+HUB_KEYS = ("axis.path", "floor.path", *DATA_KEYS)
 
 
 @dataclass(frozen=True)
@@ -226,6 +234,8 @@ def _resolved(draft: _Draft, folder: Path, key: str, value: str) -> str:
     base = Path.cwd() if draft.from_command_line(key) else folder
     path = base / Path(value).expanduser()
     if not path.exists():
+        if key in DATA_KEYS and is_hub_name(value):
+            return value
         remedy = "check the path; one in a recipe is relative to the recipe's own folder"
         draft.add(Fault(f"no such file: {path}", remedy, key))
     return os.path.normpath(path)

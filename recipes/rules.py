@@ -344,11 +344,30 @@ def _method_and_data(recipe: Recipe, given: Set[str]) -> Iterator[Fault]:
             "remove it, or set method.divergence=jsd",
             "method.jsd_beta",
         )
+    yield from _files(recipe)
     if data.drift_file is None and data.drift_prompts + data.role_questions + data.conversation_turns == 0:
         yield Fault(
             "there is nothing to train on: every source of drift prompts is 0",
             "set data.drift_prompts=220, or name a data.drift_file",
             "data.drift_prompts",
+        )
+
+
+def _files(recipe: Recipe) -> Iterator[Fault]:
+    """Files of the user's own stand in the place of what ships."""
+    data = recipe.data
+    for name in ("drift_prompts", "role_questions", "conversation_turns"):
+        if data.drift_file is not None and getattr(data, name) > 0:
+            yield Fault(
+                "has no effect: data.drift_file stands in the place of the prompts that ship",
+                f"set data.{name}=0, or remove data.drift_file",
+                f"data.{name}",
+            )
+    if data.benign_file is not None and data.benign_share == 0:
+        yield Fault(
+            "has no effect: no row is benign, as data.benign_share is 0",
+            "set data.benign_share above 0, or remove data.benign_file",
+            "data.benign_file",
         )
 
 

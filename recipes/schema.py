@@ -109,7 +109,7 @@ class FloorSection(Section):
 
 
 class DataSection(Section):
-    """What the model is trained on."""
+    """What the model is trained on. A ``drift_file`` stands in the place of the prompts that ship."""
 
     drift_prompts: NotNegative = 220
     role_questions: NotNegative = 0
@@ -118,6 +118,13 @@ class DataSection(Section):
     benign_file: str | None = None
     benign_share: Share = 0.25
     seed: int = 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_the_file_alone(cls, value: Any) -> Any:
+        """The number that ships is no wish for them beside a file."""
+        alone = isinstance(value, dict) and value.get("drift_file") is not None
+        return {"drift_prompts": 0, **value} if alone else value
 
 
 class MethodSection(Section):

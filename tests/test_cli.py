@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from tiny_recipe import write_recipe
 
 from trimtab.axis.errors import UserError
 from trimtab.cli import launch
@@ -216,6 +219,72 @@ def test_a_failed_training_is_exit_code_1(
     assert "child" in told
     assert "exit code 3" in told
     assert "Traceback" not in told
+
+
+OWN_FILES = (
+    "data.drift_file",
+    "data.benign_file",
+    "eval.conversations_file",
+    "eval.boundary_file",
+    "eval.durability=[{name: mine, file: FILE}]",
+)
+
+
+@pytest.mark.parametrize(
+    ("command", "key"),
+    [*(("check", key) for key in OWN_FILES), ("run", OWN_FILES[0]), ("run", OWN_FILES[2]), ("train", OWN_FILES[1])],
+)
+def test_faulty_rows_of_a_file_are_told_before_anything_heavy(
+    command: str, key: str, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine = tmp_path / "mine.jsonl"
+    mine.write_text('{"prompt": "x", "completion": "y"}\n{"prompt": 3}\n\n{"words": "x"}\n', encoding="utf-8")
+    words = [command, str(recipe), key.replace("FILE", str(mine)) if "FILE" in key else f"{key}={mine}"]
+    run = tmp_path / "run"
+    assert main(words + (["--output-dir", str(run)] if command != "check" else [])) == 2
+    told = capsys.readouterr().err
+    assert f"{mine}: {key.partition('=')[0]}" in told and "2 rows can't be used" in told
+    assert "line 2: `prompt` is a number" in told and "line 4: no conversation in here" in told
+    assert not (run / "axis").exists() and not (run / "stages").exists()
+
+
+def test_an_entry_script_tells_faulty_rows_first(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from trimtab.train.sft import main as train
+
+    mine = tmp_path / "empty.jsonl"
+    mine.write_text("\n", encoding="utf-8")
+    run = tmp_path / "run"
+    assert train(["--config", str(recipe), "--output_dir", str(run), f"data.drift_file={mine}"]) == 2
+    assert f"{mine}: data.drift_file: there is no row in it" in capsys.readouterr().err
+    assert not (run / "axis").exists()
+
+
+def test_check_tries_the_chat_template_on_unusual_roles(
+    model_folder: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A template that leaves out what a tool said, or refuses it, is told before anything is sampled."""
+    mine = tmp_path / "mine.jsonl"
+    roles = ("user", "assistant", "tool", "assistant", "user")
+    row = {"messages": [{"role": role, "content": f"{number}"} for number, role in enumerate(roles)]}
+    mine.write_text('{"prompt": "x"}\n' + json.dumps(row), encoding="utf-8")
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder("llama"), folder)
+    recipe = write_recipe(tmp_path / "tiny.yaml", folder)
+    words = ["check", str(recipe), f"data.drift_file={mine}", "data.drift_prompts=0", "data.conversation_turns=0"]
+    assert main(words) == 0
+    template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    deaf = template.replace("in messages %}", "in messages if message.role != 'tool' %}")
+    refusal = "{% if message.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
+    refusing = template.replace("<|im_start|>{{", f"{refusal}<|im_start|>{{{{")
+    for changed, said in ((deaf, "leaves out message 3 (tool)"), (refusing, "no tools")):
+        assert changed != template
+        (folder / "chat_template.jinja").write_text(changed, encoding="utf-8")
+        capsys.readouterr()
+        assert main(words) == 2
+        told = " ".join(capsys.readouterr().err.split())
+        assert "mine.jsonl/2" in told and said in told and "data.drift_file" in told
 
 
 def test_check_counts_what_peft_makes(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -282,13 +282,3 @@ def test_written_files_are_readable_by_others_and_by_safetensors(tmp_path: Path)
     save_tensors(tmp_path / "t.safetensors", {"x": torch.ones(3)}, {"i": 1})
     assert (tmp_path / "t.safetensors").stat().st_mode & 0o777 == 0o644
     assert torch.equal(load_file(tmp_path / "t.safetensors")["x"], torch.ones(3))
-
-
-def test_the_last_line_of_a_file_from_elsewhere_needs_no_newline(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_text('{"a": 1}\n{"a": 2}', encoding="utf-8")
-    assert read_jsonl(path) == [{"a": 1}]  # ours: cut short by a kill
-    assert read_jsonl(path, ours=False) == [{"a": 1}, {"a": 2}]
-    path.write_text('{"a": 1}\n{"a": ', encoding="utf-8")
-    with pytest.raises(UserError, match="line 2"):
-        read_jsonl(path, ours=False)

@@ -365,6 +365,32 @@ def test_paths_are_relative_to_the_recipe_and_overrides_to_the_working_folder(
     assert load_recipe(path, [f"axis.path={published}"]).recipe.axis.path == published
 
 
+def test_data_may_be_a_data_set_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path, GOOD + "data: {drift_file: owner/name}\n")
+    loaded = load_recipe(
+        path, ["eval.conversations_file=hf://datasets/owner/talks:test", "data.benign_file=owner/plain:train"]
+    )
+    assert loaded.recipe.data.drift_file == "owner/name" and loaded.recipe.data.benign_file == "owner/plain:train"
+    assert loaded.recipe.eval.conversations_file == "hf://datasets/owner/talks:test"
+    assert "no such file" in faults_of(path, ["axis.path=owner/name"])["axis.path"].fault
+    (tmp_path / "owner").mkdir()
+    here = write(tmp_path / "owner", "", "name")
+    assert load_recipe(path).recipe.data.drift_file == str(here), "a file of that name comes first"
+
+
+def test_a_file_stands_in_the_place_of_the_prompts_that_ship(tmp_path: Path) -> None:
+    write(tmp_path, "", "mine.jsonl")
+    path = write(tmp_path, GOOD + "data: {drift_file: mine.jsonl}\n")
+    assert load_recipe(path).recipe.data.drift_prompts == 0, "the default is nothing that was asked for"
+    asked = ["data.drift_prompts=3", "data.role_questions=1", "data.conversation_turns=2"]
+    found = faults_of(path, asked)
+    assert {fault.file for fault in found.values()} == {"command line"}
+    for key in ("data.drift_prompts", "data.role_questions", "data.conversation_turns"):
+        assert "has no effect" in found[key].fault and f"set {key}=0" in found[key].remedy
+    assert load_recipe(path, [each.partition("=")[0] + "=0" for each in asked]).recipe.data.drift_file
+    assert set(faults_of(path, ["data.benign_file=mine.jsonl", "data.benign_share=0"])) >= {"data.benign_file"}
+
+
 def test_library_fields_are_those_of_the_classes() -> None:
     import inspect
 
