@@ -101,19 +101,23 @@ def test_pairs_that_are_too_long_keep_their_answers(
         assert found["rejected_ids"] == [*form.answer_ids("Aye, captain."), form.end_token]
 
 
-def test_a_history_stands_as_it_is(tmp_path: Path) -> None:
+def test_a_history_stands_as_it_is_and_goes_first_where_there_is_no_room(tmp_path: Path) -> None:
     history = (("user", "Ahoy!"), ("assistant", "Ahoy, matey."))
     prompts = [
         TrainPrompt(f"d{i}", "drift", "You are a pirate.", (f"Who are you {i}?",), "mine", history) for i in range(4)
     ]
     tokenizer = build_tokenizer()
-    loaded = Loaded(build_model("llama"), tokenizer, {})
-    make_pairs(loaded, ChatFormat(tokenizer), FLOOR, prompts, tmp_path / "p", options=OPTIONS, strength=1.0, seed=1)
-    rows = read_jsonl(tmp_path / "p")
-    assert rows
-    for row in rows:
-        system, user = chat("You are a pirate.", f"Who are you {row['id'][1:]}?")
-        assert row["prompt"] == [system, *({"role": role, "content": content} for role, content in history), user]
+    form, loaded = ChatFormat(tokenizer), Loaded(build_model("llama"), tokenizer, {})
+    least = len(form.prompt_ids(chat("You are a pirate.", "Who are you 0?"))) + OPTIONS.max_new_tokens + 1
+    settings: dict[str, Any] = {"options": OPTIONS, "strength": 1.0, "seed": 1}
+    said = [{"role": role, "content": content} for role, content in history]
+    for length, kept, dropped in ((None, said, 0), (least, [], 1)):
+        make_pairs(loaded, form, FLOOR, prompts, tmp_path / "p", max_length=length, **settings)
+        rows = read_jsonl(tmp_path / "p")
+        assert rows
+        for row in rows:
+            system, user = chat("You are a pirate.", f"Who are you {row['id'][1:]}?")
+            assert row["prompt"] == [system, *kept, user] and row["turns_dropped"] == dropped
 
 
 def test_a_cap_that_never_fires_gives_no_pair(tmp_path: Path) -> None:

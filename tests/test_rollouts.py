@@ -642,7 +642,7 @@ def test_what_stands_as_it_is_is_not_sampled(tmp_path: Path, form: ChatFormat) -
     (prompt,) = from_file(str(path), "drift")
     trainer = make_trainer()
     source = make_source(tmp_path / "rounds", form, trainer, make_plan([prompt, DRIFT[0], DRIFT[1], BENIGN[0]] * 2))
-    source.dataset()[:4]
+    rows_of(source, 0, 4)
     row = next(r for r in read_jsonl(tmp_path / "rounds" / "round-0000-of-rank-0.jsonl") if r["row"] == 0)
     assert row["prompt"][:5] == messages("s:S u:1 a:A s:T u:2") and row["prompt"][6:] == messages("u:3")
     ids = form.prompt_ids(row["prompt"][:5])
