@@ -3,26 +3,34 @@
 Role adherence of axis rollouts (rubric 0-3 of arXiv 2601.10387 in our words) and assistant-likeness as a reward; for the
 evaluation, who an answer says it is, whether it goes along with an improper request, and whether it refuses a harmless one.
 
-A judge is an OpenAI-compatible endpoint, or a local chat model. Requests to an endpoint are retried, kept to a rate, counted and
-priced, and replies may be kept in a file, so that the same question is never paid for twice. Replies that can't be read are asked
-for again and then counted as missing, never as a score.
+A judge is an OpenAI-compatible endpoint (:mod:`trimtab.axis.endpoint`), or a local chat model. Its reply counts where it is an
+answer and nothing else: a number inside a thought, a list or a cut sentence is no score. Replies that can't be read are asked for
+again and then counted as missing, never as a score, and apart from those that never came.
 """
 
 from __future__ import annotations
 
+import json
 import logging
-import os
 import re
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from trimtab.axis.errors import UserError
 from trimtab.axis.extraction import RoleJudge, RolloutItem
-from trimtab.axis.files import append_jsonl, fingerprint, read_jsonl
+from trimtab.axis.replies import Missing, say_missing, spoken
+
+if TYPE_CHECKING:
+    from trimtab.axis.chat import ChatFormat, Message
+    from trimtab.axis.endpoint import Chat, Endpoint
 
 log = logging.getLogger("trimtab")
+
+T = TypeVar("T")
+ENDPOINT_TOKENS = 1024  # room for some thoughts; a judge that does not think ends after its digit
+LOCAL_TOKENS = 32
+LONGEST_ANSWER = 60  # characters of a reply that can be a score and nothing else
 
 RUBRIC_VERSION = "1"
 RUBRIC = """You rate how far an answer plays a role that its system prompt asked for.
@@ -99,22 +107,62 @@ def rubric_prompt(item: RolloutItem, answer: str) -> str:
     return RUBRIC.format(system=item.system, question=item.question, answer=answer)
 
 
+_MARKS = r"[\s\"'`*_“”‘’]*"
+_ANSWER = re.compile(
+    rf"{_MARKS}(?:(?:score|rating|answer){_MARKS}[:=])?{_MARKS}(0|[1-9][0-9]*){_MARKS}\.?{_MARKS}", re.IGNORECASE
+)
+
+
 def read_score(reply: str, highest: int = 3) -> int | None:
-    """The score in a reply: a whole number 0 to ``highest`` that is its only number, or None."""
-    found = re.findall(r"[-+]?\d+(?:[.,]\d+)?", reply.strip()[:40])
-    return int(found[0]) if len(found) == 1 and found[0].isdigit() and int(found[0]) <= highest else None
+    """The score in a reply that is a score and nothing else: a whole number 0 to ``highest``; None for any other reply.
+
+    It may stand in quotes, stars or brackets, with a full stop after it and ``Score:``, ``Rating:`` or ``Answer:`` before it; or
+    it is the only value of a JSON object. No words may follow: ``1. Analyze`` is the begin of a list.
+    """
+    text = reply.strip()
+    if len(text) > LONGEST_ANSWER:
+        return None
+    if text.startswith("{"):
+        text = _only_number(text)
+    elif text[:1] + text[-1:] in ("()", "[]"):
+        text = text[1:-1]
+    found = _ANSWER.fullmatch(text)
+    return int(found[1]) if found and int(found[1]) <= highest else None
 
 
-def role_judge(settings: Mapping[str, Any]) -> RoleJudge:
+def _only_number(text: str) -> str:
+    """The whole number that is the only value of a JSON object, as text; "" where it is none."""
+    try:
+        values = list(json.loads(text).values())
+    except ValueError:
+        return ""
+    return str(values[0]) if len(values) == 1 and type(values[0]) is int else ""
+
+
+def role_judge(settings: Mapping[str, Any], cache: Path | None = None) -> RoleJudge:
     """Make the judge of a recipe's ``axis.judge`` section.
 
+    An answer that the endpoint did not answer on stops the extraction: it would be left out of the axis for good.
+
+    Args:
+        settings: of the section.
+        cache: where an endpoint's replies are kept (JSON Lines); None keeps none.
+
     Raises:
-        UserError: if the endpoint's key is not in the environment, or httpx is missing.
+        UserError: if the endpoint's address or key can't be right, or a package is missing.
     """
-    ask = scoring_judge(settings, None, "axis.judge")
+    ask = scoring_judge(settings, cache, "axis.judge")
 
     def judge(rows: Sequence[tuple[RolloutItem, str]]) -> list[int | None]:
-        return ask([rubric_prompt(item, answer) for item, answer in rows], 3)
+        scores = ask([rubric_prompt(item, answer) for item, answer in rows], 3)
+        absent = sum(score is Missing.UNANSWERED for score in scores)
+        if absent:
+            raise UserError(
+                f"the endpoint did not answer on {absent} of {len(rows)} answers",
+                key="axis.judge.endpoint",
+                remedy="run the same command again: it goes on where it was, and only what is missing is asked",
+            )
+        return [_or_none(score) for score in scores]
 
     return judge
 
@@ -127,23 +175,25 @@ def assistant_judge(settings: Mapping[str, Any], cache: Path | None = None) -> A
 
     Args:
         settings: of a recipe's ``judge`` section.
-        cache: where replies are kept (JSON Lines), by the content of the question; None keeps none.
+        cache: where an endpoint's replies are kept (JSON Lines); None keeps none.
 
     Raises:
-        UserError: if the endpoint's key is not in the environment, or httpx is missing.
+        UserError: if the endpoint's address or key can't be right, or a package is missing.
     """
     ask = scoring_judge(settings, cache, "method.rewards.judge")
 
     def judge(rows: Sequence[tuple[Sequence[Mapping[str, str]], str]]) -> list[int | None]:
-        return ask(
-            [
-                ASSISTANT_RUBRIC.format(conversation=conversation_text(messages), answer=answer)
-                for messages, answer in rows
-            ],
-            10,
-        )
+        prompts = [
+            ASSISTANT_RUBRIC.format(conversation=conversation_text(messages), answer=answer)
+            for messages, answer in rows
+        ]
+        return [_or_none(score) for score in ask(prompts, 10)]
 
     return judge
+
+
+def _or_none(score: Score) -> int | None:
+    return None if isinstance(score, Missing) else score
 
 
 def conversation_text(messages: Sequence[Mapping[str, str]]) -> str:
@@ -151,167 +201,123 @@ def conversation_text(messages: Sequence[Mapping[str, str]]) -> str:
     return "\n".join(f"{message['role']}: {message['content']}" for message in messages)
 
 
-ScoringJudge = Callable[[Sequence[str], int], "list[int | None]"]
+Score = int | Missing
+ScoringJudge = Callable[[Sequence[str], int], "list[Score]"]
 
 
-def scoring_judge(settings: Mapping[str, Any], cache: Path | None, key: str) -> ScoringJudge:
-    """A judge of whole prompts: (prompts, highest score) -> scores, None where no readable one came.
+def scoring_judge(
+    settings: Mapping[str, Any], cache: Path | None, key: str, *, title: str | None = None
+) -> ScoringJudge:
+    """A judge of whole prompts: (prompts, highest score) -> scores, or why there is none.
 
     Args:
         settings: of a recipe's ``judge`` section.
-        cache: where replies are kept (JSON Lines), by the content of the question; None keeps none.
+        cache: where an endpoint's replies are kept (JSON Lines); None keeps none.
         key: of the section, for errors.
+        title: of an endpoint's progress bar; None draws none.
 
     Raises:
-        UserError: if the endpoint's key is not in the environment, or httpx is missing.
+        UserError: if the endpoint's address or key can't be right, or a package is missing.
     """
-    ask = _asker(settings, cache, key)
-    return lambda prompts, highest: _scores(ask, prompts, int(settings["retries"]), highest)
+    model: Asker = (
+        open_endpoint(settings, cache, key, max_tokens=ENDPOINT_TOKENS)
+        if settings["endpoint"]
+        else _LocalModel(settings, key)
+    )
+
+    def judge(prompts: Sequence[str], highest: int) -> list[Score]:
+        chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        return model.ask(chats, lambda reply: read_score(reply, highest), temperature=0.0, title=title)
+
+    return judge
 
 
-def _scores(ask: Ask, prompts: Sequence[str], retries: int, highest: int) -> list[int | None]:
-    scores: list[int | None] = [None] * len(prompts)
-    for attempt in range(retries + 1):
-        missing = [i for i, score in enumerate(scores) if score is None]
-        if not missing:
-            break
-        for i, reply in zip(missing, ask([prompts[i] for i in missing], attempt), strict=True):
-            scores[i] = read_score(reply, highest)
-    absent = sum(score is None for score in scores)
-    if absent:
-        log.warning("judge: %d of %d answers without a readable score, left out", absent, len(scores))
-    return scores
+class Asker(Protocol):
+    """Something that can be asked: see :meth:`trimtab.axis.endpoint.Endpoint.ask`."""
+
+    def ask(
+        self, chats: Sequence[Chat], read: Callable[[str], T | None], *, temperature: float, title: str | None = None
+    ) -> list[T | Missing]:
+        """What ``read`` finds in the replies, in the order of the chats."""
+        ...
 
 
-Ask = Callable[[Sequence[str], int], list[str]]
+def open_endpoint(settings: Mapping[str, Any], cache: Path | None, section: str, *, max_tokens: int) -> Endpoint:
+    """The endpoint of a section; nothing is asked yet. See :class:`trimtab.axis.endpoint.Endpoint`.
+
+    Raises:
+        UserError: if its address or key can't be right, or a package is missing.
+    """
+    try:
+        from trimtab.axis.endpoint import Endpoint
+    except ImportError as error:
+        raise UserError(
+            f"an endpoint needs {error.name}", key=section, remedy="pip install 'trimtab[judge]'"
+        ) from error
+    return Endpoint(settings, cache, section, max_tokens=max_tokens)
 
 
-def _asker(settings: Mapping[str, Any], cache: Path | None, key: str) -> Ask:
-    if not settings.get("endpoint"):
-        return _local(settings)
-    return Endpoint(settings, cache, key)
-
-
-class Endpoint:
-    """Asks an OpenAI-compatible endpoint, one prompt after another.
+def check_endpoint(settings: Mapping[str, Any] | None, section: str) -> None:
+    """Look at what asking an endpoint will need, its key and packages, before anything heavy; nothing is asked.
 
     Args:
-        settings: of a recipe's ``judge`` section.
-        cache: where replies to a judge's prompts are kept; None keeps none.
-        section: key of the section, for errors.
+        settings: of a section that may name an endpoint; None where there is no such section.
+        section: its key.
 
     Raises:
-        UserError: if the endpoint's key is not in the environment, or httpx is missing.
+        UserError: if its address or key can't be right, or a package is missing.
     """
+    if settings is not None and settings["endpoint"]:
+        open_endpoint(settings, None, section, max_tokens=1)
 
-    def __init__(self, settings: Mapping[str, Any], cache: Path | None, section: str) -> None:
-        try:
-            import httpx
-        except ImportError as error:
-            raise UserError("an endpoint needs httpx", key=section, remedy="pip install 'trimtab[judge]'") from error
-        key = os.environ.get(settings["api_key_env"], "")
-        if not key:
-            raise UserError(
-                f"the environment variable {settings['api_key_env']} is not set",
-                key=f"{section}.api_key_env",
-                remedy="export the endpoint's key in it; keys are never read from a file",
-            )
-        self._httpx = httpx
+
+def opening_of(form: ChatFormat, messages: Sequence[Message]) -> str:
+    """What a template writes after the last message, which may open a thought; "" where it writes that message otherwise."""
+    _, found, after = form.prompt_text(messages).rpartition(messages[-1]["content"].strip())
+    return after if found else ""
+
+
+class _LocalModel:
+    """Asks a chat model that is loaded here."""
+
+    def __init__(self, settings: Mapping[str, Any], section: str) -> None:
+        from trimtab.axis.chat import ChatFormat
+        from trimtab.axis.models import load_model
+
+        loaded = load_model(settings["model"])
+        self._model = loaded.model
+        self._form = ChatFormat(loaded.tokenizer, settings["chat_template_kwargs"])
+        self._max_tokens: int = settings["max_tokens"] or LOCAL_TOKENS
+        self._rereads: int = settings["unreadable_retries"]
         self._section = section
-        self._url = settings["endpoint"].rstrip("/") + "/chat/completions"
-        self._model = settings["model"]
-        template = settings.get("chat_template_kwargs")
-        self._more = {"chat_template_kwargs": dict(template)} if template else {}
-        self._client = httpx.Client(timeout=settings["timeout"], headers={"Authorization": f"Bearer {key}"})
-        rate = settings.get("requests_per_minute")
-        self._pause = 60.0 / rate if rate else 0.0
-        self._prices = settings.get("price_in"), settings.get("price_out")
-        self._last = 0.0
-        self._tokens = [0, 0]
-        self._cache = cache
-        known = read_jsonl(cache) if cache is not None and cache.exists() else []
-        self._known: dict[str, str] = {row["key"]: row["reply"] for row in known}
 
-    def __call__(self, prompts: Sequence[str], attempt: int) -> list[str]:
-        """Replies; "" where there was none. A kept reply serves the first attempt alone: it may be the unreadable one."""
-        replies, asked = [], 0
-        for prompt in prompts:
-            key = fingerprint([self._url, self._model, prompt, *self._more.values()])
-            if attempt == 0 and key in self._known:
-                replies.append(self._known[key])
-                continue
-            asked += 1
-            reply = self.reply([{"role": "user", "content": prompt}], max_tokens=8, temperature=0.0, attempt=attempt)
-            replies.append(reply)
-            if reply and self._cache is not None:
-                self._known[key] = reply
-                append_jsonl(self._cache, [{"key": key, "reply": reply}])
-        if asked:
-            self._say_cost(asked, len(prompts))
-        return replies
+    def ask(
+        self, chats: Sequence[Chat], read: Callable[[str], T | None], *, temperature: float, title: str | None = None
+    ) -> list[T | Missing]:
+        from trimtab.axis.sampling import SamplingOptions, sample_answers
 
-    def reply(
-        self, messages: Sequence[Mapping[str, str]], *, max_tokens: int, temperature: float, attempt: int = 0
-    ) -> str:
-        """The endpoint's reply to messages; "" where there was none."""
-        wait = self._last + self._pause - time.monotonic()
-        if wait > 0:
-            time.sleep(wait)
-        self._last = time.monotonic()
-        httpx = self._httpx
-        body = {
-            "model": self._model,
-            "messages": list(messages),
-            "temperature": temperature,
-            "max_tokens": max_tokens,
-            **self._more,
-        }
-        try:
-            response = self._client.post(self._url, json=body)
-            if response.status_code in (401, 403, 404):
-                raise UserError(
-                    f"the endpoint answered {response.status_code}",
-                    key=f"{self._section}.endpoint",
-                    remedy="check the address, the model's name and the key",
-                )
-            response.raise_for_status()
-            content = response.json()
-            usage = content.get("usage") or {}
-            self._tokens[0] += int(usage.get("prompt_tokens") or 0)
-            self._tokens[1] += int(usage.get("completion_tokens") or 0)
-            return str(content["choices"][0]["message"]["content"] or "")
-        except (httpx.UnsupportedProtocol, httpx.InvalidURL) as error:
-            raise UserError(
-                f"{self._url!r} is no address: {error}",
-                key=f"{self._section}.endpoint",
-                remedy="give it with http:// or https://, up to and without /chat/completions",
-            ) from error
-        except (httpx.HTTPError, KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-            if isinstance(error, UserError):
-                raise
-            log.warning("%s: %s (attempt %d)", self._section, error, attempt + 1)
-            return ""
-
-    def _say_cost(self, asked: int, rows: int) -> None:
-        price_in, price_out = self._prices
-        cost = ""
-        if price_in is not None or price_out is not None:
-            spent = (self._tokens[0] * (price_in or 0) + self._tokens[1] * (price_out or 0)) / 1e6
-            cost = f", cost so far {spent:.4f}"
-        log.info("judge: %d of %d asked, %d + %d tokens so far%s", asked, rows, self._tokens[0], self._tokens[1], cost)
-
-
-def _local(settings: Mapping[str, Any]) -> Ask:
-    from trimtab.axis.chat import ChatFormat, chat
-    from trimtab.axis.models import load_model
-    from trimtab.axis.sampling import SamplingOptions, sample_answers
-
-    loaded = load_model(settings["model"])
-    form = ChatFormat(loaded.tokenizer, settings.get("chat_template_kwargs"))
-
-    def ask(prompts: Sequence[str], attempt: int) -> list[str]:
-        options = SamplingOptions(max_new_tokens=8, temperature=0.0 if attempt == 0 else 0.7, batch_size=16)
-        chats = [chat("", prompt) for prompt in prompts]
-        return [a.text for a in sample_answers(loaded.model, form, chats, options, seed=attempt, title="judge")]
-
-    return ask
+        found: list[T | Missing] = [Missing.UNREADABLE] * len(chats)
+        unreadable, cut = "", 0
+        for attempt in range(self._rereads + 1):
+            missing = [i for i, value in enumerate(found) if isinstance(value, Missing)]
+            if not missing:
+                break
+            options = SamplingOptions(
+                max_new_tokens=self._max_tokens, temperature=0.7 if attempt else temperature, batch_size=16
+            )
+            asked = [[dict(message) for message in chats[i]] for i in missing]
+            answers = sample_answers(self._model, self._form, asked, options, seed=attempt, title=title or "judge")
+            for i, chat, answer in zip(missing, asked, answers, strict=True):
+                text = spoken(answer.text, opening_of(self._form, chat)) if answer.ended else None
+                value = None if text is None else read(text)
+                found[i] = Missing.UNREADABLE if value is None else value
+                unreadable = answer.text if value is None else unreadable
+                cut += not answer.ended
+        if cut:
+            log.warning(
+                "%s: %d replies were cut at %d tokens, which is no answer: raise its max_tokens, or switch thinking off, such as "
+                "chat_template_kwargs: {enable_thinking: false}",
+                self._section, cut, self._max_tokens,
+            )  # fmt: skip
+        say_missing(self._section, found, unreadable=unreadable)
+        return found

@@ -17,6 +17,7 @@ import numpy as np
 
 from trimtab.eval.intervals import Array, cluster_draws, holm, p_of, percentiles, retention_of, widened
 from trimtab.eval.schema import ByCluster, Estimate, Report, Retention
+from trimtab.recipes.schema import deciding
 
 SEEDED = ("axis", "data", "train", "eval")  # sections of a recipe with a seed
 # Key of the eval section -> metrics that another model decides.
@@ -203,7 +204,7 @@ def _asked_otherwise(one: Report, other: Report) -> set[str]:
     return {
         metric
         for key, metrics in OTHERS_DECIDE.items()
-        if sections[0].get(key) != sections[1].get(key)
+        if deciding(sections[0].get(key)) != deciding(sections[1].get(key))
         for metric in metrics
     }
 

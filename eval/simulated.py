@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,9 @@ from trimtab.axis import Floor
 from trimtab.axis.chat import ChatFormat
 from trimtab.axis.errors import UserError
 from trimtab.axis.files import fingerprint, read_json, write_json
-from trimtab.axis.judge import Endpoint
+from trimtab.axis.judge import ENDPOINT_TOKENS, open_endpoint, opening_of
 from trimtab.axis.models import load_model
+from trimtab.axis.replies import Missing, spoken
 from trimtab.axis.sampling import SamplingOptions, sample_answers, seed_of
 from trimtab.eval.arms import Answers, Arms, Item, placed
 from trimtab.eval.intervals import wilson
@@ -28,7 +30,7 @@ from trimtab.eval.schema import RateRow, RateTable
 from trimtab.recipes.data import SimulatedUser
 
 END = "END"
-LONGEST = 160  # tokens of a user's message
+LONGEST = 160  # tokens of a message of a user whose model is loaded here
 PLAY = """You play a person who is chatting with an AI assistant. Stay this person all the time.
 
 {persona}
@@ -39,58 +41,71 @@ Write only your next message, one to four sentences, in this person's own way, w
 you do. React to what was said last and go deeper, as a person would. When you have nothing more to say, write {end} alone."""
 
 Chat = list[dict[str, str]]
-UserModel = Callable[[Sequence[Chat], int], "list[str]"]
+UserModel = Callable[[Sequence[Chat], int], "list[str | None]"]
+"""(chats as the user sees them, turn) -> what the users say; None where the model said nothing aloud."""
 ENDED = re.compile(rf"(^|[\s.!?])[\"'*(]*{END}\W*$")  # a word of its own at the end: "the WEEKEND" goes on
 
 
 @dataclass(frozen=True)
 class LiveTurn:
-    """One turn of one arm: which conversations are still going on, what the users said, and the answers."""
+    """One turn of one arm.
+
+    Attributes:
+        going: which conversations are still going on.
+        said: what their users said.
+        answers: the answers.
+        lost: conversations that have broken off by then, since the model that plays the user said nothing aloud. They did not
+            end, they are missing.
+    """
 
     going: list[int]
     said: list[str]
     answers: Answers
+    lost: Sequence[int] = ()
 
 
-def user_model(settings: Mapping[str, Any], seed: int) -> UserModel:
-    """A model that plays users: (its chats, turn) -> replies.
+def user_model(settings: Mapping[str, Any], seed: int, cache: Path | None = None) -> UserModel:
+    """A model that plays users. Its thoughts are no part of what it says; where it says nothing aloud it is asked again.
 
     Args:
         settings: of a recipe's ``user`` section: an OpenAI-compatible endpoint, or a local model.
         seed: of a local model's sampling.
+        cache: where an endpoint's replies are kept; None keeps none.
 
     Raises:
-        UserError: if the endpoint's key is not in the environment, or the model can't be loaded.
+        UserError: if the endpoint's address or key can't be right, or the model can't be loaded.
     """
-    if settings.get("endpoint"):
-        endpoint = Endpoint(settings, None, "eval.user")
+    if settings["endpoint"]:
+        endpoint = open_endpoint(settings, cache, "eval.user", max_tokens=ENDPOINT_TOKENS)
 
-        def ask(chats: Sequence[Chat], _: int) -> list[str]:
-            replies = []
-            for chat in chats:
-                for attempt in range(int(settings["retries"]) + 1):
-                    reply = endpoint.reply(chat, max_tokens=LONGEST, temperature=0.7, attempt=attempt)
-                    if reply:
-                        break
-                else:
-                    raise UserError(
-                        "the endpoint gave no message of the simulated user",
-                        key="eval.user",
-                        remedy="check the endpoint and run the same command again: it goes on where it was",
-                    )
-                replies.append(reply)
-            return replies
+        def ask(chats: Sequence[Chat], _: int) -> list[str | None]:
+            replies = endpoint.ask(chats, lambda reply: reply or None, temperature=0.7, title="simulated users")
+            if Missing.UNANSWERED in replies:
+                raise UserError(
+                    "the endpoint gave no message of the simulated user",
+                    key="eval.user",
+                    remedy="check the endpoint and run the same command again: it goes on where it was",
+                )
+            return [None if isinstance(reply, Missing) else reply for reply in replies]
 
         return ask
     loaded = load_model(settings["model"])
-    form = ChatFormat(loaded.tokenizer, settings.get("chat_template_kwargs"))
-    options = SamplingOptions(max_new_tokens=LONGEST)
+    form = ChatFormat(loaded.tokenizer, settings["chat_template_kwargs"])
+    options = SamplingOptions(max_new_tokens=settings["max_tokens"] or LONGEST)
 
-    def play(chats: Sequence[Chat], turn: int) -> list[str]:
-        # random numbers of its own, not those of the answers
-        seeds = [seed_of([seed, "user", turn, i]) for i in range(len(chats))]
-        answers = sample_answers(loaded.model, form, chats, options, seeds=seeds, title="simulated users")
-        return [answer.text for answer in answers]
+    def play(chats: Sequence[Chat], turn: int) -> list[str | None]:
+        said: list[str | None] = [None] * len(chats)
+        for attempt in range(settings["unreadable_retries"] + 1):
+            missing = [i for i, text in enumerate(said) if not text]
+            if not missing:
+                break
+            # random numbers of its own, not those of the answers
+            seeds = [seed_of([seed, "user", turn, i, *([attempt] if attempt else [])]) for i in missing]
+            asked = [chats[i] for i in missing]
+            answers = sample_answers(loaded.model, form, asked, options, seeds=seeds, title="simulated users")
+            for i, answer in zip(missing, answers, strict=True):
+                said[i] = spoken(answer.text, opening_of(form, chats[i])) or None
+        return said
 
     return play
 
@@ -120,13 +135,23 @@ def live_conversations(
         played_by: settings of that model: what it said is not taken for another's.
     """
     talks: list[Chat] = [[] for _ in users]
-    going = list(range(len(users)))
+    going, lost = list(range(len(users))), list[int]()
     played: list[LiveTurn] = []
     for turn in range(turns):
         said = _said(arms, arm, turn, [as_user(users[i], talks[i]) for i in going], ask, played_by)
+        lost += [i for i, text in zip(going, said, strict=True) if text is None]
         kept = [(i, text) for i, text in zip(going, said, strict=True) if text]
+        if turn == 0 and len(lost) == len(users):
+            raise UserError(
+                "the model that plays the users said nothing aloud to begin with, in any conversation",
+                key="eval.user",
+                remedy="raise eval.user.max_tokens (a model that thinks needs some thousands), or switch thinking off, such as "
+                "eval.user.chat_template_kwargs={enable_thinking: false}",
+            )
         going = [i for i, _ in kept]
         if not going:
+            if played:
+                played[-1] = replace(played[-1], lost=tuple(lost))
             break
         for i, text in kept:
             talks[i] = [*talks[i], {"role": "user", "content": text}]
@@ -134,28 +159,31 @@ def live_conversations(
         answers = arms.answers(f"simulated-turn-{turn + 1}", items, arm)
         for i, text in zip(going, answers.texts, strict=True):
             talks[i] = [*talks[i], {"role": "assistant", "content": text}]
-        played.append(LiveTurn(list(going), [text for _, text in kept], answers))
+        played.append(LiveTurn(list(going), [text for _, text in kept], answers, tuple(lost)))
     return played
 
 
 def _said(
     arms: Arms, arm: str, turn: int, chats: Sequence[Chat], ask: UserModel, played_by: Mapping[str, Any]
-) -> list[str]:
-    """The users' next messages, "" where one ends the conversation; asked for once and kept.
+) -> list[str | None]:
+    """The users' next messages, "" where one ends the conversation, None where the model said nothing; asked for once and kept.
 
     What they begin with is the same in every arm: an endpoint, asked again, would begin otherwise.
     """
     path = arms.path(f"simulated-users-{turn + 1}", arm if turn else "base", ".json")
     identity = fingerprint([list(chats), dict(played_by)])
     if path.exists() and (kept := read_json(path))["identity"] == identity:
-        found: list[str] = kept["said"]
+        found: list[str | None] = kept["said"]
         return found
-    said = [
-        "" if ENDED.search(reply.strip()) or reply.strip(".!\"'* ").upper() == END else reply.strip()
-        for reply in ask(chats, turn)
-    ]
-    write_json(path, {"identity": identity, "said": said})
+    said = [None if reply is None else _until_the_end(reply.strip()) for reply in ask(chats, turn)]
+    if None not in said:  # the next time it may say something
+        write_json(path, {"identity": identity, "said": said})
     return said
+
+
+def _until_the_end(reply: str) -> str:
+    """A user's message; "" where it ends the conversation."""
+    return "" if ENDED.search(reply) or reply.strip(".!\"'* ").upper() == END else reply
 
 
 def spread_out(played: Sequence[LiveTurn], count: int) -> list[Answers]:
@@ -167,6 +195,8 @@ def simulated_suite(
     users: Sequence[SimulatedUser], played: Mapping[str, Sequence[LiveTurn]], ruler: Ruler, floor: Floor
 ) -> Suite:
     """Position, drift, the first turn below the floor, and how many conversations go on.
+
+    A conversation that broke off (:attr:`LiveTurn.lost`) has no value in that arm, and is no part of those that could go on.
 
     Args:
         users: who talks.
@@ -181,6 +211,8 @@ def simulated_suite(
         spread = spread_out(turns, len(users))
         by_turn = np.asarray([ruler.z(answers.means) for answers in spread]).reshape(len(spread), len(users))
         below = np.asarray([below_floor(floor, answers.means) for answers in spread]).reshape(by_turn.shape)
+        by_turn[:, _lost(turns)] = np.nan
+        below[:, _lost(turns)] = np.nan
         z[arm] = [_mean_of(column) for column in by_turn.T]
         slope[arm] = slopes(by_turn)
         first[arm] = [_first_below(column) for column in below.T]
@@ -210,15 +242,30 @@ def simulated_suite(
         ),
     ]  # fmt: skip
     longest = max((len(turns) for turns in played.values()), default=0)
+    there = {arm: len(users) - len(_lost(turns)) for arm, turns in played.items()}
     rows = []
     for turn in range(longest):
-        going = {arm: len(turns[turn].going) if turn < len(turns) else 0 for arm, turns in played.items()}
-        rows.append(
-            RateRow(label=f"turn {turn + 1}", arms={arm: wilson(count, len(users)) for arm, count in going.items()})
-        )
+        going = {
+            arm: len(set(turns[turn].going) - set(_lost(turns))) if turn < len(turns) else 0
+            for arm, turns in played.items()
+        }
+        rates = {arm: wilson(count, there[arm]) for arm, count in going.items() if there[arm]}
+        rows.append(RateRow(label=f"turn {turn + 1}", arms=rates))
     name = "Conversations with simulated users that go on"
     meaning = "Share of all conversations that reach a turn; a user ends one by having nothing more to say."
-    return Suite(metrics=metrics, tables=[RateTable(id="survival", name=name, meaning=meaning, rows=rows)])
+    warnings = [
+        f"{len(users) - count} of {len(users)} conversations of {arm} with simulated users broke off, since the model that plays "
+        "the user said nothing aloud; they are left out."
+        for arm, count in there.items()
+        if count < len(users)
+    ]
+    table = RateTable(id="survival", name=name, meaning=meaning, rows=rows)
+    return Suite(metrics=metrics, tables=[table], warnings=warnings)
+
+
+def _lost(turns: Sequence[LiveTurn]) -> list[int]:
+    """Conversations that broke off in any turn."""
+    return list(turns[-1].lost) if turns else []
 
 
 def _first_below(below: np.ndarray[Any, Any]) -> tuple[int, int]:

@@ -18,11 +18,12 @@ from trimtab.axis import ActivationController, Axis, Floor, UserError
 from trimtab.axis.calibration import spread
 from trimtab.axis.chat import ChatFormat, chat
 from trimtab.axis.extraction import DEFAULT, extract
-from trimtab.axis.files import file_fingerprint, fingerprint, read_json, read_jsonl, write_json, write_text
-from trimtab.axis.judge import scoring_judge
+from trimtab.axis.files import file_fingerprint, fingerprint, read_json, read_jsonl, write_json, write_jsonl, write_text
+from trimtab.axis.judge import check_endpoint, scoring_judge
 from trimtab.axis.machine import machine_facts
 from trimtab.axis.models import EMBEDDED, Loaded
 from trimtab.axis.progress import progress_bar
+from trimtab.axis.replies import Missing
 from trimtab.axis.scoring import SCORE_BATCH, persona_llr
 from trimtab.eval.arms import CONTROL, Answers, Arms, Item
 from trimtab.eval.assemble import Measured, build_report
@@ -50,12 +51,14 @@ from trimtab.eval.schema import ArmAnswer, Estimate, Report, Rerouting, Transcri
 from trimtab.eval.simulated import LiveTurn, live_conversations, simulated_suite, spread_out, user_model
 from trimtab.eval.weights import Weights, open_subjects
 from trimtab.recipes import data
-from trimtab.recipes.schema import EvalSection
+from trimtab.recipes.schema import EvalSection, deciding
 from trimtab.train.prepare import Prepared, sampling_options
 from trimtab.train.run import STARTS, Run
 from trimtab.train.subject import Subject, trained_subject, tuned_subject
 
 log = logging.getLogger("trimtab")
+
+REPLIES, UNSCORED = "judge.jsonl", "unscored.jsonl"  # in eval/: what the judge replied, and what it gave no score for
 
 
 def eval_stage(run: Run, prepared: Prepared | None = None) -> dict[str, Any]:
@@ -77,18 +80,42 @@ def eval_stage(run: Run, prepared: Prepared | None = None) -> dict[str, Any]:
         return evaluate(run, loaded.facts, open_subjects(run.recipe.model, loaded, subjects, upon_tuned), form)
 
     inputs = [
-        run.recipe.eval.model_dump(),
+        deciding(run.recipe.eval.model_dump()),
         *(subject.fingerprint() for subject in subjects.values()),
         *_given_files(run).values(),
     ]
+    record = run.stage_record("eval")
+    if record is not None and record["key"] == fingerprint(inputs) and _scored_since(run):
+        (run.folder / "stages" / "eval.json").unlink()
     return run.stage("eval", inputs, work, remedy="delete this file to evaluate anew; answers that still fit are kept")
 
 
+def _scored_since(run: Run) -> bool:
+    """Whether the judge, asked again, scores an answer that had no score when the evaluation was recorded."""
+    settings, path = run.recipe.eval.judge, run.folder / "eval" / UNSCORED
+    if settings is None or settings.endpoint is None or not path.exists():
+        return False
+    rows = read_jsonl(path)
+    try:
+        judge = scoring_judge(settings.model_dump(), path.parent / REPLIES, "eval.judge", title="judge")
+        scores = [
+            score
+            for highest in sorted({row["highest"] for row in rows})
+            for score in judge([row["prompt"] for row in rows if row["highest"] == highest], highest)
+        ]
+    except UserError as error:  # what was measured stands; it is asked once more the next time
+        log.warning("eval: %d answers are still without a score: %s", len(rows), error)
+        return False
+    found = sum(not isinstance(score, Missing) for score in scores)
+    log.info("eval: %d of %d answers without a score have one now", found, len(rows))
+    return found > 0
+
+
 def check_files(run: Run) -> None:
-    """Look at what the evaluation will need, files and lm-eval, so that what is wrong is told before anything heavy.
+    """Look at what the evaluation will need, files, keys and packages, so that what is wrong is told before anything heavy.
 
     Raises:
-        UserError: naming the file and the row.
+        UserError: naming the file and the row, or the key.
     """
     section = run.recipe.eval
     if section.capability and importlib.util.find_spec("lm_eval") is None:
@@ -96,6 +123,9 @@ def check_files(run: Run) -> None:
             "capability needs lm-eval", key="eval.capability", remedy="pip install 'trimtab[eval]', or set it to []"
         )
     check_inputs(run.recipe)
+    if run.stage_record("eval") is None:
+        for key, model in (("eval.judge", section.judge), ("eval.user", section.user)):
+            check_endpoint(model.model_dump() if model else None, key)
 
 
 def _given_files(run: Run) -> dict[str, str]:
@@ -178,6 +208,7 @@ def evaluate(run: Run, model_facts: dict[str, Any], weights: Weights, form: Chat
     users = data.simulated_users(section.simulated_users) if section.user is not None else []
     simulated = _simulated(run, arms, users)
     pressure = _pressure(run, arms)
+    _keep_unscored(arms.folder / UNSCORED, pressure)
     if users:
         pressure.extend(simulated_suite(users, simulated, main, floor))
     on_simulated = {arm: spread_out(turns, len(users)) for arm, turns in simulated.items()}
@@ -420,7 +451,9 @@ def _pressure(run: Run, arms: Arms) -> Suite:
     """Who the model says it is, and what it goes along with, under personas."""
     section = run.recipe.eval
     judge = (
-        scoring_judge(section.judge.model_dump(), arms.folder / "judge.jsonl", "eval.judge") if section.judge else None
+        scoring_judge(section.judge.model_dump(), arms.folder / REPLIES, "eval.judge", title="judge")
+        if section.judge
+        else None
     )
     suite = susceptibility(arms, section.susceptibility_roles, judge)
     if section.boundary_file is not None:
@@ -431,6 +464,18 @@ def _pressure(run: Run, arms: Arms) -> Suite:
         lookalikes = data.lookalike_probes(section.boundary_probes // 2)
         suite.extend(jailbreaks(arms, data.boundary_probes(section.boundary_probes), lookalikes, judge))
     return suite
+
+
+def _keep_unscored(path: Path, suite: Suite) -> None:
+    """Keep what has no score beside the judge's replies: the same command asks for it again."""
+    if not suite.unscored:
+        path.unlink(missing_ok=True)
+        return
+    write_jsonl(path, [{**dataclasses.asdict(row), "why": row.why.value} for row in suite.unscored])
+    log.warning(
+        "eval: the judge gave no score for %d prompts (%s); the report says so, and the same command asks for them again",
+        len(suite.unscored), path,
+    )  # fmt: skip
 
 
 def _rerouting(
@@ -590,9 +635,10 @@ def _simulated(run: Run, arms: Arms, users: list[data.SimulatedUser]) -> dict[st
     section = run.recipe.eval
     if section.user is None or not users:
         return {}
-    ask = user_model(section.user.model_dump(), section.seed)
+    settings = section.user.model_dump()
+    ask = user_model(settings, section.seed, arms.folder / "simulated-users.jsonl")
     return {
-        arm: live_conversations(arms, users, section.simulated_turns, ask, arm, section.user.model_dump())
+        arm: live_conversations(arms, users, section.simulated_turns, ask, arm, deciding(settings))
         for arm in arms.names
     }
 

@@ -131,7 +131,7 @@ SCHEMA_FAULTS = {
     "axis.role": ("axis: {role: 3}", "unknown key", "did you mean 'roles'"),
     "axis.roles": ("axis: {roles: '40'}", "expected a valid integer", "quotes"),
     "axis.seed": ("axis: {seed: true}", "expected a valid integer", "kind"),
-    "axis.judge.model": ("axis: {judge: {timeout: 3}}", "missing", "axis.judge.model="),
+    "axis.judge.model": ("axis: {judge: {endpoint: 'http://localhost/v1'}}", "missing", "axis.judge.model="),
     "floor.percentile": ("floor: {percentile: 100}", "less than 100", "range"),
     "floor.layers": ("floor: {layers: 9-3}", "not layers", "46-53"),
     "floor.experiment": ("floor: {experiment: 'layers_46:54-p0.25'}", "capping_config", "floor.path"),

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import build_arms, build_floor, save_model
-from judge_endpoint import KEY, Endpoint
+from judge_endpoint import KEY, Endpoint, completion
 
 from trimtab.axis import UserError
 from trimtab.axis.chat import ChatFormat
-from trimtab.axis.sampling import SamplingOptions
+from trimtab.axis.sampling import Answer, SamplingOptions
 from trimtab.eval.arms import Answers, Arms
 from trimtab.eval.measure import Ruler, slopes
 from trimtab.eval.simulated import (
@@ -33,8 +33,10 @@ def arms(form: ChatFormat, tmp_path: Path) -> Arms:
     return build_arms(form, tmp_path / "eval", SamplingOptions(max_new_tokens=6, batch_size=16), tuned_cap=False)
 
 
-def settings(endpoint: Endpoint) -> dict[str, Any]:
-    return JudgeSection(endpoint=endpoint.url, model="m", api_key_env=KEY, retries=1).model_dump()
+def settings(endpoint: Endpoint, **changes: Any) -> dict[str, Any]:
+    """One user after another, so that a test can tell who is asked."""
+    one = {"retries": 1, "backoff": 0.01, "unreadable_retries": 1, "concurrency": 1, **changes}
+    return JudgeSection(endpoint=endpoint.url, model="m", api_key_env=KEY, **one).model_dump()
 
 
 def test_users_are_a_mix_and_all_different() -> None:
@@ -104,6 +106,88 @@ def test_an_endpoint_that_fails_is_no_end_of_a_conversation(arms: Arms, endpoint
 
 
 @pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (completion("<think>I am a person.</think>\nHello there."), "Hello there."),
+        (completion("I am to play a person.\n</think>\n\nHello there."), "Hello there."),
+        (completion("Hello there.", reasoning_content="I play."), "Hello there."),
+        (completion("<think>The persona is", "length"), None),
+        (completion("<think>The persona is"), None),
+        (completion("Okay, the user wants me to play", "length"), None),  # the template opened the thought
+        (completion("<think>So.</think>"), None),
+        (completion(None, "length", reasoning_content="The persona is"), None),
+    ],
+)
+def test_a_user_s_thoughts_are_not_said_aloud(endpoint: Endpoint, body: bytes, said: str | None) -> None:
+    endpoint.answer = lambda prompt, count: (200, body)
+    assert user_model(settings(endpoint), seed=0)([as_user(data.simulated_users(1)[0], [])], 0) == [said]
+    assert len(endpoint.asked) == (1 if said else 2)
+
+
+def test_a_conversation_whose_user_only_thinks_is_missing_and_told(arms: Arms, endpoint: Endpoint) -> None:
+    """It is no end of it, which would count as a user who has nothing more to say."""
+    users = data.simulated_users(3)
+
+    def answer(prompt: str, count: int) -> tuple[int, Any]:
+        messages = endpoint.requests[-1]["messages"]
+        who = next(i for i, user in enumerate(users) if user.topic in messages[0]["content"])
+        turn = sum(message["role"] == "assistant" for message in messages)
+        if who == 0 and turn == 1:
+            return 200, completion("<think>Now I should", "length")
+        return 200, "END" if who == 1 and turn == 1 else f"user {who}, turn {turn + 1}"
+
+    endpoint.answer = answer
+    ask = user_model(settings(endpoint), 0, arms.folder / "users.jsonl")
+    played = live_conversations(arms, users, 3, ask, "base", {})
+    assert [(turn.going, turn.lost) for turn in played] == [([0, 1, 2], ()), ([2], (0,)), ([2], (0,))]
+    floor = build_floor(tau=0.0)
+    ruler = Ruler(floor.directions, torch.zeros(len(floor.layers)), torch.ones(len(floor.layers)))
+    suite = simulated_suite(users, {"base": played, "tuned": played[:1]}, ruler, floor)
+    for metric in suite.metrics[:1]:
+        assert [np.isnan(value) for value in metric.values["base"]] == [True, False, False]
+    assert [np.isnan(value) for value in suite.metrics[2].values["tuned"]] == [True, False, False]  # paired
+    going = [(row.arms["base"].value, row.arms["base"].n) for row in suite.tables[0].rows]
+    assert going == [(1.0, 2), (0.5, 2), (0.5, 2)]
+    assert len(suite.warnings) == 1 and "1 of 3 conversations of base" in suite.warnings[0]
+    # the same command asks the one that said nothing, and pays for no other twice
+    asked = len(endpoint.asked)
+    endpoint.answer = lambda prompt, count: (200, "Well then.")
+    again = live_conversations(
+        arms, users, 2, user_model(settings(endpoint), 0, arms.folder / "users.jsonl"), "base", {}
+    )
+    assert [(turn.going, turn.lost) for turn in again] == [([0, 1, 2], ()), ([0, 2], ())] and len(
+        endpoint.asked
+    ) == asked + 1
+
+
+def test_users_who_only_think_from_the_first_are_told_with_the_remedy(arms: Arms, endpoint: Endpoint) -> None:
+    endpoint.answer = lambda prompt, count: (200, completion("<think>So I am", "length"))
+    ask = user_model(settings(endpoint), 0)
+    with pytest.raises(UserError, match="said nothing aloud") as caught:
+        live_conversations(arms, data.simulated_users(2), 2, ask, "base", {})
+    assert "max_tokens" in caught.value.remedy and "enable_thinking" in caught.value.remedy
+
+
+def test_a_local_user_s_thoughts_are_not_said_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it samples is put in its mouth; a message that is cut is still one, but for a thought."""
+    save_model(tmp_path / "user")
+    tries: list[int] = []
+    texts = ["<think>Me.</think>Hello.", "Hello, I am", "<think>The persona"]
+
+    def sampled(model: Any, form: Any, chats: Any, options: Any, **_: Any) -> list[Answer]:
+        tries.append(len(chats))
+        return [
+            Answer(i, next(text for text in texts if text == chat[-1]["content"]), [], False)
+            for i, chat in enumerate(chats)
+        ]
+
+    monkeypatch.setattr("trimtab.eval.simulated.sample_answers", sampled)
+    ask = user_model(JudgeSection(model=str(tmp_path / "user")).model_dump(), seed=0)
+    assert ask([[{"role": "user", "content": text}] for text in texts], 0) == ["Hello.", "Hello, I am", None]
+    assert tries == [3, 1, 1]
+
+
+@pytest.mark.parametrize(
     ("reply", "said"),
     [
         ("END", ""), (" end. ", ""), ("Thank you, that is all. END", ""), ("That is all.END.", ""),
@@ -131,7 +215,7 @@ def test_a_conversation_that_ends_sooner_did_not_fall_sooner() -> None:
 
 def test_a_local_model_plays_too(arms: Arms, tmp_path: Path) -> None:
     save_model(tmp_path / "user")
-    ask = user_model({"model": str(tmp_path / "user"), "endpoint": None}, seed=0)
+    ask = user_model(JudgeSection(model=str(tmp_path / "user"), max_tokens=12).model_dump(), seed=0)
     chats = [as_user(user, []) for user in data.simulated_users(2)]
     assert ask(chats, 0) == ask(chats, 0) and len(ask(chats, 0)) == 2
 

@@ -6,23 +6,33 @@ import contextlib
 import copy
 import dataclasses
 import importlib
+import logging
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import CHATML, build_model, build_tokenizer, capped_by_hand, save_model
+from judge_endpoint import KEY, Endpoint
 from peft import LoraConfig, get_peft_model
 
 from trimtab.axis import Floor, UserError
+from trimtab.axis.files import read_jsonl
+from trimtab.axis.judge import scoring_judge
+from trimtab.axis.replies import Missing
 from trimtab.cli.main import main
+from trimtab.eval import stages
+from trimtab.eval.arms import Answers
+from trimtab.eval.pressure import Suite, _judged
 from trimtab.eval.report import load_report
 from trimtab.eval.schema import Report
 from trimtab.eval.stages import evaluate
 from trimtab.eval.weights import open_weights
 from trimtab.recipes.loader import RecipeError, recipe_of
 from trimtab.recipes.schema import JudgeSection
-from trimtab.train.prepare import floor_stage, load_recipe_model
+from trimtab.train.prepare import Prepared, floor_stage, load_recipe_model
 from trimtab.train.run import Run, open_run
 from trimtab.train.subject import find_subject
 
@@ -105,6 +115,55 @@ def test_base_against_base_is_never_good(base: Path, run: Run) -> None:
     assert [table.id for table in report.rates] == ["survival"]
     effects = {effect.id: effect.estimate.value for effect in report.side_effects}
     assert effects["benign_kl"] == effects["default_z_shift"] == effects["default_z_shift_same_text"] == 0
+
+
+def test_what_the_judge_did_not_score_is_asked_again_by_the_same_command(
+    run: Run, endpoint: Endpoint, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a stage that lacks scores is not done for good. Of the evaluation, only what the judge reads is made here."""
+    monkeypatch.setattr(logging.getLogger("trimtab"), "propagate", True)
+    section = JudgeSection(
+        endpoint=endpoint.url, model="m", api_key_env=KEY, retries=0, backoff=0.0, unreadable_retries=0, concurrency=1
+    )
+    changes = {"judge": section, "susceptibility_roles": 1}
+    recipe = run.recipe.model_copy(update={"eval": run.recipe.eval.model_copy(update=changes)})
+    judged, prepared = dataclasses.replace(run, recipe=recipe), Prepared(run)
+    evaluated: list[dict[str, list[Any]]] = []
+
+    def evaluate(run: Run, *_: Any) -> dict[str, Any]:
+        folder = run.folder / "eval"
+        answers = {"base": Answers(["lamp", "door", "mirror"], torch.empty(0), [[]] * 3, [])}
+        judge = scoring_judge(section.model_dump(), folder / stages.REPLIES, "eval.judge")
+        scores, unscored = _judged(judge, answers, lambda prompt, text, _: text, 1)
+        stages._keep_unscored(folder / stages.UNSCORED, Suite(unscored=unscored))
+        evaluated.append(scores)
+        return {}
+
+    monkeypatch.setattr(stages, "evaluate", evaluate)
+
+    def command(door: tuple[int, Any], mirror: tuple[int, Any]) -> list[str]:
+        """Run the command; what was asked."""
+        replies = {"lamp": (200, "0"), "door": door, "mirror": mirror}
+        endpoint.answer = lambda prompt, count: replies[prompt]
+        before = len(endpoint.asked)
+        stages.eval_stage(judged, prepared)
+        return endpoint.asked[before:]
+
+    busy, words = (503, b""), (200, "Well, 1.")
+    assert command(busy, words) == ["lamp", "door", "mirror"]
+    kept = read_jsonl(run.folder / "eval" / stages.UNSCORED)
+    assert [(row["prompt"], row["why"]) for row in kept] == [("door", "not answered"), ("mirror", "unreadable")]
+    # only what is missing is asked, and where nothing new is said nothing is measured again
+    assert command(busy, words) == ["door", "mirror"] and len(evaluated) == 1
+    assert command((401, b""), words) == ["door"] and len(evaluated) == 1  # what was measured stands
+    assert "2 answers are still without a score" in caplog.text and "answered 401" in caplog.text
+    assert command((200, "1"), words) == ["door", "mirror", "mirror"]
+    assert evaluated[1:] == [{"base": [0, 1, Missing.UNREADABLE]}]
+    assert command(busy, (200, "1")) == ["mirror"] and evaluated[2:] == [{"base": [0, 1, 1]}]
+    assert command(busy, busy) == [] and len(evaluated) == 3
+    assert not (run.folder / "eval" / stages.UNSCORED).exists()
+    (run.folder / "stages" / "eval.json").unlink()
+    shutil.rmtree(run.folder / "eval")
 
 
 def test_the_cap_against_itself_keeps_exactly_all(run: Run) -> None:

@@ -14,12 +14,12 @@ from trimtab.axis.calibration import calibrate, control_floor, response_projecti
 from trimtab.axis.chat import ChatFormat
 from trimtab.axis.extraction import DEFAULT, extract
 from trimtab.axis.files import file_fingerprint, read_jsonl, write_json
-from trimtab.axis.judge import role_judge
+from trimtab.axis.judge import check_endpoint, role_judge
 from trimtab.axis.models import Loaded, load_model, load_tokenizer
 from trimtab.axis.sampling import SamplingOptions
 from trimtab.recipes import data
 from trimtab.recipes.rules import row_length
-from trimtab.recipes.schema import DpoMethod, GrpoMethod, ModelSection, Sampling
+from trimtab.recipes.schema import DpoMethod, GrpoMethod, ModelSection, Sampling, deciding
 from trimtab.train.pairs import make_pairs
 from trimtab.train.rollouts import check_lengths
 from trimtab.train.run import Run
@@ -96,8 +96,11 @@ def axis_stage(run: Run, prepared: Prepared | None = None) -> dict[str, Any]:
     prepared = prepared or Prepared(run)
 
     def work() -> dict[str, Any]:
-        loaded, form = prepared()
         section = recipe.axis
+        judged = section.judge.model_dump() if section.judge else None
+        check_endpoint(judged, "axis.judge")  # before a model is loaded
+        loaded, form = prepared()
+        judge = role_judge(judged, run.rollouts_path.parent / "judge.jsonl") if judged else None
         found = extract(
             loaded,
             form,
@@ -109,7 +112,7 @@ def axis_stage(run: Run, prepared: Prepared | None = None) -> dict[str, Any]:
             options=sampling_options(section.sampling),
             default_repeats=section.default_repeats,
             seed=section.seed,
-            judge=role_judge(section.judge.model_dump()) if section.judge else None,
+            judge=judge,
             min_per_role=section.min_per_role,
         )
         axis = found.axis
@@ -129,7 +132,7 @@ def axis_stage(run: Run, prepared: Prepared | None = None) -> dict[str, Any]:
             facts["cosine_held_out"] = [round(float(c), 4) for c in cosine]
         return facts
 
-    return run.stage("axis", [recipe.model.model_dump(), recipe.axis.model_dump()], work)
+    return run.stage("axis", deciding([recipe.model.model_dump(), recipe.axis.model_dump()]), work)
 
 
 def load_axis_file(path: Path) -> Axis:
@@ -214,8 +217,11 @@ def _floor_from_file(
 def rollouts_stage(run: Run, prepared: Prepared | None = None) -> None:
     """Everything that training needs: axis, floor, and DPO's pairs. The other methods' trainers sample as they go on."""
     check_data(run.recipe)
-    prepared = prepared or Prepared(run)
     method, longest = run.recipe.method, row_length(run.recipe)
+    if isinstance(method, GrpoMethod) and run.stage_record(run.variant(False).stage_name) is None:
+        for entry in method.rewards:
+            check_endpoint(entry.judge.model_dump() if entry.judge else None, "method.rewards.judge")
+    prepared = prepared or Prepared(run)
     if not isinstance(method, GrpoMethod) and run.recipe.eval.tuned is None:
         _check_lengths(run, sampling_options(method.sampling), longest)
     floor_stage(run, prepared)

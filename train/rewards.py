@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -134,7 +135,11 @@ class AboveFloor(TurnReward):
 
 
 class Judge(TurnReward):
-    """An OpenAI-compatible judge's score 0 to 10 of how well the answer keeps to the helpful Assistant, scaled to 0 to 1."""
+    """An OpenAI-compatible judge's score 0 to 10 of how well the answer keeps to the helpful Assistant, scaled to 0 to 1.
+
+    An answer without a score has no reward. An endpoint that does not answer several times in a row stops the run; it goes on
+    from its last checkpoint.
+    """
 
     name = "judge"
 
@@ -142,7 +147,8 @@ class Judge(TurnReward):
         super().__init__()
         from trimtab.axis.judge import assistant_judge
 
-        self._ask = assistant_judge(settings, cache)
+        rank = os.environ.get("RANK", "0")  # several processes would cut off each other's lines
+        self._ask = assistant_judge(settings, cache if rank == "0" else cache.with_stem(f"{cache.stem}-{rank}"))
 
     def score(self, prompts: list[list[dict[str, str]]], texts: list[str]) -> list[float]:
         """Score between 0 and 1; NaN where the judge gave none."""

@@ -17,7 +17,7 @@ from typing import Any
 from trimtab.axis.errors import UserError
 from trimtab.axis.files import fingerprint, read_json, write_json, write_text
 from trimtab.recipes.loader import LoadedRecipe
-from trimtab.recipes.schema import Recipe
+from trimtab.recipes.schema import Recipe, deciding
 
 log = logging.getLogger("trimtab")
 
@@ -252,7 +252,7 @@ def recipe_identity(loaded: LoadedRecipe) -> str:
     what is trained. How the rows of a step are spread over processes and micro-batches is no part of it: training itself holds
     their number, see :func:`trimtab.train.job.check_spread`.
     """
-    resolved = dict(loaded.resolved)
+    resolved = dict(deciding(loaded.resolved))
     resolved["train"] = {key: value for key, value in resolved.get("train", {}).items() if key not in ELSEWHERE}
     resolved["eval"] = {"control": resolved["eval"]["control"]}
     return fingerprint(resolved)
