@@ -237,7 +237,7 @@ OWN_FILES = (
 def test_faulty_rows_of_a_file_are_told_before_anything_heavy(
     command: str, key: str, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    mine = tmp_path / "mine.jsonl"
+    mine = tmp_path / "harmful.jsonl"  # as probes they want a kind
     mine.write_text('{"prompt": "x", "completion": "y"}\n{"prompt": 3}\n\n{"words": "x"}\n', encoding="utf-8")
     words = [command, str(recipe), key.replace("FILE", str(mine)) if "FILE" in key else f"{key}={mine}"]
     run = tmp_path / "run"

@@ -15,10 +15,11 @@ from judge_endpoint import KEY, Endpoint
 
 from trimtab.axis import UserError
 from trimtab.axis.chat import ChatFormat, chat
-from trimtab.axis.judge import IDENTITIES, ScoringJudge, scoring_judge
+from trimtab.axis.judge import IDENTITIES, Score, ScoringJudge, scoring_judge
+from trimtab.axis.replies import Missing
 from trimtab.axis.sampling import SamplingOptions
-from trimtab.eval.arms import Answers, Arms
-from trimtab.eval.boundary_files import HARMFUL, load_boundary_file
+from trimtab.eval.arms import Answers, Arms, Item
+from trimtab.eval.boundary_files import HARMFUL, ONLY_HARMFUL, _words, load_boundary_file
 from trimtab.eval.pressure import _judged, jailbreaks, judge_agreement, ratio_agreement, susceptibility
 from trimtab.recipes import data
 from trimtab.recipes.data import BoundaryProbe
@@ -31,7 +32,9 @@ def arms(form: ChatFormat, tmp_path: Path) -> Arms:
 
 
 def judge_at(endpoint: Endpoint, cache: Path) -> ScoringJudge:
-    section = JudgeSection(endpoint=endpoint.url, model="m", api_key_env=KEY, retries=1)
+    section = JudgeSection(
+        endpoint=endpoint.url, model="m", api_key_env=KEY, retries=1, backoff=0.01, unreadable_retries=1
+    )
     return scoring_judge(section.model_dump(), cache, "eval.judge")
 
 
@@ -44,6 +47,8 @@ def test_identities_are_counted_as_the_judge_names_them(arms: Arms, endpoint: En
 
     endpoint.answer = answer
     suite = susceptibility(arms, 3, judge_at(endpoint, tmp_path / "judge.jsonl"))
+    assert {row.prompt for row in suite.unscored} == {prompt for prompt, score in told.items() if score == "5"}
+    assert {(row.highest, row.why) for row in suite.unscored} == {(len(IDENTITIES) - 1, Missing.UNREADABLE)}
     ratio, rate = suite.metrics
     n = 3 * len(data.identity_questions())
     assert (ratio.id, rate.id) == ("identity_llr", "assistant_rate") and set(rate.values) == {
@@ -59,7 +64,12 @@ def test_identities_are_counted_as_the_judge_names_them(arms: Arms, endpoint: En
         shares = [row.arms[arm] for row in table.rows]
         assert sum(share.value for share in shares) == pytest.approx(1) and shares[0].n == len(known)
         assert shares[0].value == pytest.approx(sum(known) / len(known))
-    assert any("empty or got no readable score" in line and "left out" in line for line in suite.warnings)
+    absent = sum(value != value for value in rate.values["tuned"])
+    assert any(
+        f"{absent} of {n} answers of tuned (identity) have no score and are left out" in line
+        and f"the judge's reply was no score: {absent}" in line
+        for line in suite.warnings
+    )
     asked = len(endpoint.asked)
     susceptibility(arms, 3, judge_at(endpoint, tmp_path / "judge.jsonl"))
     again = endpoint.asked[asked:]
@@ -82,8 +92,13 @@ def test_judge_and_ratio_are_held_against_answers_that_were_read(arms: Arms, end
     assert (
         ratio_agreement([float(row.label != "assistant") for row in known], known)["AUC on labelled answers"].value == 1
     )
-    wrong = judge_agreement([None] * len(known), known)["kappa with labelled answers"]
+    wrong = judge_agreement([Missing.UNREADABLE] * len(known), known)["kappa with labelled answers"]
     assert wrong.value == pytest.approx(0)
+    # what its endpoint did not answer on says nothing about the judge
+    right: list[Score] = [IDENTITIES.index(row.label) for row in known]
+    part = judge_agreement([Missing.UNANSWERED, Missing.REFUSED, *right[2:]], known)["kappa with labelled answers"]
+    assert part.value == pytest.approx(1) and part.n == len(known) - 2
+    assert judge_agreement([Missing.UNANSWERED] * len(known), known) == {}
 
 
 def test_labels_were_given_by_two_readers_who_mostly_agree() -> None:
@@ -129,12 +144,30 @@ def test_answers_of_no_words_are_missing_and_never_safe() -> None:
     }
     asked: list[str] = []
 
-    def judge(given: Sequence[str], highest: int) -> list[int | None]:
+    def judge(given: Sequence[str], highest: int) -> list[Score]:
         asked.extend(given)
         return [0] * len(given)
 
-    scores = _judged(judge, answers, lambda prompt, text, _: text, 1)
-    assert scores == {"base": [0, 0], "tuned": [None, None]} and asked == ["Sure: they say", " no"]
+    scores, unscored = _judged(judge, answers, lambda prompt, text, _: text, 1)
+    assert scores == {"base": [0, 0], "tuned": [Missing.EMPTY] * 2} and asked == ["Sure: they say", " no"]
+    assert unscored == []  # there is nothing to ask again
+
+
+def test_what_the_endpoint_did_not_answer_is_told_apart_and_no_rate(arms: Arms, endpoint: Endpoint) -> None:
+    endpoint.answer = lambda prompt, count: (
+        (503, b"full") if "rumour" in prompt else (200, "hm" if "messages" in prompt else "1")
+    )
+    probes = [BoundaryProbe(*row, "It helps.") for row in (
+        ("a", "c", "Write a rumour."), ("b", "c", "Read her messages."), ("c", "c", "Open the door."),
+    )]  # fmt: skip
+    suite = jailbreaks(arms, probes, [], judge_at(endpoint, arms.folder / "judge.jsonl"))
+    values = suite.metrics[1].values["base"]
+    assert [value == value for value in values] == [False, False, True] and suite.tables[0].rows[0].arms["base"].n == 1
+    reasons = "the judge's reply was no score: 1; the judge's endpoint did not answer: 1"
+    assert f"2 of 3 answers of base (jailbreaks) have no score and are left out ({reasons})." in suite.warnings
+    assert sorted({(row.why, row.highest) for row in suite.unscored}, key=str) == [
+        (Missing.UNANSWERED, 1), (Missing.UNREADABLE, 1),
+    ]  # fmt: skip
 
 
 def test_little_room_is_said_and_without_a_judge_the_ratio_is_left(arms: Arms, endpoint: Endpoint) -> None:
@@ -145,6 +178,24 @@ def test_little_room_is_said_and_without_a_judge_the_ratio_is_left(arms: Arms, e
     alone = jailbreaks(arms, probes, data.lookalike_probes(2), None)
     assert [metric.id for metric in alone.metrics] == ["jailbreak_llr"] and not alone.tables
     assert jailbreaks(arms, [], [], None).metrics == [] and susceptibility(arms, 0, None).metrics == []
+
+
+def test_harmless_requests_alone_are_read_for_refusals_and_never_for_harm(arms: Arms, endpoint: Endpoint) -> None:
+    endpoint.answer = lambda prompt, count: (200, "1" if "refuses a harmless request" in prompt else "0")
+    harmless = [
+        BoundaryProbe("a", "c", "Kill a process.", "", system="You are a shell."),
+        BoundaryProbe("b", "c", "Hi.", ""),
+    ]
+    suite = jailbreaks(arms, [], harmless, judge_at(endpoint, arms.folder / "judge.jsonl"))
+    assert suite.metrics == [] and [table.id for table in suite.tables] == ["refusals"]
+    assert suite.tables[0].rows[0].arms["base"].value == 1
+    assert not any("goes along" in prompt for prompt in endpoint.asked)
+    (with_system, _) = arms.answers(
+        "lookalikes", [Item(p.id, p.id, chat(p.system, p.request)) for p in harmless], "base"
+    ).prompts
+    assert with_system[0] == {"role": "system", "content": "You are a shell."}  # kept as it was asked
+    unread = jailbreaks(arms, [], harmless, None)
+    assert unread.metrics == [] and "eval.judge" in unread.warnings[0]
 
 
 def test_own_probes_take_turns_and_name_what_going_along_would_be() -> None:
@@ -169,12 +220,14 @@ def table(path: Path, rows: list[dict[str, Any]]) -> Path:
         ("HarmBench", {"Behavior": "Do it,\nnow", "FunctionalCategory": "standard", "SemanticCategory": "c"}, "c"),
         ("StrongREJECT", {"category": "c", "source": "s", "forbidden_prompt": "Do it,\nnow"}, "c"),
         ("JailbreakBench", {"Index": 0, "Goal": "Do it,\nnow", "Target": "Sure", "Behavior": "b", "Category": "c"}, "c"),
+        ("prompts", {"prompt": "Do it,\nnow", "category": "c"}, "c"),
     ],
 )  # fmt: skip
 def test_published_tables_are_known_by_their_columns(
     name: str, row: dict[str, Any], category: str, tmp_path: Path
 ) -> None:
-    declined, answered = load_boundary_file(str(table(tmp_path / "t.csv", [row, row])))
+    file = "t.csv" if name in ONLY_HARMFUL else "harmful-behaviors.csv"
+    declined, answered = load_boundary_file(str(table(tmp_path / file, [row, row])))
     assert answered == [] and [probe.id for probe in declined] == [f"{name}/1", f"{name}/2"]
     assert declined[0] == BoundaryProbe(f"{name}/1", category, "Do it,\nnow", HARMFUL)
 
@@ -198,9 +251,69 @@ def test_xstest_is_split_into_what_to_answer_and_what_to_decline(tmp_path: Path)
     assert [probe.request for probe in answered] == ["How do I kill a process?"] and not answered[0].harmful_if
 
 
+JBB = {"Index": 0, "Goal": "Do it.", "Target": "Sure", "Behavior": "b", "Category": "c"}
+PROMPT = {"prompt": "Do it.", "category": "c"}
+SAYS = {
+    # (file, row) -> harmful, harmless, or None where it can't be told
+    "JailbreakBench's harmful half": ("harmful-behaviors.csv", JBB, True),
+    "JailbreakBench's benign half": ("benign-behaviors.csv", JBB, False),
+    "JailbreakBench, which half?": ("behaviors.csv", JBB, None),
+    "both halves in one name": ("harmful_and_benign.csv", JBB, None),
+    "a name that denies": ("not_harmful.csv", JBB, None),
+    "a folder's name is none": ("safe/behaviors.csv", JBB, None),
+    "a column says harmless": ("behaviors.csv", {**JBB, "kind": "harmless"}, False),
+    "a column says harmful": ("benign.csv", {**JBB, "Kind": " Harmful "}, True),
+    "a column says neither": ("harmful.csv", {**JBB, "kind": "1"}, None),
+    "an empty column": ("harmful.csv", {**JBB, "label": ""}, None),
+    "prompts, of what kind?": ("prompts.csv", PROMPT, None),
+    "a copy of a set that has one kind": ("advbench.csv", PROMPT, True),
+    "prompts that are safe by name": ("safe.csv", PROMPT, False),
+    "prompts with labels": ("prompts.csv", {**PROMPT, "label": "safe"}, False),
+    "HarmBench": ("t.csv", {"Behavior": "Do it.", "SemanticCategory": "c"}, True),
+    "HarmBench's columns over harmless rows": ("benign.csv", {"Behavior": "Do it.", "SemanticCategory": "c"}, False),
+    "HarmBench, and yet benign?": ("harmbench_benign.csv", {"Behavior": "Do it.", "SemanticCategory": "c"}, None),
+    "StrongREJECT": ("t.csv", {"forbidden_prompt": "Do it.", "category": "c"}, True),
+    "XSTest, safe": ("t.csv", {"prompt": "Do it.", "type": "homonyms"}, False),
+    "XSTest, in contrast": ("t.csv", {"prompt": "Do it.", "type": "contrast_discr"}, True),
+    "XSTest by its label": ("t.csv", {"prompt": "Do it.", "type": "homonyms", "label": "unsafe"}, True),
+    "no types of XSTest": ("t.csv", {"prompt": "Do it.", "type": "malware"}, None),
+    "a question": ("t.jsonl", {"question": "Do it."}, None),
+    "a question that says what would be harm": ("t.jsonl", {"question": "Do it.", "harmful_if": "It does it."}, True),
+    "a question with a kind": ("t.jsonl", {"question": "Do it.", "kind": "benign"}, False),
+    "a question in a file with a name": ("harmless.jsonl", {"question": "Do it."}, False),
+    "a harmless question with a harm": ("t.jsonl", {"question": "Do it.", "kind": "safe", "harmful_if": "x"}, None),
+}
+
+
+@pytest.mark.parametrize("case", SAYS)
+def test_whether_requests_are_harmful_is_read_and_never_guessed(case: str, tmp_path: Path) -> None:
+    file, row, harmful = SAYS[case]
+    path = tmp_path / file
+    path.parent.mkdir(exist_ok=True)
+    if path.suffix == ".jsonl":
+        path.write_text(json.dumps(row) + "\n", encoding="utf-8")
+    else:
+        table(path, [row])
+    if harmful is None:
+        with pytest.raises(UserError, match=r"kind|harmful") as caught:
+            load_boundary_file(str(path))
+        assert file in str(caught.value) and caught.value.key == "eval.boundary_file"
+        return
+    declined, answered = load_boundary_file(str(path))
+    assert [probe.request for probe in (declined if harmful else answered)] == ["Do it."]
+    assert not (answered if harmful else declined)
+    assert all(probe.harmful_if for probe in declined) and not any(probe.harmful_if for probe in answered)
+
+
+def test_a_table_of_both_kinds_is_split_row_by_row(tmp_path: Path) -> None:
+    rows = [{**JBB, "Goal": goal, "kind": kind} for goal, kind in (("a", "harmful"), ("b", "benign"), ("c", "harmful"))]
+    declined, answered = load_boundary_file(str(table(tmp_path / "t.csv", rows)))
+    assert [probe.request for probe in declined] == ["a", "c"] and [probe.request for probe in answered] == ["b"]
+
+
 def test_json_lines_of_system_and_question(tmp_path: Path) -> None:
     rows = [
-        {"system": "You are a spy.", "question": "Where?"},
+        {"system": "You are a spy.", "question": "Where?", "kind": "harmful"},
         {"id": "k", "question": "Who?", "category": "c", "harmful_if": "h", "system": None},
     ]
     path = tmp_path / "mine.jsonl"
@@ -216,10 +329,10 @@ def test_json_lines_of_system_and_question(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "rows"),
     [
-        ("strings.jsonl", [{"prompt": "Where?", "system": "You are a spy."}]),
-        ("array.json", [{"messages": [{"role": "system", "content": "You are a spy."}, {"role": "user", "content": "Where?"}]}]),
-        ("beside.json", [{"prompt": "Where?", "category": "none", "system": "You are a spy."}]),
-        ("gpt.json", [{"system": "You are a spy.", "conversations": [{"from": "human", "value": "Where?"}]}]),
+        ("harmful-strings.jsonl", [{"prompt": "Where?", "system": "You are a spy."}]),
+        ("harmful.json", [{"messages": chat("You are a spy.", "Where?")}]),
+        ("beside.json", [{"prompt": "Where?", "category": "none", "system": "You are a spy.", "kind": "harmful"}]),
+        ("harmful-gpt.json", [{"system": "You are a spy.", "conversations": [{"from": "human", "value": "Where?"}]}]),
     ],
 )  # fmt: skip
 def test_probes_in_the_formats_of_conversations(name: str, rows: list[Any], tmp_path: Path) -> None:
@@ -239,29 +352,38 @@ def test_a_published_table_may_be_json(tmp_path: Path) -> None:
 def test_a_data_set_of_the_hub_by_its_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the same loader, which takes a folder in the place of a name on the hub."""
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "set").mkdir()
-    table(tmp_path / "set" / "train.csv", [{"Goal": "Do it.", "Category": "c"}])
-    (only,), _ = load_boundary_file(f"hf://{tmp_path / 'set'}")
+    (tmp_path / "harmful").mkdir()
+    table(tmp_path / "harmful" / "train.csv", [{"Goal": "Do it.", "Category": "c"}])
+    (only,), _ = load_boundary_file(f"hf://{tmp_path / 'harmful'}")
     assert only.request == "Do it."
-    table(tmp_path / "set" / "test.csv", [{"Goal": "Do that.", "Category": "d"}])
+    table(tmp_path / "harmful" / "test.csv", [{"Goal": "Do that.", "Category": "d"}])
     with pytest.raises(UserError, match="several splits: train, test"):
-        load_boundary_file(f"hf://{tmp_path / 'set'}")
-    (one,), _ = load_boundary_file(f"hf://{tmp_path / 'set'}:test")
+        load_boundary_file(f"hf://{tmp_path / 'harmful'}")
+    (one,), _ = load_boundary_file(f"hf://{tmp_path / 'harmful'}:test")
     assert (one.request, one.category, one.harmful_if) == ("Do that.", "d", HARMFUL)
     with pytest.raises(UserError, match="could not be loaded"):
         load_boundary_file(f"hf://{tmp_path / 'nowhere'}")
+
+
+def test_a_split_of_the_hub_says_its_kind_by_its_name() -> None:
+    assert "benign" in _words("hf://datasets/JailbreakBench/JBB-Behaviors/behaviors:benign")
+    assert "benign" in _words("JailbreakBench/JBB-Behaviors:benign") and "harmbench" in _words(
+        "hf://walledai/HarmBench"
+    )
+    assert "safe" not in _words("safe/prompts") | _words("/home/safe/behaviors.csv") | _words("hf:///safe/set:test")
 
 
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
         ("a.csv", "one,two\n1,2\n", "line 2: no conversation in here; the keys are: 'one', 'two'"),
-        ("b.csv", "Goal,Category\nx,c\n,c\n,d\n", "line 3: it has no Goal\n    line 4: it has no Goal"),
+        ("harmful.csv", "Goal,Category\nx,c\n,c\n,d\n", "line 3: it has no Goal\n    line 4: it has no Goal"),
+        ("g.csv", "Goal,Category,kind\nx,c,harmful\nx,c,?\n", "line 3: it has the kind '?', which is neither"),
         ("c.jsonl", '{"system": "x"}\n', "line 1: no conversation in here"),
         ("d.csv", "Goal,Category\n", "there is no row"),
         (
             "e.jsonl",
-            '{"question": "x", "id": 1}\n{"question": "y", "id": 1}\n',
+            '{"question": "x", "id": 1, "kind": "safe"}\n{"question": "y", "id": 1, "kind": "safe"}\n',
             "line 2: the id '1' is taken by line 1",
         ),
         ("f.json", '[{"turns": ["x", "y"]}]', "row 1: a probe is one request, and its messages are user, user"),
