@@ -15,7 +15,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+)
 
 from trimtab.axis.errors import UserError
 from trimtab.axis.machine import cpu_flags
@@ -152,11 +159,29 @@ def resolve_name(name: str) -> tuple[str, str]:
 
 
 def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """Load a tokenizer that pads on the left with a token that exists."""
+    """Load a tokenizer that pads on the left with a token that exists.
+
+    Raises:
+        UserError: if it can't be loaded, or has no token that could pad.
+    """
     source, _ = resolve_name(name)
-    tokenizer: Any = AutoTokenizer.from_pretrained(source, revision=revision)
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(source, revision=revision)
+    except OSError as error:
+        raise UserError(
+            f"the tokenizer of {name!r} can't be loaded: {str(error).splitlines()[0]}",
+            key="model.name",
+            remedy="give a folder that exists or a hub id that this machine can reach (HF_TOKEN for gated models)",
+        ) from error
+    if tokenizer.pad_token_id is None:  # any token will do, since what is padded is masked
+        known = [tokenizer.eos_token, *tokenizer.all_special_tokens]
+        tokenizer.pad_token = next((token for token in known if token is not None), None)
     if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+        raise UserError(
+            f"the tokenizer of {name!r} has no special token that could pad",
+            key="model.name",
+            remedy="set pad_token in its tokenizer_config.json",
+        )
     tokenizer.padding_side = "left"
     return tokenizer
 
@@ -257,6 +282,16 @@ def load_config(name: str, revision: str | None = None) -> Any:
     """The configuration of a model, without its weights."""
     source, _ = resolve_name(name)
     return AutoConfig.from_pretrained(source, revision=revision)
+
+
+def generation_ends(name: str, revision: str | None = None) -> list[int]:
+    """The tokens that end an answer by a model's generation config, without its weights; none where it has no such file."""
+    source, _ = resolve_name(name)
+    try:
+        found = GenerationConfig.from_pretrained(source, revision=revision).eos_token_id
+    except OSError:  # then it is made of the model's own config
+        found = GenerationConfig.from_model_config(load_config(name, revision)).eos_token_id
+    return found if isinstance(found, list) else [] if found is None else [found]
 
 
 def meta_model(name: str, revision: str | None = None) -> nn.Module:

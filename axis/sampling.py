@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -56,11 +56,13 @@ class Answer:
         index: position of its prompt in the list that was given.
         text: decoded answer.
         ids: its tokens, without the end-of-turn token.
-        ended: False where it was cut at ``max_new_tokens``.
+        ended: False where it was cut at ``max_new_tokens``, or is a thought that nothing ended.
         mean: mean activation over the answer's tokens, [N, D] float32, where asked for. The last token of a cut answer is
             sampled but never fed through the model, so it is not in the mean.
-        logprobs: the sampler's own log-probability of each token, and of the end where the answer has one; None where it tells
-            none.
+        logprobs: the sampler's own log-probability of each token that was sampled, the thought's and the end's too; None where it
+            tells none.
+        thought: tokens before it that the template marks as a thought, see :meth:`ChatFormat.thought_length`: no part of the
+            answer, but what it was sampled after. Mostly none, since prompts go on to where an answer begins.
     """
 
     index: int
@@ -69,22 +71,29 @@ class Answer:
     ended: bool
     mean: Tensor | None = None
     logprobs: list[float] | None = None
+    thought: list[int] = field(default_factory=list)
 
 
-def answer_of(form: ChatFormat, index: int, tokens: list[int], **more: Any) -> Answer:
-    """The answer in a row of sampled tokens, which ends at the first end-of-turn token.
+def answer_of(
+    form: ChatFormat, index: int, tokens: list[int], ends: Sequence[int] | None = None, **more: Any
+) -> Answer:
+    """The answer in a row of sampled tokens: behind a thought, if there is one, and up to the first token that ends it.
 
     Args:
         form: chat format.
         index: position of its prompt.
         tokens: what was sampled; anything may follow the end.
+        ends: tokens that end an answer; None takes the chat format's.
         **more: further fields of the answer.
     """
     tokenizer: Any = form.tokenizer
-    ends = set(form.end_ids)
-    end = next((i for i, token in enumerate(tokens) if token in ends), None)
-    kept = tokens if end is None else tokens[:end]
-    return Answer(index, tokenizer.decode(kept, skip_special_tokens=True), kept, end is not None, **more)
+    known = set(form.end_ids if ends is None else ends)
+    end = next((i for i, token in enumerate(tokens) if token in known), None)
+    said = tokens if end is None else tokens[:end]
+    start = form.thought_length(said)
+    thought, kept = said[:start], said[start:]
+    ended = end is not None and (bool(kept) or not thought)  # a thought alone is no answer, so nothing has ended
+    return Answer(index, tokenizer.decode(kept, skip_special_tokens=True), kept, ended, thought=thought, **more)
 
 
 def candidates_of(logits: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
@@ -159,17 +168,35 @@ class _RowSampler(LogitsProcessor):
 
 
 class _AnswerProgress(StoppingCriteria):
-    """Keeps which rows are still inside their answer, for the hooks that read the next step."""
+    """Keeps which rows are still inside their answer, for the hooks that read the next step.
 
-    def __init__(self, end_ids: Sequence[int], rows: int, device: torch.device) -> None:
+    Attributes:
+        alive: rows whose answer has not ended, [B].
+        thinking: rows of which all tokens so far are a thought, [B]; None where none can be.
+        step: tokens sampled so far.
+    """
+
+    def __init__(self, form: ChatFormat, end_ids: Sequence[int], rows: int, device: torch.device) -> None:
         self.end_ids = torch.tensor(list(end_ids), dtype=torch.long, device=device)
         self.alive = torch.ones(rows, dtype=torch.bool, device=device)
+        self.thinking: Tensor | None = None
         self.step = 0
+        self._form = form
+        self._open = [] if form.thought is None else list(range(rows))  # rows that may still be in a thought
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         self.alive &= ~torch.isin(input_ids[:, -1], self.end_ids)
         self.step += 1
+        self.thinking = self._thinking(input_ids) if self._open else None
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+    def _thinking(self, input_ids: Tensor) -> Tensor:
+        said = {row: input_ids[row, -self.step :].tolist() for row in self._open}
+        inside = [row for row, ids in said.items() if self._form.thought_length(ids) == len(ids)]
+        self._open = [row for row, ids in said.items() if row in inside or self._form.may_think(ids)]
+        found = torch.zeros_like(self.alive)
+        found[inside] = True
+        return found
 
 
 class AnswerMeans:
@@ -198,6 +225,9 @@ class AnswerMeans:
         token = token.masked_fill(~alive[:, None, None], 0)
         self.sums = token if self.sums is None else self.sums + token
         self.counts += alive
+        if self.progress.thinking is not None:  # the answer is yet to begin
+            self.sums = self.sums.masked_fill(self.progress.thinking[:, None, None], 0)
+            self.counts = self.counts.masked_fill(self.progress.thinking, 0)
         self._token = []
 
     def means(self, hidden_size: int) -> Tensor:
@@ -290,11 +320,12 @@ def sample_batch(
     if not prompts:
         prompts, seeds = [[form.end_token]], [0]
     ids, mask = pad_left(prompts, tokenizer.pad_token_id, device)
-    progress = _AnswerProgress(form.end_ids, len(prompts), device)
+    ends = form.ends_with(model)
+    progress = _AnswerProgress(form, ends, len(prompts), device)
     config = GenerationConfig(
         max_new_tokens=options.max_new_tokens,
         do_sample=False,  # of the one token that the processor leaves
-        eos_token_id=form.end_ids or None,
+        eos_token_id=ends or None,
         pad_token_id=tokenizer.pad_token_id,
     )
     processors: list[LogitsProcessor] = []
@@ -323,7 +354,7 @@ def sample_batch(
         model.train(training)
     all_means = reader.means(controller.hidden_size) if reader is not None else [None] * len(prompts)
     return [
-        answer_of(form, index, output[row, ids.shape[1] :].tolist(), mean=all_means[row])
+        answer_of(form, index, output[row, ids.shape[1] :].tolist(), ends, mean=all_means[row])
         for row, index in enumerate(indices)
     ]
 

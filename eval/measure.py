@@ -19,6 +19,7 @@ from trimtab.axis import ActivationController, Floor, project
 from trimtab.axis.calibration import response_projections
 from trimtab.axis.chat import ChatFormat
 from trimtab.axis.compass import turn_spans
+from trimtab.axis.folding import INSTRUCTIONS
 from trimtab.axis.models import Loaded
 from trimtab.axis.progress import progress_bar
 from trimtab.axis.sampling import batches_by_length, pad_left
@@ -204,7 +205,6 @@ def message_embeddings(arms: Arms, messages: Sequence[str], *, batch_size: int) 
     rows, counts = [], []
     for message in messages:
         ids, (span,) = turn_spans(arms.form, [{"role": "user", "content": message}])
-        assert span is not None  # the template may not leave out a user turn: turn_spans refuses that
         rows.append(ids[: span[1]])
         counts.append(span[1] - span[0])
     found: list[Tensor] = [torch.empty(0)] * len(rows)
@@ -326,7 +326,7 @@ def llr_of(arms: Arms, answers: Mapping[str, Answers]) -> dict[str, list[float]]
             model,
             arms.form,
             prompts,
-            [[message for message in prompt if message["role"] != "system"] for prompt in prompts],
+            [[message for message in prompt if message["role"] not in INSTRUCTIONS] for prompt in prompts],
             [text for _, text in distinct],
             batch_size=SCORE_BATCH,
         )

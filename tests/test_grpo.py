@@ -12,7 +12,9 @@ import pytest
 import torch
 from conftest import HIDDEN, build_floor, build_model, build_tokenizer, capped_by_hand
 from peft import LoraConfig
+from template_families import EMPTY, own_template
 from test_floor_sft import wake
+from test_sampling import scripted
 from torch import Tensor
 from trl import GRPOConfig
 
@@ -46,6 +48,7 @@ def make_trainer(
         "optim": "adamw_torch", "remove_unused_columns": False, "beta": 0.0,
     }  # fmt: skip
     tokenizer = build_tokenizer()
+    own = {"form": ChatFormat(tokenizer), **(own or {})}
     torch.manual_seed(11)
     trainer = FloorGRPOTrainer(
         model=build_model("llama"),
@@ -55,9 +58,8 @@ def make_trainer(
         processing_class=tokenizer,
         peft_config=LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM"),
         floor=FLOOR,
-        form=ChatFormat(tokenizer),
         penalty=PenaltyOptions(weight=0.0),
-        **(own or {}),
+        **own,
     )
     wake(trainer.model)
     return trainer
@@ -185,6 +187,36 @@ def test_a_conversation_is_one_completion_in_which_the_users_tokens_carry_no_los
         assert tokenizer.decode(seen) == tokenizer.decode(again)
     for row in (1, 3):
         assert len(found["turns"][row]) == 1 and 0 not in found["env_mask"][row]
+
+
+@pytest.mark.parametrize(("name", "eos"), [("qwen3", "<|im_end|>"), ("olmo3", "<|endoftext|>")])
+def test_a_conversation_is_written_as_the_template_writes_an_earlier_answer(
+    tmp_path: Path, name: str, eos: str
+) -> None:
+    """Qwen3 drops an empty thought there, OLMo 3 ends it otherwise than a last answer; one ends here, the other is cut."""
+    tokenizer: Any = build_tokenizer(own_template(name))
+    tokenizer.eos_token = eos
+    form = ChatFormat(tokenizer, {"enable_thinking": False})
+    trainer = make_trainer(tmp_path, prompts=TWO_TURNS, own={"form": form})
+    trainer.state.max_steps = 2
+    text, end = form.answer_ids("Arr"), form.end_token
+    script = [*text, *[end] * (6 - len(text)), *text, end]  # six tokens a turn, as the other row says
+    with scripted(trainer.model.get_base_model(), script, form.answer_ids("Aye, aye!!!!")[:6]):
+        found = trainer.sample_conversations([TWO_TURNS[0]] * 2)
+    talk = [*ONE_TURN[0], {"role": "assistant", "content": "Arr"}, TWO_TURNS[0][2]]
+    seen = [tokenizer.decode([*found["prompt_ids"][i], *found["completion_ids"][i]]) for i in (0, 1)]
+    user = "<|im_end|>\n<|im_start|>user\nAnd the grass?<|im_end|>\n<|im_start|>assistant\n"
+    assert all(user in text and text.count("And the grass?") == 1 for text in seen)
+    assert seen[0].replace(EMPTY, "").startswith(form.prompt_text(talk).replace(EMPTY, ""))
+    assert seen[0].endswith(f"Arr{eos}") and found["env_mask"][0].count(0) == len(form.answer_ids(user)) - 1 + len(
+        form.answer_ids(EMPTY if name == "qwen3" else "")
+    )
+
+
+def test_what_was_cut_is_told_by_all_ends(tmp_path: Path) -> None:
+    """TRL knows those of generation config and tokenizer; with its mask of cut completions, others would count as cut."""
+    trainer = make_trainer(tmp_path, own={"form": ChatFormat(build_tokenizer(), ends=[7])})
+    assert trainer.eos_token_ids == [2, 7]
 
 
 def test_the_strength_is_annealed_and_at_zero_nothing_is_corrected(tmp_path: Path) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -9,6 +12,7 @@ import scipy.stats
 import torch
 from conftest import ARCHITECTURES, HIDDEN, LAYERS, build_floor, build_model
 from peft import LoraConfig, get_peft_model
+from template_families import FAMILIES, family_tokenizer, own_template
 from torch import Tensor
 from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
@@ -19,6 +23,7 @@ from trimtab.axis.sampling import (
     SamplingOptions,
     _mixed,
     _RowSampler,
+    answer_of,
     batches_by_length,
     candidates_of,
     exponentials,
@@ -240,3 +245,70 @@ def test_batches_by_length_cover_every_row_once_in_like_lengths() -> None:
 def test_pad_left() -> None:
     ids, mask = pad_left([[1, 2, 3], [4]], 9, torch.device("cpu"))
     assert ids.tolist() == [[1, 2, 3], [9, 9, 4]] and mask.tolist() == [[1, 1, 1], [0, 0, 1]]
+
+
+@contextlib.contextmanager
+def scripted(model: Any, *scripts: list[int]) -> Iterator[None]:
+    """A model that says these tokens, a row each, whatever it is asked; all else in it is its own."""
+    step = itertools.count()
+
+    def say(module: Any, inputs: Any, logits: Tensor) -> Tensor:
+        at = next(step)
+        for row, script in enumerate(scripts):
+            logits[row, -1, script[min(at, len(script) - 1)]] += 1e4
+        return logits
+
+    handle = model.lm_head.register_forward_hook(say)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def family(name: str, arguments: dict[str, Any] | None = None) -> tuple[Any, ChatFormat]:
+    """A tiny model with the tokens of a family's template, and its chat format."""
+    tokenizer = family_tokenizer(own_template(name), FAMILIES[name].eos)
+    return build_model("llama", vocab_size=len(tokenizer), eos_token_id=None), ChatFormat(tokenizer, arguments)
+
+
+def test_an_answer_ends_where_the_checkpoint_says() -> None:
+    """As Gemma 4 does: several ends in the generation config, and the end of a turn under a name of its own."""
+    model, form = family("gemma4")
+    text, turn = form.answer_ids("Arr"), form.tokenizer.convert_tokens_to_ids("<turn|>")
+    named = [1, form.answer_ids("~")[0]]  # two more, of which neither tokenizer nor template knows
+    model.generation_config.eos_token_id = named
+    scripts = [[*text, end, *form.answer_ids(" and on")] for end in (turn, *named)]
+    prompt = form.prompt_ids(chat("", "Hello"))
+    with scripted(model, *scripts):
+        answers = sample_batch(model, form, [prompt] * 3, [0, 1, 2], GREEDY, seeds=[0, 1, 2], means=True)
+    assert [(a.ids, a.text, a.ended) for a in answers] == [(text, "Arr", True)] * 3
+    assert form.end_token == turn
+    for a in answers:
+        assert a.mean is not None
+        torch.testing.assert_close(a.mean, full_mean(model, prompt, a), atol=1e-4, rtol=1e-4)
+
+
+def test_a_thought_is_no_part_of_the_answer() -> None:
+    """A model that thinks all the same: text, tokens and means are the answer's alone, after what was thought."""
+    model, form = family("gemma4", {"enable_thinking": True})
+    turn = form.tokenizer.convert_tokens_to_ids("<turn|>")
+    thought = form.answer_ids("<|channel>thought\nhm\n<channel|>\n")
+    said, plain = form.answer_ids("Arr."), form.answer_ids("Aye, aye!")
+    options = SamplingOptions(max_new_tokens=len(thought) + 6, temperature=0)
+    prompt = form.prompt_ids(chat("", "Hello"))
+    scripts = [
+        [*thought, *said, turn],
+        [*plain, turn],
+        [*thought[:3], *form.answer_ids("on and on and on and on and on")],
+    ]
+    with scripted(model, *scripts):
+        found = sample_batch(model, form, [prompt] * 3, [0, 1, 2], options, seeds=[0, 1, 2], means=True)
+    assert (found[0].text, found[0].ids, found[0].thought, found[0].ended) == ("Arr.", said, thought, True)
+    assert (found[1].text, found[1].ids, found[1].thought, found[1].ended) == ("Aye, aye!", plain, [], True)
+    assert (found[2].text, found[2].ids, found[2].ended) == ("", [], False), "a thought that was cut is no answer"
+    assert found[0].mean is not None and found[1].mean is not None and found[2].mean is not None
+    torch.testing.assert_close(found[0].mean, full_mean(model, prompt + thought, found[0]), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found[1].mean, full_mean(model, prompt, found[1]), atol=1e-4, rtol=1e-4)
+    assert found[2].mean.isnan().all()
+    ended = answer_of(form, 0, [*thought[:3], turn])
+    assert not ended.ended and ended.ids == [], "nor is one that ends with it: no row is taught to end at once"

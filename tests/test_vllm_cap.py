@@ -210,6 +210,7 @@ def test_ends_that_are_not_the_templates_carry_no_ratio(form: Any) -> None:
     """TRL's generation, of a given outcome: what comes of it here."""
     form.tokenizer.add_special_tokens({"additional_special_tokens": ["<|eot_id|>"]})
     other_end = form.tokenizer.convert_tokens_to_ids("<|eot_id|>")
+    form = ChatFormat(form.tokenizer, ends=[other_end])
     assert set(form.end_ids) == {form.end_token, other_end}
     ids = [[5, 6, form.end_token], [7, 8, 9], [5, other_end], [5]]
     told = [[[-0.5], [None], [-0.25]], [[-1.0], [-2.0], [-3.0]], [[-1.0], [-2.0]], [[-1.0]]]

@@ -133,6 +133,7 @@ class FloorGRPOTrainer(HeldToBase, FloorTrainer, GRPOTrainer):
         super().__init__(*args, rollout_func=_rollout, **kwargs)
         self.floor = floor
         self.form = form
+        self.eos_token_ids = form.ends_with(self.model)  # by which TRL tells what was cut
         self.penalty = FloorPenalty(self.model, floor, penalty or PenaltyOptions())
         self.controller = ActivationController.of(self.model)
         self.cap_strength = cap_strength
@@ -214,10 +215,15 @@ class FloorGRPOTrainer(HeldToBase, FloorTrainer, GRPOTrainer):
                 seeds = [seed_of([self.args.seed, step, generation, first + i, turn]) for i in playing]
                 for answer in sample(rows, seeds):
                     i = playing[answer.index]
-                    ids = [*answer.ids, form.end_token] if answer.ended else list(answer.ids)
+                    # a conversation goes on as the template writes it, whatever ended the answer
+                    end = form.end_of_turn if len(users[i]) > turn + 1 else form.end_token
+                    ids = [*answer.thought, *answer.ids, *([end] if answer.ended else [])]
                     completion_ids[i] += ids
                     env_mask[i] += [1] * len(ids)
-                    logprobs[i] += answer.logprobs or [math.nan] * len(ids)
+                    told = answer.logprobs or [math.nan] * len(ids)
+                    if answer.ended and end != form.end_token:
+                        told = [*told[:-1], math.nan]
+                    logprobs[i] += told
                     turns[i].append((list(chats[i]), answer.text))
                     if len(users[i]) > turn + 1:
                         said = {"role": "assistant", "content": answer.text}

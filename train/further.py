@@ -236,7 +236,7 @@ def build_trainer(
     from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, SFTTrainer
 
-    from trimtab.axis.chat import ChatFormat
+    from trimtab.axis.chat import ChatFormat, ends_of
     from trimtab.axis.models import load_tokenizer
 
     section = run.recipe.model
@@ -257,7 +257,8 @@ def build_trainer(
         fresh = PeftConfig.from_pretrained(subject.name)
         fresh.inference_mode = False
         fresh.init_lora_weights = True  # it must begin as the base itself
-    tokens = _tokens(ChatFormat(tokenizer, section.chat_template_kwargs), rows, arguments.max_length)
+    form = ChatFormat(tokenizer, section.chat_template_kwargs, ends_of(weights))
+    tokens = _tokens(form, rows, arguments.max_length)
     return SFTTrainer(
         model=weights,
         args=arguments,

@@ -305,7 +305,7 @@ def load_parts(run: Any, variant: Any) -> Parts:
     from peft import LoraConfig
 
     from trimtab.axis import Floor
-    from trimtab.axis.chat import ChatFormat
+    from trimtab.axis.chat import ChatFormat, ends_of
     from trimtab.axis.models import load_tokenizer
     from trimtab.train.barrier import BarrierOptions
     from trimtab.train.penalty import PenaltyOptions
@@ -317,7 +317,7 @@ def load_parts(run: Any, variant: Any) -> Parts:
     return Parts(
         model=model,
         tokenizer=tokenizer,
-        form=ChatFormat(tokenizer, recipe.model.chat_template_kwargs),
+        form=ChatFormat(tokenizer, recipe.model.chat_template_kwargs, ends_of(model)),
         device=device,
         lora=LoraConfig(**{"task_type": "CAUSAL_LM", **recipe.lora}),
         floor=Floor.load(variant.floor_path),

@@ -238,7 +238,9 @@ class VLLMRollouts:
             # a conversation goes on with the template's own end, whatever ended the answer
             if ids[-1] in self.form.end_ids and ids[-1] != self.form.end_token:
                 said[-1] = math.nan
-            answers.append(answer_of(self.form, index, ids, logprobs=said))
+            answer = answer_of(self.form, index, ids)
+            told = len(answer.thought) + len(answer.ids) + answer.ended
+            answers.append(dataclasses.replace(answer, logprobs=said[:told]))
         return answers
 
     def _hold_against(
@@ -252,7 +254,7 @@ class VLLMRollouts:
         model, form = self.generation.model, self.form
         tokenizer: Any = form.tokenizer
         held = list(answers)[:HELD_ANSWERS]
-        tails = [[*answer.ids, form.end_token] if answer.ended else answer.ids for answer in held]
+        tails = [[*answer.thought, *answer.ids, *([form.end_token] if answer.ended else [])] for answer in held]
         # a rank without answers takes part: under ZeRO-3 and FSDP a forward is a collective
         whole = [[*rows[answer.index], *tail] for answer, tail in zip(held, tails, strict=True)] or [[form.end_token]]
         ids, attention = pad_left(whole, tokenizer.pad_token_id, next(model.parameters()).device)
