@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.axis import ActivationController, UserError
+from trimtab.axis.chat import ChatFormat, Message
 from trimtab.axis.files import file_fingerprint, fingerprint, read_json, read_jsonl, write_json
 from trimtab.eval.arms import Arms
 from trimtab.eval.instruction_rules import follows
@@ -121,7 +122,8 @@ def measure_capability(arms: Arms, tasks: Sequence[Task], *, batch_size: int, ta
 
 def _kept(arms: Arms, arm: str, task: Task, batch_size: int, task_folder: Path | None) -> dict[str, Any]:
     path = arms.path(f"capability-{task.name.replace('/', '-')}", arm, ".json")
-    identity = fingerprint([task.__dict__, _sources(task, task_folder)])
+    given = arms.form.template_kwargs if task.chat else {}
+    identity = fingerprint([task.__dict__, _sources(task, task_folder), given])
     if path.exists() and (kept := read_json(path))["identity"] == identity:
         found: dict[str, Any] = kept
         return found
@@ -149,10 +151,13 @@ def _run(arms: Arms, arm: str, task: Task, batch_size: int, task_folder: Path | 
         ) from error
     own = task.name in OWN
     # Their decorators hide the signatures from the type checkers.
-    make_harness: Any = huggingface.HFLM
+    make_harness: Any = _through(arms.form, huggingface.HFLM) if task.chat else huggingface.HFLM
     run_tasks: Any = lm_eval.simple_evaluate
     with arms.weights(arm) as model:
-        harness = make_harness(pretrained=model, tokenizer=arms.form.tokenizer, batch_size=batch_size)
+        harness = make_harness(
+            pretrained=model, tokenizer=arms.form.tokenizer, batch_size=batch_size,
+            **({"chat_template_args": arms.form.template_kwargs, "add_bos_token": False} if task.chat else {}),
+        )  # fmt: skip
         capped = ActivationController.of(model).capping(arms.floor, enabled=arms.floor_of(arm) is not None)
         try:
             with capped:
@@ -166,6 +171,8 @@ def _run(arms: Arms, arm: str, task: Task, batch_size: int, task_folder: Path | 
                     bootstrap_iters=0,
                     verbosity="ERROR",
                 )
+        except UserError:
+            raise
         except (KeyError, ValueError, OSError, ConnectionError) as error:
             raise UserError(
                 f"lm-eval can't run {task.name!r}: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
@@ -180,6 +187,34 @@ def _run(arms: Arms, arm: str, task: Task, batch_size: int, task_folder: Path | 
         "scores": [score for _, score in scored],
         "chance": _chance(result, task),
     }
+
+
+def _through(form: ChatFormat, harness: Any) -> Any:
+    """lm-eval's class for models of transformers, with prompts rendered and answers ended as everywhere here.
+
+    By itself it leaves out a system prompt that the template refuses, adds a beginning of the text to one that has its own, and
+    knows no end of an answer that only the template names.
+    """
+
+    class Harness(harness):  # type: ignore[misc]
+        eot_token_id = form.end_token
+
+        def apply_chat_template(self, chat_history: Sequence[Message], add_generation_prompt: bool = True) -> str:
+            # without a generation prompt the last message is the beginning of the answer
+            return form.prompt_text(chat_history)
+
+        def chat_template(self, chat_template: bool | str = False) -> str:
+            return form.template.source if chat_template else ""
+
+        def _model_generate(self, context: Any, max_length: int, stop: list[str], **settings: Any) -> Any:
+            settings["eos_token_id"] = form.ends_with(self.model)
+            return super()._model_generate(context, max_length, stop, **settings)
+
+        def tok_decode(self, tokens: Any, skip_special_tokens: bool = True) -> str:
+            said = tokens[form.thought_length(tokens) :] if isinstance(tokens, list) else tokens
+            return str(super().tok_decode(said, skip_special_tokens=skip_special_tokens))
+
+    return Harness
 
 
 @functools.cache

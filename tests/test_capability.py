@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import build_arms
+from conftest import build_arms, build_floor, build_model
+from lm_eval.models.huggingface import HFLM
+from template_families import family_tokenizer, own_template
+from test_sampling import scripted
+from tokenizers.processors import TemplateProcessing
 
 from trimtab.axis import UserError
-from trimtab.axis.chat import ChatFormat
+from trimtab.axis.chat import ChatFormat, chat
 from trimtab.axis.files import read_jsonl, write_jsonl
 from trimtab.axis.sampling import SamplingOptions
 from trimtab.eval.arms import Arms
-from trimtab.eval.capability import PAPER, Task, _first_metric, _scores, measure_capability, tasks_of
+from trimtab.eval.capability import PAPER, Task, _first_metric, _run, _scores, measure_capability, tasks_of
 from trimtab.eval.instruction_rules import CHECKS, follows
 from trimtab.recipes.data import FOLDER
 
@@ -106,6 +111,39 @@ def test_a_task_of_the_users_own_sees_the_cap(arms: Arms, tmp_path: Path) -> Non
     assert scores.metric == "ll" and len(scores.ids) == 3
     for one, other in (("base", "base+cap"), ("tuned", "tuned+cap"), ("base", "tuned")):
         assert all(a != b for a, b in zip(scores.by_arm[one], scores.by_arm[other], strict=True))
+
+
+def test_prompts_are_the_chat_formats_and_answers_end_where_it_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through lm-eval itself: the template's arguments, nothing before its text, and an end that the template alone names."""
+    tokenizer = family_tokenizer(own_template("qwen3"), eos="<|endoftext|>")
+    post = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", tokenizer.bos_token_id)])
+    tokenizer.backend_tokenizer.post_processor = post  # adds a beginning to any text, as Llama's does
+    form = ChatFormat(tokenizer, {"enable_thinking": False})
+    model = build_model("llama", vocab_size=len(tokenizer), eos_token_id=0, max_position_embeddings=2048)
+    text, end = form.answer_ids("Arr"), form.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    arms = Arms({"base": lambda: contextlib.nullcontext(model)}, form, build_floor(), tmp_path, SamplingOptions(), 0)
+    asked: list[list[int]] = []
+    said: list[list[int]] = []
+    real = HFLM._model_generate
+
+    def seen(self: Any, context: Any, **settings: Any) -> Any:
+        output = real(self, context, **settings)
+        asked.extend(row[row != tokenizer.pad_token_id].tolist() for row in context)
+        said.extend(row[context.shape[1] :].tolist() for row in output)
+        return output
+
+    monkeypatch.setattr(HFLM, "_model_generate", lambda self, context, max_length, stop, **settings: seen(
+        self, context, max_length=max_length, stop=stop, **settings
+    ))  # fmt: skip
+    with scripted(model, [*text, end, *text]):
+        found = _run(arms, "base", tasks_of(["instructions"], 1)[0], 1, None)
+    (row,) = read_jsonl(FOLDER / "capability" / "instructions.jsonl")[:1]
+    prompt = form.prompt_ids(chat("", row["prompt"]))
+    assert asked == [prompt]
+    assert tokenizer.decode(prompt).endswith("<think>\n\n</think>\n\n")
+    assert said == [[*text, end]] and len(found["scores"]) == 1
 
 
 def test_what_is_kept_belongs_to_the_documents(arms: Arms, tmp_path: Path) -> None:
