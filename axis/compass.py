@@ -8,10 +8,10 @@ Shapes: T tokens of the conversation, L layers that are read, D hidden size.
 
 from __future__ import annotations
 
+import bisect
 import contextlib
-import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,14 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from trimtab.axis.calibration import window_by_rule
-from trimtab.axis.chat import ChatFormat, Message
+from trimtab.axis.chat import ChatFormat, Message, chat
 from trimtab.axis.directions import Axis, Floor, check_fits
 from trimtab.axis.errors import UserError
 from trimtab.axis.files import load_tensors, write_json
 from trimtab.axis.hooks import ActivationController, project
 from trimtab.axis.layers import text_config_of
 from trimtab.axis.published import load_published_axis
+from trimtab.axis.template import common_length, probes
 from trimtab.axis.transcripts import Transcript, load_transcript
 
 __all__ = [
@@ -42,7 +43,6 @@ __all__ = [
 
 log = logging.getLogger("trimtab")
 
-PROBE = "turnprobe"
 WIDEST_CHARACTER = 4  # tokens: the bytes of the longest UTF-8 character
 
 
@@ -82,7 +82,7 @@ class Course:
         layers: decoder layers that were read.
         floor: the floor's height in that unit, averaged over layers; None without a floor.
         capped: whether the cap was on during the forward.
-        turns: the messages that the template renders, in order.
+        turns: the messages, in order.
     """
 
     title: str
@@ -102,64 +102,51 @@ class Course:
         return asdict(self)
 
 
-def turn_spans(form: ChatFormat, messages: Sequence[Message]) -> tuple[list[int], list[tuple[int, int] | None]]:
+def turn_spans(form: ChatFormat, messages: Sequence[Message]) -> tuple[list[int], list[tuple[int, int]]]:
     """Token ids of a whole conversation, and the span of each message's own text in them.
 
     Each message in turn is replaced by a probe word and the conversation is rendered again: what stays the same before and
     after the probe is the template's and the other messages', what lies between is the message, in whatever form the template
-    gives it (stripped, without its reasoning, folded into the next turn). A place in the text becomes a place among the
-    tokens by tokenising the text up to there and comparing ids. A token that spans an edge counts as what comes after the edge.
+    gives it (stripped, without its reasoning, folded into the next turn). A token that spans an edge counts as what comes after
+    the edge.
 
     Returns:
-        ids of length T, and for each message [start, end), or None for a message that the template leaves out.
+        ids of length T, and for each message [start, end).
 
     Raises:
-        UserError: if the template refuses the conversation, leaves out a user or assistant turn, or repeats a message.
+        UserError: if the template refuses the conversation, or leaves out, repeats or moves a message.
     """
-    text = _render(form, messages)
-    ids = form.answer_ids(text)
-    probe = next(word for word in (f"{PROBE}{n}" for n in itertools.count()) if word not in text)
-    spans: list[tuple[int, int] | None] = []
+    text = form.conversation_text(messages)
+    probe = probes(1, (text, *(message["content"] for message in messages)))[0]
+    edges: list[tuple[int, int]] = []
     for number, message in enumerate(messages):
         probed = [dict(other) for other in messages]
         probed[number]["content"] = probe
-        before, *after = _render(form, probed).split(probe)
-        if not after and message["role"] not in ("user", "assistant"):
-            spans.append(None)
-            continue
+        before, *after = form.conversation_text(probed).split(probe)
         if len(after) != 1:
             raise UserError(
-                f"the chat template {'repeats' if after else 'leaves out'} message {number + 1} ({message['role']})",
+                f"{form.template.name} {'repeats' if after else 'leaves out'} message {number + 1} ({message['role']})",
                 remedy="give the conversation as the template takes it, or mend the template",
             )
-        start = _common(text, before)
-        end = len(text) - _common(text[start:][::-1], after[0][::-1])
-        first = _tokens_before(form, text, ids, start)
-        spans.append((first, max(first, _tokens_before(form, text, ids, end))))
-    return ids, spans
+        start = common_length(text, before)
+        edges.append((start, len(text) - common_length(text[start:][::-1], after[0][::-1])))
+    ids, tokens_before = _tokenised(form, text)
+    spans = [(tokens_before(start), tokens_before(end)) for start, end in edges]
+    return ids, [(first, max(first, last)) for first, last in spans]
 
 
-def _render(form: ChatFormat, messages: Sequence[Message]) -> str:
-    try:
-        return form._template(form.fold(messages), generation=False)
-    except UserError:
-        raise
-    except Exception as error:  # templates raise TemplateError or anything their jinja raises
-        raise UserError(
-            f"the chat template refuses this conversation: {error}",
-            remedy="most templates want user and assistant turns to alternate, the user first",
-        ) from error
+def _tokenised(form: ChatFormat, text: str) -> tuple[list[int], Callable[[int], int]]:
+    """Token ids of a text, and a function that tells how many of its tokens lie wholly before a place in it.
 
-
-def _tokens_before(form: ChatFormat, text: str, ids: Sequence[int], place: int) -> int:
-    """How many of the text's tokens lie wholly before a place in it."""
-    return len(ids) if place == len(text) else _common(ids, form.answer_ids(text[:place]))
-
-
-def _common(one: Sequence[Any], other: Sequence[Any]) -> int:
-    """Length of the common beginning."""
-    pairs = zip(one, other, strict=False)
-    return next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
+    The places of the tokens come with them, but for tokenizers in Python: there the text up to a place is tokenised by itself,
+    and the ids are compared.
+    """
+    if not form.tokenizer.is_fast:
+        ids = form.answer_ids(text)
+        return ids, lambda place: len(ids) if place == len(text) else common_length(ids, form.answer_ids(text[:place]))
+    found = form.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    ends = [end for _, end in found["offset_mapping"]]
+    return list(found["input_ids"]), lambda place: bisect.bisect_right(ends, place)
 
 
 @torch.no_grad()
@@ -220,7 +207,6 @@ def project_transcript(
     turns = [
         _turn(form.tokenizer, number, message["role"], span, ids, values, heights)
         for number, (message, span) in enumerate(zip(messages, spans, strict=True))
-        if span is not None
     ]
     unit = "projection" if floor is None else "z"
     return Course(title, unit, list(layers), None if heights is None else float(heights.mean()), capped, turns)
@@ -293,8 +279,11 @@ def project_command(
     html: str | Path | None = None,
     json: str | Path | None = None,
     capped: bool = False,
+    template_kwargs: Mapping[str, Any] | None = None,
 ) -> int:
     """The command ``trimtab project``: tables on standard output, and the files that were asked for.
+
+    A conversation that can't be read keeps nothing from the others.
 
     Args:
         model: hub id, folder or embedded model.
@@ -303,41 +292,46 @@ def project_command(
         html: also write a page with the curves, the layers and the coloured text.
         json: also write the numbers.
         capped: read the model with the cap on.
+        template_kwargs: extra arguments of the chat template.
 
     Returns:
         0, the exit code.
 
     Raises:
-        UserError: for whatever is wrong with the inputs.
+        UserError: for whatever is wrong with the inputs; if it is some of the conversations, after the others are shown and
+            written.
     """
     from rich.console import Console
 
     from trimtab.axis.compass_view import render_table, write_plot
-    from trimtab.axis.models import load_model
+    from trimtab.axis.models import load_model, load_tokenizer
     from trimtab.axis.progress import track
 
     conversations = load_transcript(transcript)
     instrument = load_instrument(floor)
+    form = ChatFormat(load_tokenizer(model), template_kwargs)
+    form.prompt_text(chat("", "x"))  # a template that can't be used is told before the weights load
     loaded = load_model(model)
     made_for = instrument.metadata.get("model")
     if made_for not in (None, model):
         log.warning(
             "%s was made for %s: its numbers hold for %s only if that has the same weights", floor, made_for, model
         )
-    form = ChatFormat(loaded.tokenizer)
-    courses = []
+    courses: list[Course] = []
+    faults: dict[str, UserError] = {}
     for conversation in track(conversations, "projections"):
         if conversation.model not in (None, model):
             log.info("%s: written by %s, read by %s", conversation.title, conversation.model, model)
-        course = project_transcript(
-            loaded.model, form, instrument, conversation.messages, capped=capped, title=conversation.title
-        )
-        read = {turn.message for turn in course.turns}
-        for number, message in enumerate(conversation.messages):
-            if number not in read:
-                said = "%s: the model does not see message %d (%s): its chat template leaves it out"
-                log.warning(said, conversation.title, number + 1, message["role"])
-        courses.append(course)
+        try:
+            courses.append(
+                project_transcript(
+                    loaded.model, form, instrument, conversation.messages, capped=capped, title=conversation.title
+                )
+            )
+        except UserError as error:
+            faults[conversation.title] = error
+    if not courses and len({error.fault for error in faults.values()}) == 1:
+        raise next(iter(faults.values()))
     console = Console()
     for course in courses:
         console.print(render_table(course))
@@ -347,4 +341,11 @@ def project_command(
     if html is not None:
         write_plot(html, courses)
         print(f"page: {Path(html).resolve()}")
+    if faults:
+        raise UserError(
+            f"{len(faults)} of {len(conversations)} conversations can't be read: "
+            + "; ".join(f"{title}: {error.fault}" for title, error in faults.items()),
+            file=transcript,
+            remedy=" ".join(dict.fromkeys(error.remedy for error in faults.values())),
+        )
     return 0

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import socket
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,12 @@ class Sources:
 
 
 def find_sources(
-    run: Path | None, *, base: str | None = None, tuned: str | None = None, floor: str | None = None
+    run: Path | None,
+    *,
+    base: str | None = None,
+    tuned: str | None = None,
+    floor: str | None = None,
+    template_kwargs: Mapping[str, Any] | None = None,
 ) -> Sources:
     """What the command's options name.
 
@@ -47,6 +53,7 @@ def find_sources(
         base: base model; with ``tuned`` and ``floor`` it stands in the place of a run.
         tuned: adapter or model.
         floor: ``floor.safetensors``.
+        template_kwargs: of the base's chat template; a run's recipe has its own.
 
     Raises:
         UserError: if the options don't fit together, or the run folder is none or not trained yet.
@@ -60,12 +67,19 @@ def find_sources(
             remedy="leave out one of them",
         )
     if base is not None and tuned is not None and floor is not None:
-        return Sources(ModelSection(name=base), tuned, Path(floor).expanduser())
+        section = ModelSection(name=base, chat_template_kwargs=dict(template_kwargs or {}))
+        return Sources(section, tuned, Path(floor).expanduser())
     if len(missing) < len(given):
         raise UserError(
             f"{missing[0]} is not given",
             key=missing[0],
             remedy="give all three, --base M --tuned ADAPTER_OR_MODEL --floor F, or a run folder and none of them",
+        )
+    if template_kwargs:
+        raise UserError(
+            "a run's recipe says what its chat template is given",
+            key="--chat-template-kwargs",
+            remedy="leave it out, or give --base M --tuned ADAPTER_OR_MODEL --floor F in the place of the run folder",
         )
     return _of_run(run.expanduser()) if run is not None else _of_run(newest_run())
 
@@ -131,6 +145,7 @@ def chat_command(
     base: str | None,
     tuned: str | None,
     floor: str | None,
+    template_kwargs: Mapping[str, Any] | None = None,
     host: str,
     port: int | None,
     browser: bool,
@@ -138,10 +153,11 @@ def chat_command(
     """The command ``trimtab chat``: serve the page until it is interrupted.
 
     Args:
-        run: see :func:`find_sources`, and so the next three.
+        run: see :func:`find_sources`, and so the next four.
         base: base model.
         tuned: adapter or model.
         floor: floor file.
+        template_kwargs: of the chat template.
         host: address to serve at; anything but a loopback address opens the page to the network.
         port: None for the first free one from 7860 on.
         browser: open the page in the browser.
@@ -152,7 +168,7 @@ def chat_command(
     # What is quickly wrong is told before the models are loaded.
     import_gradio()
     check_address(host, port)
-    sources = find_sources(run, base=base, tuned=tuned, floor=floor)
+    sources = find_sources(run, base=base, tuned=tuned, floor=floor, template_kwargs=template_kwargs)
     from trimtab.cli.chat_page import build_page
     from trimtab.eval.live import open_live
 

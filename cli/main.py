@@ -106,6 +106,7 @@ def build_parser() -> argparse.ArgumentParser:
     project.add_argument("--html", metavar="FILE", type=Path, help="also write a page: curves, layers, coloured text")
     project.add_argument("--json", metavar="FILE", type=Path, help="also write the numbers")
     project.add_argument("--capped", action="store_true", help="read the model with the cap on")
+    _add_template(project)
     project.add_argument(
         "transcript", help="conversations: a file, or a data set of the hub, in any format of docs/data.md"
     )
@@ -148,10 +149,34 @@ def _add_chat(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--base", metavar="M", help="the base model: hub id, folder or embedded model")
     group.add_argument("--tuned", metavar="ADAPTER_OR_MODEL", help="PEFT adapter of the base, or a model tuned from it")
     group.add_argument("--floor", metavar="F", help="floor.safetensors of the base")
+    _add_template(group)
     host = "address to serve at (default: 127.0.0.1, which this machine alone reaches)"
     parser.add_argument("--host", metavar="H", default="127.0.0.1", help=host)
     parser.add_argument("--port", metavar="P", type=_positive, help="port (default: the first free one from 7860 on)")
     parser.add_argument("--no-browser", action="store_true", help="do not open the page in the browser")
+
+
+def _add_template(parser: Any) -> None:
+    parser.add_argument(
+        "--chat-template-kwargs",
+        type=_template_arguments,
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="argument of the model's chat template, such as enable_thinking=false; may be given again, or as one {KEY: VALUE}",
+    )
+
+
+def _template_arguments(text: str) -> dict[str, Any]:
+    from trimtab.recipes.yaml_lines import parse_yaml
+
+    key, equals, value = text.partition("=")
+    whole = text.lstrip().startswith("{")
+    parsed = parse_yaml(text if whole else value)
+    found = parsed.value if whole else {key.strip(): parsed.value}
+    if parsed.faults or not isinstance(found, dict) or not (whole or (equals and key.strip())):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither KEY=VALUE nor {{KEY: VALUE}}, with values as in YAML")
+    return found
 
 
 def _add_comparison(parser: argparse.ArgumentParser) -> None:
@@ -521,6 +546,7 @@ def _project(arguments: argparse.Namespace) -> None:
         html=arguments.html,
         json=arguments.json,
         capped=arguments.capped,
+        template_kwargs={key: value for given in arguments.chat_template_kwargs for key, value in given.items()},
     )
 
 
@@ -532,6 +558,7 @@ def _chat(arguments: argparse.Namespace) -> None:
         base=arguments.base,
         tuned=arguments.tuned,
         floor=arguments.floor,
+        template_kwargs={key: value for given in arguments.chat_template_kwargs for key, value in given.items()},
         host=arguments.host,
         port=arguments.port,
         browser=not arguments.no_browser,

@@ -11,9 +11,19 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CHATML, CHATML_WITHOUT_SYSTEM, HIDDEN, LAYERS, build_floor, build_model, build_tokenizer
+from conftest import (
+    CHATML,
+    CHATML_WITHOUT_SYSTEM,
+    HIDDEN,
+    LAYERS,
+    build_floor,
+    build_model,
+    build_tokenizer,
+    save_model,
+)
 from rich.console import Console
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 from trimtab.axis import Axis, Floor, UserError, cap
 from trimtab.axis.chat import ChatFormat
@@ -27,6 +37,7 @@ from trimtab.axis.compass import (
 )
 from trimtab.axis.compass_view import render_table, summary, write_plot
 from trimtab.axis.models import Loaded
+from trimtab.cli.main import main
 
 TALK = [
     {"role": "system", "content": "You are a pirate."},
@@ -44,9 +55,9 @@ REASONING = (
 )
 
 
-def texts(form: ChatFormat, messages: list[dict[str, str]]) -> list[str | None]:
+def texts(form: ChatFormat, messages: list[dict[str, str]]) -> list[str]:
     ids, spans = turn_spans(form, messages)
-    return [None if span is None else str(form.tokenizer.decode(ids[slice(*span)])) for span in spans]
+    return [str(form.tokenizer.decode(ids[slice(*span)])) for span in spans]
 
 
 def manual(model: Any, ids: list[int], floor: Floor, capped: bool) -> Tensor:
@@ -86,7 +97,6 @@ def test_spans_hold_each_message_and_nothing_else(form: ChatFormat) -> None:
     assert texts(form, TALK) == [message["content"] for message in TALK]
     assert str(form.tokenizer.decode(ids)).endswith("<|im_start|>assistant\nassistant<|im_end|>\n")
     found = spans[2]
-    assert found is not None
     assert found[0] == len(form.prompt_ids(TALK[:2])), "an answer begins where generation would begin"
     assert ids[slice(*found)] == form.answer_ids(TALK[2]["content"]), "and holds the tokens that training labels"
 
@@ -112,10 +122,34 @@ def test_spans_with_the_probe_word_and_an_empty_turn_in_the_text(form: ChatForma
     assert texts(form, talk) == ["turnprobe0 turnprobe1", ""]
 
 
+def test_a_tokenizer_without_places_gives_the_same_spans_and_one_with_them_is_asked_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Plain(PreTrainedTokenizerFast):
+        is_fast = False  # as those written in Python
+
+    fast: Any = build_tokenizer(STRIPPING)
+    plain = Plain(tokenizer_object=fast.backend_tokenizer, chat_template=STRIPPING, eos_token="<|im_end|>")
+    talk = [{**message, "content": f"  {message['content']} é🙂"} for message in TALK] * 3
+    slow = turn_spans(ChatFormat(plain), talk)
+    form = ChatFormat(fast)
+    asked: list[str] = []
+    real = PreTrainedTokenizerFast.__call__
+
+    def counted(self: Any, text: Any, *args: Any, **kwargs: Any) -> Any:
+        asked.append(text)
+        return real(self, text, *args, **kwargs)
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "__call__", counted)
+    assert turn_spans(form, talk) == slow
+    assert len(asked) == 1
+
+
 def test_messages_that_a_template_leaves_out() -> None:
     tail = [*TALK, {"role": "tool", "content": "42"}]
     form = ChatFormat(build_tokenizer(CHATML.replace("messages %}", "messages if message.role != 'tool' %}")))
-    assert texts(form, tail)[-2:] == ["assistant", None]
+    with pytest.raises(UserError, match=r"leaves out message 6 \(tool\)"):
+        turn_spans(form, tail)
     deaf = ChatFormat(build_tokenizer(CHATML.replace("messages %}", "messages if message.role != 'assistant' %}")))
     with pytest.raises(UserError, match=r"leaves out message 3 \(assistant\)"):
         turn_spans(deaf, TALK)
@@ -305,6 +339,40 @@ def test_the_command(
     assert page.stat().st_size > 1_000_000 and "talk (cap on)" in capsys.readouterr().out
     with pytest.raises(UserError, match="no such file"):
         project_command(model, tmp_path / "none.safetensors", transcript)
+
+
+def test_a_conversation_that_is_too_long_keeps_nothing_from_the_others(
+    model_folder: Callable[[str], Path], floor: Floor, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    floor.save(tmp_path / "floor.safetensors")
+    long = [*TALK, {"role": "user", "content": "x" * 600}]
+    rows = "".join(
+        json.dumps({"id": name, "messages": talk}) + "\n" for name, talk in (("a", TALK), ("b", long), ("c", TALK))
+    )
+    transcript, out = write(tmp_path / "talks.jsonl", rows), tmp_path / "out.json"
+    words = ["project", "--model", str(model_folder("llama")), "--floor", str(tmp_path / "floor.safetensors")]
+    assert main([*words, "--json", str(out), str(transcript)]) == 2
+    saved = json.loads(out.read_text(encoding="utf-8"))
+    assert [course["title"] for course in saved["courses"]] == ["talks a", "talks c"]
+    told = capsys.readouterr()
+    assert "talks a" in told.out
+    assert "1 of 3 conversations can't be read: talks b: the conversation has" in " ".join(told.err.split())
+
+
+def test_the_command_gives_the_template_its_arguments(floor: Floor, tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "model")
+    build_tokenizer("{{ mood }}" + CHATML).save_pretrained(folder)
+    floor.save(tmp_path / "floor.safetensors")
+    transcript = write(tmp_path / "talk.json", TALK)
+    words = ["project", "--model", str(folder), "--floor", str(tmp_path / "floor.safetensors"), "--json"]
+    starts = []
+    for given in ([], ["--chat-template-kwargs", "mood=glad"], ["--chat-template-kwargs", "{mood: glad, other: 1}"]):
+        out = tmp_path / f"out{len(starts)}.json"
+        assert main([*words, str(out), *given, str(transcript)]) == 0
+        starts.append(json.loads(out.read_text(encoding="utf-8"))["courses"][0]["turns"][0]["start"])
+    assert starts[1] == starts[2] == starts[0] + len(ChatFormat(build_tokenizer()).answer_ids("glad"))
+    with pytest.raises(SystemExit):
+        main([*words, str(tmp_path / "none.json"), "--chat-template-kwargs", "glad", str(transcript)])
 
 
 def test_floors_and_axes_are_told_apart(floor: Floor, tmp_path: Path) -> None:

@@ -240,6 +240,8 @@ def test_the_newest_trained_run_is_found(files: Files, tmp_path: Path, monkeypat
         find_sources(tmp_path / "runs" / "untrained")
     elsewhere = make_run(tmp_path / "elsewhere", files, tuned=str(files.merged))
     assert find_sources(elsewhere).tuned == str(files.merged)
+    given = find_sources(None, base="M", tuned="T", floor="F", template_kwargs={"enable_thinking": False})
+    assert given.base.chat_template_kwargs == {"enable_thinking": False}
     (elsewhere / "floor.safetensors").unlink()
     with pytest.raises(UserError, match="no floor yet"):
         find_sources(elsewhere)
@@ -252,6 +254,7 @@ def test_the_newest_trained_run_is_found(files: Files, tmp_path: Path, monkeypat
         (["nowhere"], "not a run folder"),
         (["--base", "M", "--floor", "F"], "--tuned is not given"),
         (["somewhere", "--tuned", "T"], "both a run folder, 'somewhere', and --tuned"),
+        (["somewhere", "--chat-template-kwargs", "a=1"], "a run's recipe says what its chat template is given"),
         (["--host", "192.0.2.1"], "can't be served at 192.0.2.1"),
         (["--port", "70000"], "port 70000"),
     ],
