@@ -7,6 +7,7 @@ Shapes: N decoder layers, D hidden size, B rows a GPU, T tokens a row, V vocabul
 
 from __future__ import annotations
 
+import logging
 import math
 import warnings
 from collections import Counter
@@ -23,13 +24,15 @@ from trimtab.axis.calibration import window_by_rule
 from trimtab.axis.directions import Floor, check_fits
 from trimtab.axis.errors import UserError
 from trimtab.axis.layers import find_decoder_layers, shape_of, text_config_of
-from trimtab.axis.models import choose_device, choose_dtype, meta_model
+from trimtab.axis.models import choose_device, choose_dtype, meta_model, resolve_name
 from trimtab.cli.launch import default_accelerate, read_accelerate_config, resolve_accelerate_config
 from trimtab.cli.work import QUANTIZED, Work, estimate_work
 from trimtab.losses.divergence import CHUNK
 from trimtab.recipes.loader import LoadedRecipe
 from trimtab.recipes.rules import floor_layers
 from trimtab.recipes.schema import GrpoMethod, Recipe
+
+log = logging.getLogger("trimtab")
 
 GIB = 1024**3
 VLLM, MERGED = "vLLM", "copies of merged weights"
@@ -402,6 +405,17 @@ def _check_files(recipe: Recipe) -> None:
         check_inputs(recipe)
 
 
+def _check_template(recipe: Recipe) -> None:
+    """Hold the chat template against the recipe; a folder that has no tokenizer yet is told."""
+    from trimtab.train.prepare import check_template  # which takes a second to import
+
+    folder = Path(resolve_name(recipe.model.name)[0])
+    if folder.is_dir() and not any(folder.glob("tokenizer*")):
+        log.warning("%s has no tokenizer: the chat template is not checked", folder)
+        return
+    check_template(recipe)
+
+
 def check_recipe(
     loaded: LoadedRecipe, accelerate: str | None, num_processes: int | None, gpu_memory: float | None
 ) -> tuple[Structure, MemoryPlan]:
@@ -423,6 +437,7 @@ def check_recipe(
     model = build_meta_model(recipe)
     config = text_config_of(model)
     structure = find_structure(recipe, model)
+    _check_template(recipe)
     plan = plan_memory(recipe, structure, config, strategy, gpu_memory)
     console = Console()
     console.print(_structure_table(loaded, structure))

@@ -19,7 +19,7 @@ from trimtab.axis.sampling import SamplingOptions, sample_batch, seed_of
 from trimtab.eval.measure import above_floor, above_floor_by_layer
 from trimtab.eval.weights import Weights, open_subjects
 from trimtab.recipes.schema import ModelSection
-from trimtab.train.prepare import load_recipe_model
+from trimtab.train.prepare import chat_format, load_recipe_model
 from trimtab.train.subject import find_subject
 
 LIVE_ARMS = ("base", "base+cap", "tuned")
@@ -130,13 +130,7 @@ class LiveArms:
     def _prompt_ids(self, talk: Talk, arm: str, user: str, system: str) -> list[int]:
         if not user.strip():
             raise UserError("the message is empty", remedy="write something")
-        try:
-            return self._form.prompt_ids(talk.prompt(arm, user, system))
-        except Exception as error:  # templates raise TemplateError or anything their jinja raises
-            raise UserError(
-                f"the model's chat template refuses this conversation: {error}",
-                remedy="leave out the system prompt, or take back the last turn",
-            ) from error
+        return self._form.prompt_ids(talk.prompt(arm, user, system))
 
     def _check_room(self, prompt: int, answer: int) -> None:
         if self.context is not None and prompt + answer > self.context:
@@ -190,6 +184,7 @@ def open_live(base: ModelSection, tuned: str, floor_path: str | Path) -> LiveArm
     """
     floor = Floor.load(floor_path)
     subject = find_subject(tuned)
+    chat_format(base).check()
     loaded, form = load_recipe_model(base)
     layers, hidden = shape_of(loaded.model)
     check_fits(layers, hidden, floor=floor, file=floor_path)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
+from conftest import build_model, build_tokenizer
 from tiny_recipe import write_recipe
 
 from trimtab.axis.errors import UserError
@@ -20,6 +21,7 @@ from trimtab.cli.launch import accelerate_configs, launch_training, resolve_acce
 from trimtab.cli.main import STAGES, build_parser, main, parse
 from trimtab.recipes.loader import load_recipe
 
+PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -407,6 +409,26 @@ def test_check_finds_what_cannot_work(recipe: Path, overrides: list[str], fault:
 
     with pytest.raises(UserError, match=fault):
         check_recipe(load_recipe(recipe, overrides), "cpu", None, None)
+
+
+@pytest.mark.parametrize(
+    ("template", "method", "told"),
+    [
+        ("{% for", "sft", "is broken"),
+        ("Hello", "sft", "leaves out what the user says"),
+        (PLAIN, "sft", ""),
+        (PLAIN, "grpo", "data.conversation_turns: the chat template"),
+    ],
+)
+def test_check_holds_the_chat_template_against_the_recipe(
+    template: str, method: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "model"
+    build_model("llama").config.save_pretrained(folder)
+    build_tokenizer(template).save_pretrained(folder)
+    recipe = write_recipe(tmp_path / "recipe.yaml", folder, method)
+    assert main(["check", str(recipe), "--accelerate", "cpu"]) == (2 if told else 0)
+    assert told in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize(

@@ -11,15 +11,15 @@ import torch
 from trimtab.axis import Axis, Floor, UserError, load_capping_config, load_published_axis
 from trimtab.axis.analysis import persona_space
 from trimtab.axis.calibration import calibrate, control_floor, response_projections, spread
-from trimtab.axis.chat import ChatFormat
+from trimtab.axis.chat import ChatFormat, ends_of
 from trimtab.axis.extraction import DEFAULT, extract
 from trimtab.axis.files import file_fingerprint, read_jsonl, write_json
 from trimtab.axis.judge import check_endpoint, role_judge
-from trimtab.axis.models import Loaded, load_model, load_tokenizer
+from trimtab.axis.models import Loaded, generation_ends, load_model, load_tokenizer
 from trimtab.axis.sampling import SamplingOptions
 from trimtab.recipes import data
 from trimtab.recipes.rules import row_length
-from trimtab.recipes.schema import DpoMethod, GrpoMethod, ModelSection, Sampling, deciding
+from trimtab.recipes.schema import DpoMethod, GrpoMethod, ModelSection, Recipe, Sampling, deciding
 from trimtab.train.pairs import make_pairs
 from trimtab.train.rollouts import check_lengths
 from trimtab.train.run import Run
@@ -43,10 +43,30 @@ def load_section(section: ModelSection) -> Loaded:
 def load_recipe_model(section: ModelSection) -> tuple[Loaded, ChatFormat]:
     """Load the recipe's model for inference, and its chat format."""
     loaded = load_section(section)
-    form = ChatFormat(loaded.tokenizer, section.chat_template_kwargs)
-    if form.folds_system:
-        log.info("%s has no system role: system prompts are put in front of the first user turn", section.name)
+    form = ChatFormat(loaded.tokenizer, section.chat_template_kwargs, ends_of(loaded.model))
+    form.tell()
     return loaded, form
+
+
+def chat_format(section: ModelSection) -> ChatFormat:
+    """The chat format of a recipe's model, without its weights."""
+    tokenizer = load_tokenizer(section.name, section.revision)
+    ends = generation_ends(section.name, section.revision)
+    return ChatFormat(tokenizer, section.chat_template_kwargs, ends)
+
+
+def check_template(recipe: Recipe) -> None:
+    """Hold the model's chat template against what a recipe does with it, without the model's weights.
+
+    Raises:
+        UserError: if it can't be used; or if GRPO is to train conversations, each one row of tokens, and they are none in it.
+    """
+    form = chat_format(recipe.model)
+    form.check()
+    if not isinstance(recipe.method, GrpoMethod) or recipe.eval.tuned is not None:
+        return
+    if talks := [prompt for prompt in drift_sources(recipe.data) if len(prompt.turns) > 1]:
+        form.ids_between(talks[0].opening, {"role": "user", "content": talks[0].turns[1]}, ended=True)
 
 
 def sampling_options(section: Sampling) -> SamplingOptions:
@@ -86,6 +106,7 @@ class Prepared:
     def __call__(self) -> tuple[Loaded, ChatFormat]:
         """Model and chat format."""
         if self._loaded is None:
+            check_template(self._run.recipe)
             self._loaded = load_recipe_model(self._run.recipe.model)
         return self._loaded
 
