@@ -296,6 +296,7 @@ def generation_ends(name: str, revision: str | None = None) -> list[int]:
 
 def meta_model(name: str, revision: str | None = None) -> nn.Module:
     """The model's structure on the meta device: shapes, no weights."""
+    config = load_config(name, revision)  # an embedded model may be converted here, which wants real weights
     with torch.device("meta"):
-        model: nn.Module = AutoModelForCausalLM.from_config(load_config(name, revision))
+        model: nn.Module = AutoModelForCausalLM.from_config(config)
     return model

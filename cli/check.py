@@ -11,6 +11,7 @@ import logging
 import math
 import warnings
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,13 @@ from trimtab.axis.directions import Floor, check_fits
 from trimtab.axis.errors import UserError
 from trimtab.axis.layers import find_decoder_layers, shape_of, text_config_of
 from trimtab.axis.models import choose_device, choose_dtype, meta_model, resolve_name
+from trimtab.cli.calls import Call, Counted, count
 from trimtab.cli.launch import default_accelerate, read_accelerate_config, resolve_accelerate_config
 from trimtab.cli.work import QUANTIZED, Work, estimate_work
 from trimtab.losses.divergence import CHUNK
 from trimtab.recipes.loader import LoadedRecipe
 from trimtab.recipes.rules import floor_layers
-from trimtab.recipes.schema import GrpoMethod, Recipe
+from trimtab.recipes.schema import Recipe
 
 log = logging.getLogger("trimtab")
 
@@ -79,6 +81,7 @@ class Structure:
         adapted: decoder layers with an adapter.
         trainable: trainable parameters.
         adapted_parameters: of the weights that carry an adapter.
+        active: parameters that a token passes through: of a mixture of experts, those of the chosen ones.
     """
 
     layers: int
@@ -92,6 +95,7 @@ class Structure:
     adapted: tuple[int, ...]
     trainable: int
     adapted_parameters: int
+    active: float
 
 
 @dataclass
@@ -125,13 +129,14 @@ def build_meta_model(recipe: Recipe) -> nn.Module:
     """
     try:
         return meta_model(recipe.model.name, recipe.model.revision)
-    except (OSError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
+    except UserError:
+        raise
+    except Exception as error:  # the hub's client, each configuration class and each model raise what they like
+        reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
         raise UserError(
-            f"the configuration of {recipe.model.name!r} can't be had: {str(error).splitlines()[0]}",
+            f"the model of {recipe.model.name!r} can't be built from its configuration: {reason}",
             key="model.name",
-            remedy="check the name and the network (HF_TOKEN for gated models), or give a folder with its config.json",
+            remedy="check the name, the network (HF_TOKEN for gated models) and config.json, and install what it asks for",
         ) from error
 
 
@@ -153,6 +158,7 @@ def find_structure(recipe: Recipe, model: nn.Module) -> Structure:
     parameters = sum(p.numel() for p in model.parameters())
     layer_parameters = max(sum(p.numel() for p in layer.parameters()) for layer in layers)
     largest = max(p.numel() for p in model.parameters())
+    active = active_parameters(model)  # before the adapters are put on
     adapted_model = _with_adapters(recipe, model)
     carriers: dict[str, Any] = {
         name: module for name, module in adapted_model.named_modules() if hasattr(module, "lora_A")
@@ -181,7 +187,47 @@ def find_structure(recipe: Recipe, model: nn.Module) -> Structure:
         adapted,
         sum(p.numel() for p in adapted_model.parameters() if p.requires_grad),
         sum(p.numel() for module in carriers.values() for p in module.get_base_layer().parameters()),
+        active,
     )
+
+
+def active_parameters(model: nn.Module) -> float:
+    """Parameters that a token passes through: of a mixture of experts, those of the chosen ones.
+
+    Experts are told by the structure, a module of that name, since each family has names of its own for their number; how many
+    are chosen stands in the configuration or on the router. Where neither says, all of them count.
+    """
+    total = float(sum(p.numel() for p in model.parameters()))
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] == "experts" and ".experts." not in f".{name.rpartition('.')[0]}.":
+            there = (
+                len(module)
+                if isinstance(module, nn.ModuleList)
+                else max((p.shape[0] for p in module.parameters() if p.ndim == 3), default=0)
+            )
+            chosen = _chosen_experts(model.get_submodule(name.rpartition(".")[0]), text_config_of(model))
+            if there and chosen and chosen < there:
+                total -= sum(p.numel() for p in module.parameters()) * (1 - chosen / there)
+    return total
+
+
+# What families call the number of experts that a token passes through.
+CHOSEN = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "experts_per_token",
+    "top_k_experts",
+    "moe_topk",
+    "moe_top_k",
+    "moe_k",
+)
+
+
+def _chosen_experts(block: nn.Module, config: Any) -> int:
+    """How many experts of a block a token passes through; 0 where nothing says."""
+    said: list[Any] = [_largest(config, name) for name in CHOSEN]
+    said += [getattr(module, name, None) for module in block.modules() for name in ("top_k", *CHOSEN)]
+    return next((value for value in said if isinstance(value, int) and value > 0), 0)
 
 
 def _window(recipe: Recipe, model: nn.Module) -> tuple[tuple[int, ...], str]:
@@ -217,7 +263,12 @@ def _with_adapters(recipe: Recipe, model: nn.Module) -> nn.Module:
 
 
 def plan_memory(
-    recipe: Recipe, structure: Structure, config: Any, strategy: Strategy, gpu_memory: float | None = None
+    recipe: Recipe,
+    structure: Structure,
+    config: Any,
+    strategy: Strategy,
+    counted: Counted,
+    gpu_memory: float | None = None,
 ) -> MemoryPlan:
     """Memory of each phase on one GPU, in GiB.
 
@@ -233,6 +284,7 @@ def plan_memory(
         structure: of the model.
         config: of the text decoder.
         strategy: how training is spread.
+        counted: what the recipe calls and trains.
         gpu_memory: GiB of a GPU, of which vLLM claims its share and merged weights have theirs; without it, the least that they
             can do with.
     """
@@ -245,19 +297,19 @@ def plan_memory(
     resident = weights / shard + (min(live, structure.parameters) * size if strategy.shards_weights else 0)
     adapter = structure.trainable * (4 / shard + 4 / states + _moment_bytes(train) / states)
     answers = 2 if recipe.method.name == "dpo" else 1  # chosen and rejected
-    tokens = answers * int(train.get("per_device_train_batch_size", 8)) * _row_length(recipe)
+    tokens = answers * int(train.get("per_device_train_batch_size", 8)) * counted.trained.longest
     state = tokens * structure.hidden * size
     inside = tokens * bytes_inside_layer(config, size, autocast=train.get("bf16") is True)
     checkpointing = train.get("gradient_checkpointing", train.get("activation_checkpointing", True))
     activations = structure.layers * state + inside if checkpointing else structure.layers * inside
     logits = _compared_tokens(recipe) * config.vocab_size * 4 * 4
-    cache = _kv_cache(recipe, config, _rollout_batch(recipe)[0], size)
+    cache = _kv_cache(config, counted.rollouts, size)
     sampler = {"weights": weights + weights / n if strategy.kind == "zero3" else resident, "KV cache": cache}
     copied = structure.adapted_parameters * size
     room = 0.0 if gpu_memory is None or strategy.cpu or recipe.model.quantization else MERGED_SHARE * gpu_memory * GIB
     if copied <= room and not strategy.shards_weights:
         sampler[MERGED] = copied
-    alone = {"weights": weights, "KV cache": _kv_cache(recipe, config, recipe.axis.sampling.batch_size, size)}
+    alone = {"weights": weights, "KV cache": _kv_cache(config, [*counted.before, *counted.after], size)}
     if (copies := weights * (2 if recipe.eval.control else 1)) <= room:
         alone[MERGED] = copies
     asleep: dict[str, float] = {}
@@ -314,31 +366,16 @@ def bytes_inside_layer(config: Any, size: int, *, autocast: bool) -> int:
         autocast: whether ``train.bf16`` is on.
     """
     hidden = int(config.hidden_size)
-    head = int(getattr(config, "head_dim", None) or hidden // config.num_attention_heads)
-    queries = head * int(config.num_attention_heads)
-    keys = head * int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
-    chosen = getattr(config, "num_experts_per_tok", None)
-    inner = int(getattr(config, "intermediate_size", None) or 4 * hidden)
+    heads, key_heads, head = _attention(config)
+    queries, keys = head * heads, head * key_heads
+    inner = _largest(config, "intermediate_size") or 4 * hidden
+    chosen = next(filter(None, (_largest(config, name) for name in CHOSEN)), 0)
     if chosen:  # a mixture of experts: the chosen ones
-        inner = chosen * int(config.moe_intermediate_size)
+        inner = chosen * (_largest(config, "moe_intermediate_size") or inner)
     kept = size * (4 * inner + 4 * hidden + 2 * queries + 4 * keys)
     if size < 4:
         kept += 4 * 3 * hidden + (0 if autocast else 4 * (inner + queries + hidden))
     return kept
-
-
-def _row_length(recipe: Recipe) -> int:
-    """Longest row in training, tokens."""
-    if recipe.method.name == "grpo":  # the prompt is not cut: one of 512 tokens is taken for the longest
-        return 512 + int(recipe.train.get("max_completion_length") or 256)
-    return int(recipe.train.get("max_length") or 1024)
-
-
-def _rollout_batch(recipe: Recipe) -> tuple[int, str]:
-    """Rollouts sampled at a time, and the key that says so."""
-    if isinstance(recipe.method, GrpoMethod):
-        return recipe.method.sampling_batch, "method.sampling_batch"
-    return recipe.method.sampling.batch_size, "method.sampling.batch_size"
 
 
 def _compared_tokens(recipe: Recipe) -> int:
@@ -348,13 +385,32 @@ def _compared_tokens(recipe: Recipe) -> int:
     return CHUNK if benign or method.name == "distill" else 0
 
 
-def _kv_cache(recipe: Recipe, config: Any, batch: int, size: int) -> float:
-    head = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-    keys = int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
-    return float(2 * keys * head * int(config.num_hidden_layers) * batch * _row_length(recipe) * size)
+def _kv_cache(config: Any, calls: Sequence[Call], size: int) -> float:
+    """Bytes of the largest cache that a call fills."""
+    _, keys, head = _attention(config)
+    return float(
+        2 * keys * head * int(config.num_hidden_layers) * max((call.cached for call in calls), default=0) * size
+    )
 
 
-def advice(recipe: Recipe, plan: MemoryPlan, strategy: Strategy, gpu_memory: float) -> list[str]:
+def _attention(config: Any) -> tuple[int, int, int]:
+    """Query heads, key heads, and the width of a head; of a configuration that tells no heads, one as wide as the model."""
+    hidden = int(config.hidden_size)
+    heads = _largest(config, "num_attention_heads") or 1
+    return heads, _largest(config, "num_key_value_heads") or heads, _largest(config, "head_dim") or hidden // heads
+
+
+def _largest(config: Any, name: str) -> int:
+    """A whole number of the configuration, of one that differs from layer to layer the largest; 0 where there is none."""
+    try:
+        found = [getattr(config, name, None)]
+    except RuntimeError:  # transformers refuses to name one value for layers that differ
+        found = [getattr(layer, name, None) for layer in config.per_layer_config]
+    flat = [value for each in found for value in (each if isinstance(each, list | tuple) else [each])]
+    return max((value for value in flat if isinstance(value, int)), default=0)
+
+
+def advice(recipe: Recipe, plan: MemoryPlan, strategy: Strategy, counted: Counted, gpu_memory: float) -> list[str]:
     """What to change for each phase that does not fit."""
     found: list[str] = []
     train = recipe.train
@@ -374,14 +430,13 @@ def advice(recipe: Recipe, plan: MemoryPlan, strategy: Strategy, gpu_memory: flo
             found.append(f"more GPUs: --num-processes {strategy.processes * 2}")
         if VLLM in plan.phases[TRAINING]:
             found.append("train.vllm_enable_sleep_mode=true, which frees what vLLM holds while a step is trained")
-    sampling, key = _rollout_batch(recipe)
     if plan.total(ROLLOUTS) > gpu_memory:
         if plan.phases[ROLLOUTS]["weights"] > gpu_memory and strategy.kind == "zero3":
             found.append(
                 "--accelerate fsdp2: under zero3 the whole model is gathered on every GPU while rollouts are sampled"
             )
-        elif plan.phases[ROLLOUTS].get("KV cache", 0.0) > gpu_memory / 4 and sampling > 1:
-            found.append(f"{key}={max(sampling // 4, 1)}, which samples more slowly")
+        elif plan.phases[ROLLOUTS].get("KV cache", 0.0) > gpu_memory / 4:
+            found += _fewer_rows(counted.rollouts)
     if plan.total(ALONE) > gpu_memory:
         if plan.phases[ALONE]["weights"] > gpu_memory:
             needed = math.ceil(plan.phases[ALONE]["weights"] * 1.1 + CONTEXT)
@@ -389,7 +444,7 @@ def advice(recipe: Recipe, plan: MemoryPlan, strategy: Strategy, gpu_memory: flo
                 f"the axis, floor and eval stages hold the whole model on one GPU: use one of {needed} GiB for them"
             )
         else:
-            found.append(f"axis.sampling.batch_size={max(recipe.axis.sampling.batch_size // 4, 1)}")
+            found += _fewer_rows([*counted.before, *counted.after])
     return found or ["a GPU with more memory"]
 
 
@@ -416,6 +471,12 @@ def _check_template(recipe: Recipe) -> None:
     check_template(recipe)
 
 
+def _fewer_rows(calls: Sequence[Call]) -> list[str]:
+    """Fewer rows for the call that fills the largest cache."""
+    largest = max(calls, key=lambda call: call.cached)
+    return [f"{largest.key}={largest.rows // 4 or 1}, which samples more slowly"] if largest.rows > 1 else []
+
+
 def check_recipe(
     loaded: LoadedRecipe, accelerate: str | None, num_processes: int | None, gpu_memory: float | None
 ) -> tuple[Structure, MemoryPlan]:
@@ -438,13 +499,20 @@ def check_recipe(
     config = text_config_of(model)
     structure = find_structure(recipe, model)
     _check_template(recipe)
-    plan = plan_memory(recipe, structure, config, strategy, gpu_memory)
+    counted = count(recipe, strategy.processes)
+    plan = plan_memory(recipe, structure, config, strategy, counted, gpu_memory)
     console = Console()
     console.print(_structure_table(loaded, structure))
     console.print(_memory_table(plan, strategy))
     if not strategy.cpu and recipe.eval.tuned is None:
         work = estimate_work(
-            recipe, structure.parameters, config, sharded=strategy.shards_weights, processes=strategy.processes
+            recipe,
+            counted,
+            structure.parameters,
+            structure.active,
+            structure.layers,
+            sharded=strategy.shards_weights,
+            processes=strategy.processes,
         )
         console.print(_work_table(work))
     if gpu_memory is not None:
@@ -452,7 +520,7 @@ def check_recipe(
         if plan.total(largest) > gpu_memory:
             raise UserError(
                 f"does not fit on {gpu_memory:g} GiB: {largest} needs about {plan.total(largest):.1f} GiB",
-                remedy="; or ".join(advice(recipe, plan, strategy, gpu_memory)),
+                remedy="; or ".join(advice(recipe, plan, strategy, counted, gpu_memory)),
             )
         console.print(f"fits on {gpu_memory:g} GiB: {largest} needs the most, about {plan.total(largest):.1f} GiB")
     console.print(f"ok: nothing was found that would keep {loaded.name} from running", soft_wrap=True)
@@ -461,7 +529,8 @@ def check_recipe(
 
 def _structure_table(loaded: LoadedRecipe, structure: Structure) -> Table:
     table = Table(title=f"{loaded.name}: structure", show_header=False, title_justify="left")
-    table.add_row("model", f"{loaded.recipe.model.name}, {structure.parameters / 1e6:,.1f} M parameters")
+    active = f", {structure.active / 1e6:,.1f} M of them a token" if structure.active < structure.parameters else ""
+    table.add_row("model", f"{loaded.recipe.model.name}, {structure.parameters / 1e6:,.1f} M parameters{active}")
     table.add_row("decoder layers", f"{structure.layers}, all hooked, hidden size {structure.hidden}")
     first, last = structure.window[0], structure.window[-1]
     table.add_row("floor", f"layers {first}-{last} ({len(structure.window)}), {structure.window_from}")

@@ -61,6 +61,42 @@ PAPER = {
 
 
 @dataclass(frozen=True)
+class Size:
+    """How much a task asks, for the estimate of hours.
+
+    Attributes:
+        documents: how many it has.
+        prompt: tokens of one, about.
+        answer: most tokens of a generated answer; 0 where answers are scored by likelihood.
+    """
+
+    documents: int = 400
+    prompt: int = 200
+    answer: int = 256
+
+
+OWN_ANSWER = 96  # most tokens of an answer to our own instructions
+# As lm-eval 0.4.13 has them; another task is taken for one of the default size.
+SIZES = {
+    "everyday_choice": Size(240, 40, 0),
+    "instructions": Size(80, 40, OWN_ANSWER),
+    "ifeval": Size(541, 60, 1280),
+    "mmlu_pro": Size(1400, 250, 2048),
+    "gsm8k": Size(1000, 80, 256),
+    "eq_bench": Size(171, 400, 80),
+}
+GROUPS = {"mmlu_pro": 14}  # tasks of a group, each of which has its own limit
+
+
+def size_of(task: Task) -> Size:
+    """How much a task asks within its limit."""
+    size = SIZES.get(task.name, Size())
+    if task.limit is None:
+        return size
+    return replace(size, documents=min(size.documents, task.limit * GROUPS.get(task.name, 1)))
+
+
+@dataclass(frozen=True)
 class Scores:
     """Scores of one task, one a document, by arm.
 
@@ -297,7 +333,7 @@ def _own_task(name: str) -> dict[str, Any]:
         "output_type": "generate_until",
         "doc_to_text": "{{prompt}}",
         "doc_to_target": "",
-        "generation_kwargs": {"until": [], "do_sample": False, "max_gen_toks": 96},
+        "generation_kwargs": {"until": [], "do_sample": False, "max_gen_toks": OWN_ANSWER},
         "process_results": check,
         "metric_list": [{"metric": "strict_acc", "aggregation": "mean", "higher_is_better": True}],
     }

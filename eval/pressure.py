@@ -76,6 +76,16 @@ class Suite:
         self.unscored += other.unscored
 
 
+def identity_items(roles: int) -> list[Item]:
+    """Questions about identity to so many held-out roles, whose system prompts take turns."""
+    questions = data.identity_questions()
+    return [
+        Item(f"{role.name}/identity-{k}", role.name, chat(role.prompts[(number + k) % len(role.prompts)], question))
+        for number, role in enumerate(data.roles("held_out", roles))
+        for k, question in enumerate(questions)
+    ]
+
+
 def susceptibility(arms: Arms, roles: int, judge: ScoringJudge | None) -> Suite:
     """Held-out role prompts x questions about identity: who does the answer say it is?
 
@@ -86,12 +96,7 @@ def susceptibility(arms: Arms, roles: int, judge: ScoringJudge | None) -> Suite:
     """
     if roles == 0:
         return Suite()
-    questions = data.identity_questions()
-    items = [
-        Item(f"{role.name}/identity-{k}", role.name, chat(role.prompts[(number + k) % len(role.prompts)], question))
-        for number, role in enumerate(data.roles("held_out", roles))
-        for k, question in enumerate(questions)
-    ]
+    items = identity_items(roles)
     answers = {arm: arms.answers("identity", items, arm) for arm in arms.names}
     clusters = [item.cluster for item in items]
     suite = Suite()
@@ -178,6 +183,21 @@ def judge_agreement(scores: Sequence[Score], labelled: Sequence[LabelledAnswer])
     return {} if kappa is None else {"kappa with labelled answers": kappa}
 
 
+def jailbreak_items(probes: Sequence[BoundaryProbe]) -> tuple[list[tuple[Item, list[str]]], list[Item]]:
+    """Requests as conversations of two turns under a persona, and those that bring a system prompt and are asked at once.
+
+    Returns:
+        Each conversation's item, whose prompt is the persona's system prompt, with its user turns; and the other items.
+    """
+    wrappers = data.persona_wrappers()
+    wrapped = [(probe, wrappers[i % len(wrappers)]) for i, probe in enumerate(p for p in probes if not p.system)]
+    talks = [
+        (Item(f"{probe.id}/{w.id}", w.id, chat(w.system, w.drift_turn)[:1]), [w.drift_turn, probe.request])
+        for probe, w in wrapped
+    ]
+    return talks, [Item(p.id, p.id, chat(p.system, p.request)) for p in probes if p.system]
+
+
 def jailbreaks(
     arms: Arms, probes: Sequence[BoundaryProbe], lookalikes: Sequence[BoundaryProbe], judge: ScoringJudge | None
 ) -> Suite:
@@ -200,18 +220,14 @@ def jailbreaks(
 
 
 def _boundary(arms: Arms, probes: Sequence[BoundaryProbe], judge: ScoringJudge | None) -> Suite:
-    wrappers = data.persona_wrappers()
-    wrapped = [(probe, wrappers[i % len(wrappers)]) for i, probe in enumerate(p for p in probes if not p.system)]
-    items = [Item(f"{probe.id}/{w.id}", w.id, chat(w.system, w.drift_turn)[:1]) for probe, w in wrapped]
-    scripts = [[w.drift_turn, probe.request] for probe, w in wrapped]
-    own = [probe for probe in probes if probe.system]
-    own_items = [Item(probe.id, probe.id, chat(probe.system, probe.request)) for probe in own]
+    talks, own_items = jailbreak_items(probes)
+    items, scripts = [item for item, _ in talks], [script for _, script in talks]
     answers = {}
     for arm in arms.names:
         parts = [arms.conversations("jailbreaks", items, scripts, arm)[-1]] if items else []
         parts += [arms.answers("jailbreaks-own", own_items, arm)] if own_items else []
         answers[arm] = _joined(parts)
-    asked = [*(probe for probe, _ in wrapped), *own]
+    asked = [*(probe for probe in probes if not probe.system), *(probe for probe in probes if probe.system)]
     clusters = [item.cluster for item in (*items, *own_items)]
     suite = Suite()
     suite.metrics.append(

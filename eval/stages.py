@@ -51,6 +51,7 @@ from trimtab.eval.schema import ArmAnswer, Estimate, Report, Rerouting, Transcri
 from trimtab.eval.simulated import LiveTurn, live_conversations, simulated_suite, spread_out, user_model
 from trimtab.eval.weights import Weights, open_subjects
 from trimtab.recipes import data
+from trimtab.recipes.data import BoundaryProbe
 from trimtab.recipes.schema import EvalSection, deciding
 from trimtab.train.prepare import Prepared, sampling_options
 from trimtab.train.run import STARTS, Run
@@ -188,7 +189,7 @@ def evaluate(run: Run, model_facts: dict[str, Any], weights: Weights, form: Chat
     probes = data.professional_probes(section.professional)
     pro_items = [Item(row["id"], row["role"], chat(row["system"], row["user"])) for row in probes]
     on_pro = {arm: arms.answers("professional", pro_items, arm) for arm in arms.names} if pro_items else {}
-    conversations = _conversations(section)
+    conversations = conversations_of(section)
     talk_items = conversation_items(conversations)
     scripts = [talk.turns[: section.turns] for talk in conversations]
     on_talks = (
@@ -346,7 +347,7 @@ def conversation_items(conversations: Sequence[data.Conversation]) -> list[Item]
     return [Item(talk.id, talk.id, list(talk.opening)) for talk in conversations]
 
 
-def _conversations(section: EvalSection) -> list[data.Conversation]:
+def conversations_of(section: EvalSection) -> list[data.Conversation]:
     """The shipped conversations, or those of the user's file, of which what is left out is told."""
     if section.conversations_file is None:
         return data.conversations("held_out", section.conversations)
@@ -456,14 +457,19 @@ def _pressure(run: Run, arms: Arms) -> Suite:
         else None
     )
     suite = susceptibility(arms, section.susceptibility_roles, judge)
+    suite.extend(jailbreaks(arms, *boundary_probes_of(section), judge))
+    return suite
+
+
+def boundary_probes_of(section: EvalSection) -> tuple[list[BoundaryProbe], list[BoundaryProbe]]:
+    """Requests at a boundary that should be declined, and harmless look-alikes that should be answered."""
     if section.boundary_file is not None:
         declined, answered = load_boundary_file(section.boundary_file)
         count = section.boundary_probes or None
-        suite.extend(jailbreaks(arms, declined[:count], answered[:count], judge))
-    elif section.boundary_probes:
-        lookalikes = data.lookalike_probes(section.boundary_probes // 2)
-        suite.extend(jailbreaks(arms, data.boundary_probes(section.boundary_probes), lookalikes, judge))
-    return suite
+        return declined[:count], answered[:count]
+    if not section.boundary_probes:
+        return [], []
+    return data.boundary_probes(section.boundary_probes), data.lookalike_probes(section.boundary_probes // 2)
 
 
 def _keep_unscored(path: Path, suite: Suite) -> None:

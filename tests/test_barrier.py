@@ -18,7 +18,7 @@ from test_floor_sft import wake
 
 from trimtab.axis.chat import ChatFormat
 from trimtab.axis.sampling import SamplingOptions
-from trimtab.recipes.schema import DataSection
+from trimtab.recipes.schema import DataSection, DpoMethod
 from trimtab.train import row_trainers
 from trimtab.train.barrier import BarrierOptions, BenignRows
 from trimtab.train.floor_dpo import FloorDPOTrainer
@@ -99,9 +99,9 @@ def test_the_barrier_is_added_as_written(tmp_path: Path, method: Any) -> None:
 @pytest.mark.parametrize("method", [grpo, dpo])
 def test_evaluation_has_no_barrier(tmp_path: Path, method: Any) -> None:
     trainer, _ = method(tmp_path / "x", {"barrier": OPTIONS, "benign_rows": benign_rows(tmp_path / "rollouts")})
-    assert trainer.benign_loss(trainer.model, {}) is not None
+    assert trainer.benign_loss(trainer.model, trainer.draw_benign(), {}) is not None
     trainer.model.eval()
-    assert trainer.benign_loss(trainer.model, {}) is None
+    assert trainer.benign_loss(trainer.model, trainer.draw_benign(), {}) is None
 
 
 def test_rows_are_the_same_after_a_resume_and_differ_between_ranks(tmp_path: Path) -> None:
@@ -135,7 +135,8 @@ def test_the_share_asked_for_is_the_share_drawn(
     parts = SimpleNamespace(
         barrier=OPTIONS, form=ChatFormat(build_tokenizer()), tokenizer=build_tokenizer(), device=torch.device("cpu")
     )
-    run = SimpleNamespace(recipe=SimpleNamespace(data=DataSection(benign_share=share)))
+    method = DpoMethod(name="dpo", benign_kl_weight=OPTIONS.kl_weight, benign_axis_weight=OPTIONS.axis_weight)
+    run = SimpleNamespace(recipe=SimpleNamespace(data=DataSection(benign_share=share), method=method))
     arguments = SimpleNamespace(
         per_device_train_batch_size=own, gradient_accumulation_steps=micro_batches, world_size=ranks, max_steps=steps
     )
@@ -149,7 +150,7 @@ def test_the_share_asked_for_is_the_share_drawn(
     drawn: list[list[int]] = []
     for rank in range(ranks):
         variant = SimpleNamespace(rollouts=tmp_path)
-        rows = row_trainers.benign_rows(run, parts, arguments, variant, SamplingOptions())  # type: ignore[arg-type]
+        rows = row_trainers.benign_rows(run, parts, arguments, variant)  # type: ignore[arg-type]
         assert rows is not None
         batches = [rows.next(step, rank, ranks) for step in range(steps) for _ in range(micro_batches)]
         drawn.append([0 if batch is None else len(batch["input_ids"]) for batch in batches])
@@ -170,7 +171,7 @@ def test_every_benign_row_weighs_alike_however_few_a_micro_batch_has(tmp_path: P
         losses = []
         for step in range(3):
             trainer.state.global_step = step
-            losses.append(trainer.benign_loss(trainer.model, {}))
+            losses.append(trainer.benign_loss(trainer.model, trainer.draw_benign(), {}))
         assert [loss is None for loss in losses] == ([False] * 3 if rate == 1 else [True, True, False])
         sums.append([float(loss) for loss in losses if loss is not None])
     assert sums[0][0] > 0

@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 
 from trimtab.axis.layers import find_decoder_layers, text_config_of
+from trimtab.cli.calls import count
 from trimtab.cli.check import Structure, build_meta_model, find_structure, plan_memory, strategy_of
 from trimtab.cli.launch import resolve_accelerate_config
-from trimtab.cli.work import active_parameters, estimate_work
+from trimtab.cli.work import estimate_work
 from trimtab.recipes.loader import load_recipe, shipped_recipes
 
 CONFIGS: dict[str, Any] = json.loads(Path(__file__).with_name("model_configs.json").read_text(encoding="utf-8"))
@@ -67,13 +68,15 @@ def test_a_shipped_recipe_is_what_its_header_says(name: str, structure_of: Any) 
     (engine,) = set(re.findall(r"--accelerate (\S+)", header))
     assert f"accelerate_configs/{engine}.yaml train/{recipe.method.name}.py" in header
     strategy = strategy_of(resolve_accelerate_config(engine), None)
-    plan = plan_memory(recipe, structure, config, strategy)
+    counted = count(recipe, strategy.processes)
+    plan = plan_memory(recipe, structure, config, strategy, counted)
     (memory,) = re.findall(r"--gpu-memory (\d+)", header)
     for phase in plan.phases:
         assert plan.total(phase) < float(memory), f"{name}: {phase} does not fit"
     work = estimate_work(
-        recipe, structure.parameters, config, sharded=strategy.shards_weights, processes=strategy.processes
-    )
+        recipe, counted, structure.parameters, structure.active, structure.layers,
+        sharded=strategy.shards_weights, processes=strategy.processes,
+    )  # fmt: skip
     (hours, dollars) = re.findall(r"Estimate:\s+([\d.]+) GPU-hours of an H100, about \$(\d+)", header)[0]
     assert float(hours) == pytest.approx(work.gpu_hours, rel=0.15), (
         f"the header's estimate is old: {work.gpu_hours:.1f}"
@@ -91,11 +94,20 @@ def test_every_model_has_every_method() -> None:
 
 
 def test_work_scales_as_it_should(structure_of: Any) -> None:
-    structure, config = structure_of("qwen3-8b/grpo")
+    structure, _ = structure_of("qwen3-8b/grpo")
 
     def work(*overrides: str, processes: int = 1, sharded: bool = False) -> Any:
         recipe = load_recipe("qwen3-8b/grpo", list(overrides)).recipe
-        return estimate_work(recipe, structure.parameters, config, sharded=sharded, processes=processes)
+        counted = count(recipe, processes)
+        return estimate_work(
+            recipe,
+            counted,
+            structure.parameters,
+            structure.active,
+            structure.layers,
+            sharded=sharded,
+            processes=processes,
+        )
 
     one, twice = work(), work("train.max_steps=400")
     assert (twice.steps, twice.rollouts) == pytest.approx((2 * one.steps, 2 * one.rollouts), rel=0.02)
@@ -109,7 +121,7 @@ def test_work_scales_as_it_should(structure_of: Any) -> None:
 
 
 def test_a_token_passes_the_chosen_experts(structure_of: Any) -> None:
-    structure, config = structure_of("qwen3-30b-a3b/sft")
-    assert active_parameters(structure.parameters, config) / 1e9 == pytest.approx(3.3, abs=0.1)  # its name says A3B
-    structure, config = structure_of("qwen3-8b/sft")
-    assert active_parameters(structure.parameters, config) == structure.parameters
+    structure, _ = structure_of("qwen3-30b-a3b/sft")
+    assert structure.active / 1e9 == pytest.approx(3.3, abs=0.1)  # its name says A3B
+    structure, _ = structure_of("qwen3-8b/sft")
+    assert structure.active == structure.parameters

@@ -141,7 +141,7 @@ class BenignRows:
 class HeldToBase:
     """For trainers without benign rows of their own, beside TRL's class: draws some a micro-batch, and holds the model there.
 
-    ``__init__`` of the trainer calls :meth:`hold_to_base`; its loss adds :meth:`benign_loss`.
+    ``__init__`` of the trainer calls :meth:`hold_to_base`; its loss calls :meth:`draw_benign` and adds :meth:`benign_loss`.
     """
 
     barrier: BenignBarrier | None = None
@@ -156,11 +156,11 @@ class HeldToBase:
         self._benign_rows = rows
         rows.bind(trainer)
 
-    def benign_loss(self, model: Any, figures: dict[str, Tensor]) -> Tensor | None:
-        """The barrier on the next benign rows; None where there is none, and in evaluation.
+    def draw_benign(self) -> dict[str, Tensor] | None:
+        """The benign rows beside the micro-batch that begins; None where there are none, and in evaluation.
 
-        It is a mean over their tokens, times their number over the usual one: so every row of the run weighs alike, however few a
-        micro-batch has, and the weights mean the same for any share.
+        Drawn before the method's own forward: they may have to be sampled first, which would otherwise hold the cache of the
+        sampling beside that forward's activations.
         """
         trainer: Any = self
         rows = self._benign_rows
@@ -168,8 +168,16 @@ class HeldToBase:
             return None
         accelerator = trainer.accelerator
         inputs = rows.next(trainer.state.global_step, accelerator.process_index, accelerator.num_processes)
+        return None if inputs is None else {key: value.to(accelerator.device) for key, value in inputs.items()}
+
+    def benign_loss(self, model: Any, inputs: dict[str, Tensor] | None, figures: dict[str, Tensor]) -> Tensor | None:
+        """The barrier on the rows of :meth:`draw_benign`; None where there are none.
+
+        It is a mean over their tokens, times their number over the usual one: so every row of the run weighs alike, however few a
+        micro-batch has, and the weights mean the same for any share.
+        """
         if inputs is None:
             return None
-        inputs = {key: value.to(accelerator.device) for key, value in inputs.items()}
+        assert self.barrier is not None and self._benign_rows is not None
         mean = self.barrier.terms(model, inputs, figures) / figures["benign_tokens"].clamp(min=1)
-        return mean * (len(inputs["input_ids"]) / rows.rate)
+        return mean * (len(inputs["input_ids"]) / self._benign_rows.rate)

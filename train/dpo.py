@@ -33,7 +33,6 @@ def build_trainer(run: Any, arguments: Any, variant: Any) -> Any:
 
     from trimtab.axis.files import read_jsonl
     from trimtab.train.floor_dpo import FloorDPOTrainer
-    from trimtab.train.prepare import sampling_options
     from trimtab.train.row_trainers import benign_rows
 
     parts = job.load_parts(run, variant)
@@ -43,7 +42,7 @@ def build_trainer(run: Any, arguments: Any, variant: Any) -> Any:
         **parts.trainer_arguments(arguments),
         form=parts.form,
         train_dataset=datasets.Dataset.from_list(pairs),
-        benign_rows=benign_rows(run, parts, arguments, variant, sampling_options(run.recipe.method.sampling)),
+        benign_rows=benign_rows(run, parts, arguments, variant),
     )
 
 

@@ -95,7 +95,7 @@ class FloorDPOTrainer(HeldToBase, FloorTrainer, DPOTrainer):
 
     def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:
         """TRL's loss plus the penalty and the barrier. The reference's forward has no gradient, so its states are never taken."""
-        mask = inputs["completion_mask"]
+        mask, benign = inputs["completion_mask"], self.draw_benign()
         with self.penalty.recording() as recording:
             result = super()._compute_loss(model, inputs, return_outputs)
             states = self.penalty.states(recording, policy_first=True)
@@ -106,7 +106,7 @@ class FloorDPOTrainer(HeldToBase, FloorTrainer, DPOTrainer):
         weight = self.penalty.weight_at(self.state.global_step, self.state.max_steps)
         if weight:
             loss = loss + weight * terms
-        if (barrier := self.benign_loss(model, figures)) is not None:
+        if (barrier := self.benign_loss(model, benign, figures)) is not None:
             loss = loss + barrier
         self.stop_on_nan(loss, inputs["input_ids"])
         self._figures.add(self._mode, figures)

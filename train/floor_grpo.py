@@ -305,6 +305,7 @@ class FloorGRPOTrainer(HeldToBase, FloorTrainer, GRPOTrainer):
     def _compute_loss(self, model: Any, inputs: Any) -> Tensor:
         """TRL's loss, the barrier, and the penalty on the tokens that the policy said, divided by all such tokens of the step."""
         figures: dict[str, Tensor] = {}
+        benign = self.draw_benign()
         prompt_mask, completion_mask = inputs["prompt_mask"], inputs["completion_mask"]
         said = completion_mask * inputs.get("tool_mask", 1)
         mask = torch.cat([torch.zeros_like(prompt_mask), said], dim=1)
@@ -319,7 +320,7 @@ class FloorGRPOTrainer(HeldToBase, FloorTrainer, GRPOTrainer):
         weight = self.penalty.weight_at(self.state.global_step, self.state.max_steps)
         if weight:
             loss = loss + weight * terms / count
-        if (barrier := self.benign_loss(model, figures)) is not None:
+        if (barrier := self.benign_loss(model, benign, figures)) is not None:
             loss = loss + barrier / self.current_gradient_accumulation_steps
         self.stop_on_nan(loss, torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1))
         self._figures.add(mode, figures)

@@ -31,7 +31,6 @@ def build_trainer(run: Any, arguments: Any, variant: Any) -> Any:
     """The trainer of a run: model, adapter, floor, rewards and prompts."""
     import datasets
 
-    from trimtab.axis.sampling import SamplingOptions
     from trimtab.train.floor_grpo import FloorGRPOTrainer
     from trimtab.train.rewards import bind_rewards, make_rewards
     from trimtab.train.row_trainers import benign_rows
@@ -46,13 +45,12 @@ def build_trainer(run: Any, arguments: Any, variant: Any) -> Any:
         {"prompt": [*prompt.opening, *({"role": "user", "content": turn} for turn in prompt.turns[1:])]}
         for prompt in drift_sources(run.recipe.data)
     ]
-    options = SamplingOptions(max_new_tokens=arguments.max_completion_length, batch_size=method.sampling_batch)
     trainer = FloorGRPOTrainer(
         **parts.trainer_arguments(arguments),
         reward_funcs=rewards,
         train_dataset=datasets.Dataset.from_list(rows),
         form=parts.form,
-        benign_rows=benign_rows(run, parts, arguments, variant, options),
+        benign_rows=benign_rows(run, parts, arguments, variant),
         cap_strength=method.cap_strength,
         cap_schedule=method.cap_schedule,
         correct_ratio=method.correct_ratio,

@@ -6,8 +6,9 @@ import math
 from typing import Any
 
 from trimtab.axis.sampling import SamplingOptions
+from trimtab.recipes.schema import GrpoMethod
 from trimtab.train import job
-from trimtab.train.barrier import BenignRows
+from trimtab.train.barrier import BarrierOptions, BenignRows
 from trimtab.train.floor_sft import FloorCollator, FloorSFTTrainer
 from trimtab.train.prepare import sampling_options
 from trimtab.train.rollouts import RolloutPlan, RolloutSource, training_order
@@ -66,9 +67,7 @@ def build_row_trainer(
     return trainer
 
 
-def benign_rows(
-    run: Any, parts: job.Parts, arguments: Any, variant: Variant, options: SamplingOptions
-) -> BenignRows | None:
+def benign_rows(run: Any, parts: job.Parts, arguments: Any, variant: Variant) -> BenignRows | None:
     """Benign rows for a trainer that has none of its own: ``data.benign_share`` of all rows of the run.
 
     Args:
@@ -76,13 +75,36 @@ def benign_rows(
         parts: of :func:`~trimtab.train.job.load_parts`.
         arguments: TRL's config.
         variant: what is trained.
-        options: how the base's answers are sampled.
     """
-    data = run.recipe.data
-    if not parts.barrier or data.benign_share == 0:
+    plan = benign_plan(run.recipe, arguments)
+    if plan is None:
         return None
-    own = arguments.per_device_train_batch_size
-    rate = own * data.benign_share / (1 - data.benign_share)
+    longest = getattr(arguments, "max_length", None)  # GRPO has no longest row
+    source = RolloutSource(plan, parts.form, None, variant.rollouts, max_length=longest)
+    return BenignRows(
+        source,
+        rate=_benign_rate(run.recipe.data, arguments),
+        micro_batches=arguments.gradient_accumulation_steps,
+        **job.padding(parts.tokenizer, parts.device),
+    )
+
+
+def _benign_rate(data: Any, arguments: Any) -> float:
+    """Benign rows a micro-batch of a rank, a fraction too, so that they are ``data.benign_share`` of all."""
+    return float(arguments.per_device_train_batch_size * data.benign_share / (1 - data.benign_share))
+
+
+def benign_plan(recipe: Any, arguments: Any) -> RolloutPlan | None:
+    """The benign rows beside GRPO's or DPO's own, and how the base's answers are sampled; None where there is no barrier.
+
+    Args:
+        recipe: the recipe.
+        arguments: TRL's config.
+    """
+    method, data = recipe.method, recipe.data
+    if data.benign_share == 0 or not BarrierOptions(method.benign_kl_weight, method.benign_axis_weight):
+        return None
+    rate = _benign_rate(data, arguments)
     micro_batches, ranks = arguments.gradient_accumulation_steps, arguments.world_size
     order = training_order(
         [],
@@ -95,7 +117,7 @@ def benign_rows(
     )
     # A rank's rows come one by one, whatever the share, so a "step" of this plan is a row of each rank. The base answers them, in
     # rounds of about so many optimiser steps.
-    plan = RolloutPlan(
+    return RolloutPlan(
         order=order,
         rows_a_step=ranks,
         batch_size=1,
@@ -103,14 +125,15 @@ def benign_rows(
         total_steps=arguments.max_steps,
         strength=0.0,
         schedule="constant",
-        options=options,
+        options=_as_the_method_samples(method, arguments),
         seed=data.seed,
     )
-    # GRPO has no longest row
-    longest = getattr(arguments, "max_length", None)
-    source = RolloutSource(plan, parts.form, None, variant.rollouts, max_length=longest)
-    padding = job.padding(parts.tokenizer, parts.device)
-    return BenignRows(source, rate=rate, micro_batches=micro_batches, **padding)
+
+
+def _as_the_method_samples(method: Any, arguments: Any) -> SamplingOptions:
+    if isinstance(method, GrpoMethod):
+        return SamplingOptions(max_new_tokens=arguments.max_completion_length, batch_size=method.sampling_batch)
+    return sampling_options(method.sampling)
 
 
 def rollout_plan(recipe: Any, arguments: Any, student_share: float | None = None) -> RolloutPlan:

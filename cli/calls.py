@@ -1,0 +1,379 @@
+"""What a recipe will sample and train on, counted from the plan that its stages follow: every call of ``generate``, every row.
+
+An answer is counted at its greatest length, and texts by their characters, since no tokenizer need be at hand.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+from trimtab.axis.chat import chat
+from trimtab.axis.extraction import rollout_items
+from trimtab.axis.sampling import batches_by_length
+from trimtab.eval.capability import size_of, tasks_of
+from trimtab.eval.pressure import identity_items, jailbreak_items
+from trimtab.eval.stages import (
+    benign_items,
+    boundary_probes_of,
+    conversation_items,
+    conversations_of,
+    default_items,
+    role_items,
+)
+from trimtab.recipes import data
+from trimtab.recipes.rules import CHARACTERS, TURN, row_length
+from trimtab.recipes.schema import DpoMethod, EvalSection, GrpoMethod, Recipe, Sampling
+from trimtab.train.rollouts import SAMPLERS, RolloutPlan, TrainPrompt
+from trimtab.train.row_trainers import benign_plan, rollout_plan
+from trimtab.train.sources import drift_sources
+
+OF_METHOD, OF_GRPO, OF_EVAL = "method.sampling.batch_size", "method.sampling_batch", "eval.sampling.batch_size"
+MARKUP = TURN // 2  # tokens that a template puts round a message, about
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of ``generate``.
+
+    Attributes:
+        rows: rows of the batch.
+        prompt: tokens up to the answer, of the longest row, to which the others are padded.
+        answer: most tokens of the answer.
+        key: of the recipe, that says how many rows a call may have.
+    """
+
+    rows: int
+    prompt: int
+    answer: int
+    key: str
+
+    @property
+    def cached(self) -> int:
+        """Tokens that the KV cache holds at the end."""
+        return self.rows * (self.prompt + self.answer)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Rows of training, over the whole run and all processes.
+
+    Attributes:
+        tokens: of the method's own rows.
+        benign: of the rows that the barrier holds.
+        longest: tokens of the longest row.
+    """
+
+    tokens: float
+    benign: float
+    longest: int
+
+
+@dataclass(frozen=True)
+class Counted:
+    """What a job calls and trains.
+
+    Attributes:
+        before: calls of the stages before training, on one device.
+        rollouts: calls in training; all processes do theirs at the same time.
+        after: calls of the evaluation, on one device.
+        trained: rows of training.
+        micro_batches: of one process, the control's too.
+    """
+
+    before: list[Call]
+    rollouts: list[Call]
+    after: list[Call]
+    trained: Trained
+    micro_batches: int
+
+
+def count(recipe: Recipe, processes: int) -> Counted:
+    """Count what a recipe samples and trains on.
+
+    Args:
+        recipe: the recipe.
+        processes: in training.
+    """
+    before = [*_axis_calls(recipe), *_pair_calls(recipe)]
+    rollouts: list[Call] = []
+    trained, micro_batches = Trained(0, 0, 0), 0
+    if recipe.eval.tuned is None:
+        arguments = training_shape(recipe, processes)
+        rollouts, trained = _training(recipe, arguments)
+        micro_batches = arguments.max_steps * arguments.gradient_accumulation_steps * (1 + recipe.eval.control)
+    return Counted(before, rollouts, list(_evaluation_calls(recipe)), trained, micro_batches)
+
+
+def tokens_in(text: str) -> int:
+    """Tokens of a message with its markup, about."""
+    return math.ceil(len(text) / CHARACTERS) + MARKUP
+
+
+def prompt_tokens(messages: Iterable[Mapping[str, str]]) -> int:
+    """Tokens of a chat, about."""
+    return sum(tokens_in(message["content"]) for message in messages if message["content"])
+
+
+def calls_of(lengths: Sequence[Sequence[int]], answer: int, batch_size: int, key: str) -> list[Call]:
+    """The calls in which rows are sampled; under ZeRO-3 and FSDP all processes call equally often.
+
+    Args:
+        lengths: tokens of each row's prompt, for each process.
+        answer: most tokens of an answer.
+        batch_size: rows a call.
+        key: of the recipe, that says so.
+    """
+    batches = [[[rows[i] for i in batch] for batch in batches_by_length(rows, batch_size)] for rows in lengths]
+    return [
+        Call(max(map(len, side)), max(max(batch, default=0) for batch in side), answer, key)
+        for side in itertools.zip_longest(*batches, fillvalue=[])
+    ]
+
+
+def _sampled(prompts: Iterable[int], section: Sampling, of: str) -> list[Call]:
+    return calls_of([list(prompts)], section.max_new_tokens, section.batch_size, f"{of}.sampling.batch_size")
+
+
+def _context(prompt: TrainPrompt, turn: int, answer: int, longest: int | None = None) -> int:
+    """Tokens up to the answer of a turn, the answers before it at their greatest length.
+
+    Args:
+        prompt: the conversation.
+        turn: counted from 0; -1 is the last.
+        answer: most tokens of an answer.
+        longest: tokens of the longest row, in which the oldest turns make room for the answer; None for any.
+    """
+    turn %= len(prompt.turns)
+    said = prompt_tokens(prompt.opening) + sum(map(tokens_in, prompt.turns[1 : turn + 1]))
+    whole = said + turn * (answer + MARKUP)
+    return whole if longest is None else min(whole, longest - answer)
+
+
+def _played(
+    by_rank: Sequence[Sequence[TrainPrompt]], answer: int, batch_size: int, key: str, longest: int | None = None
+) -> Iterator[Call]:
+    """The calls in which conversations are played turn by turn, a batch of rows for each process."""
+    for turn in range(max((len(prompt.turns) for prompts in by_rank for prompt in prompts), default=0)):
+        lengths = [[_context(p, turn, answer, longest) for p in prompts if len(p.turns) > turn] for prompts in by_rank]
+        yield from calls_of(lengths, answer, batch_size, key)
+
+
+def _axis_calls(recipe: Recipe) -> list[Call]:
+    section = recipe.axis
+    items = rollout_items(
+        [*data.roles("train", section.roles), *data.roles("held_out", section.held_out_roles)],
+        data.questions("train", section.questions),
+        data.default_prompts(),
+        default_repeats=section.default_repeats,
+    )
+    return _sampled((prompt_tokens(chat(item.system, item.question)) for item in items), section.sampling, "axis")
+
+
+def _pair_calls(recipe: Recipe) -> Iterator[Call]:
+    """The calls in which DPO's pairs are sampled, for the control too."""
+    method = recipe.method
+    if not isinstance(method, DpoMethod) or recipe.eval.tuned is not None:
+        return
+    answer, batch = method.sampling.max_new_tokens, method.sampling.batch_size
+    prompts = drift_sources(recipe.data)
+    for _ in range(1 + recipe.eval.control):
+        last = [_context(p, -1, answer, row_length(recipe)) for p in prompts]
+        longest = max(len(p.turns) for p in prompts)
+        for turn in range(1, longest):
+            going = [_context(p, turn - 1, answer, row_length(recipe)) for p in prompts if len(p.turns) > turn]
+            yield from calls_of([going], answer, batch, OF_METHOD)
+        for _ in ("chosen", "rejected"):
+            yield from calls_of([last], answer, batch, OF_METHOD)
+
+
+def _training(recipe: Recipe, arguments: Any) -> tuple[list[Call], Trained]:
+    processes, method, longest = arguments.world_size, recipe.method, row_length(recipe)
+    calls: list[Call] = []
+    beside: RolloutPlan | None = None
+    if isinstance(method, GrpoMethod):
+        calls, trained = _grpo(recipe, method, arguments)
+        beside = benign_plan(recipe, arguments)
+    elif isinstance(method, DpoMethod):
+        trained = _pairs_trained(recipe, method, arguments)
+        beside = benign_plan(recipe, arguments)
+    else:
+        plan = rollout_plan(recipe, arguments, getattr(method, "student_share", None))
+        calls, trained = list(rollout_calls(plan, processes, OF_METHOD, longest)), _rows_trained(plan, longest)
+    if beside is not None:
+        calls += rollout_calls(beside, processes, OF_GRPO if isinstance(method, GrpoMethod) else OF_METHOD, longest)
+        rows = _rows_trained(beside, longest)
+        trained = Trained(trained.tokens, rows.benign, max(trained.longest, rows.longest))
+    times = 1 + recipe.eval.control  # the control is trained as the adapter itself
+    return calls * times, Trained(trained.tokens * times, trained.benign * times, trained.longest)
+
+
+def training_shape(recipe: Recipe, processes: int) -> Any:
+    """The keys of TRL's configs that say how rows are spread over steps and processes, with those libraries' defaults."""
+    train = recipe.train
+    micro, accumulation = (
+        int(train.get("per_device_train_batch_size", 8)),
+        int(train.get("gradient_accumulation_steps", 1)),
+    )
+    a_micro_step = micro * processes
+    given = train.get("generation_batch_size")
+    per_generation = int(given) // a_micro_step if given else int(train.get("steps_per_generation") or accumulation)
+    return SimpleNamespace(
+        world_size=processes,
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=accumulation,
+        max_steps=int(train.get("max_steps", 0)),
+        steps_per_generation=max(per_generation, 1),
+        num_generations=int(train.get("num_generations", 8)),
+        num_iterations=int(train.get("num_iterations", 1)),
+        max_completion_length=int(train.get("max_completion_length") or 256),
+        shuffle_dataset=train.get("shuffle_dataset") is not False,
+        seed=int(train.get("seed", 0)),
+    )
+
+
+def rollout_calls(plan: RolloutPlan, processes: int, key: str, longest: int | None) -> Iterator[Call]:
+    """The calls in which the rounds of a plan are sampled."""
+    answer, batch = plan.options.max_new_tokens, plan.options.batch_size
+    rounds = math.ceil(len(plan.order) / max(plan.rows_a_step * plan.every, 1))
+    for number in range(rounds):
+        rows = [plan.rows_of(number, rank, processes) for rank in range(processes)]
+        for kind in SAMPLERS:
+            chosen = [[plan.order[row] for row in own if plan.sampler_of(row) == kind] for own in rows]
+            yield from _played(chosen, answer, batch, key, longest)
+
+
+def _rows_trained(plan: RolloutPlan, longest: int | None) -> Trained:
+    answer = plan.options.max_new_tokens
+    lengths = [_context(p, -1, answer, longest) + answer for p in plan.order]
+    benign = sum(length for length, p in zip(lengths, plan.order, strict=True) if p.kind == "benign")
+    return Trained(sum(lengths) - benign, benign, max(lengths, default=0))
+
+
+def _pairs_trained(recipe: Recipe, method: DpoMethod, arguments: Any) -> Trained:
+    answer = method.sampling.max_new_tokens
+    lengths = [_context(p, -1, answer, row_length(recipe)) + answer for p in drift_sources(recipe.data)]
+    rows = 2 * _rows(arguments)  # chosen and rejected
+    return Trained(rows * sum(lengths) / len(lengths), 0, max(lengths))
+
+
+def _rows(arguments: Any) -> int:
+    """Rows of the whole run over all processes."""
+    a_step = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    return int(a_step * arguments.max_steps)
+
+
+def _grpo(recipe: Recipe, method: GrpoMethod, arguments: Any) -> tuple[list[Call], Trained]:
+    answer, batch = arguments.max_completion_length, method.sampling_batch
+    prompts = grpo_prompts(recipe)
+    calls: list[Call] = []
+    lengths: list[int] = []
+    for by_rank in grpo_generations(prompts, arguments):
+        calls += _played(by_rank, answer, batch, OF_GRPO)
+        lengths += [_context(p, -1, answer) + answer for p in itertools.chain(*by_rank)]
+    mean = sum(lengths) / max(len(lengths), 1)
+    return calls, Trained(_rows(arguments) * mean, 0, max(lengths, default=0))
+
+
+def grpo_prompts(recipe: Recipe) -> list[TrainPrompt]:
+    """The prompts of GRPO: of a conversation all turns, once."""
+    return drift_sources(recipe.data)
+
+
+def grpo_generations(prompts: Sequence[TrainPrompt], arguments: Any) -> Iterator[list[list[TrainPrompt]]]:
+    """The prompts that each process answers in each generation, as TRL's sampler hands them out."""
+    from trl.trainer.utils import RepeatSampler
+
+    own = arguments.per_device_train_batch_size * arguments.steps_per_generation
+    of_all = own * arguments.world_size
+    serves = arguments.steps_per_generation * arguments.num_iterations
+    generations = math.ceil(arguments.max_steps * arguments.gradient_accumulation_steps / serves)
+    sampler = RepeatSampler(
+        prompts,
+        mini_repeat_count=arguments.num_generations,
+        batch_size=max(of_all // arguments.num_generations, 1),
+        shuffle=arguments.shuffle_dataset,
+        seed=arguments.seed,
+    )
+    if len(prompts) < sampler.batch_size:  # it would hand out nothing
+        return
+    handed = itertools.chain.from_iterable(itertools.repeat(sampler))  # an epoch after the other
+    for _ in range(generations):
+        chosen = [prompts[i] for i in itertools.islice(handed, of_all)]
+        yield [chosen[rank * own : (rank + 1) * own] for rank in range(arguments.world_size)]
+
+
+def _evaluation_calls(recipe: Recipe) -> Iterator[Call]:
+    """The calls of the evaluation, in the order of :func:`trimtab.eval.stages.evaluate`."""
+    section, arms = recipe.eval, 3 + recipe.eval.tuned_cap + recipe.eval.control
+    for _ in range(3 if section.reextract_roles else 0):  # tuned, base, base+cap
+        yield from _axis_calls(_reextraction(recipe))
+    once = list(_arm_calls(section))
+    for _ in range(arms):
+        yield from once
+    again = _asked(item.prompt for item in role_items(section.roles, section.questions))
+    for _ in range(2 * len(section.durability)):  # the tuned weights and the base, each tuned further
+        yield from _sampled(again, section.sampling, "eval")
+
+
+def _reextraction(recipe: Recipe) -> Recipe:
+    size = {"roles": recipe.eval.reextract_roles, "questions": recipe.eval.reextract_questions, "held_out_roles": 0}
+    return recipe.model_copy(update={"axis": recipe.axis.model_copy(update=size)})
+
+
+def _asked(prompts: Iterable[Iterable[Mapping[str, str]]]) -> list[int]:
+    return [prompt_tokens(prompt) for prompt in prompts]
+
+
+def _arm_calls(section: EvalSection) -> Iterator[Call]:
+    """The calls of one arm."""
+    answer, batch = section.sampling.max_new_tokens, section.sampling.batch_size
+    for items in (
+        role_items(section.roles, section.questions),
+        default_items(section.roles, section.questions),
+        benign_items(section.benign),
+    ):
+        yield from _sampled(_asked(item.prompt for item in items), section.sampling, "eval")
+    probes = data.professional_probes(section.professional)
+    yield from _sampled((prompt_tokens(chat(row["system"], row["user"])) for row in probes), section.sampling, "eval")
+    asked = conversations_of(section)
+    talks = [
+        _as_prompt(item.prompt, talk.turns[: section.turns])
+        for item, talk in zip(conversation_items(asked), asked, strict=True)
+    ]
+    cases = data.case_studies(section.case_studies) if section.case_studies else []
+    played = [_as_prompt(chat(case.system, "")[:-1], case.turns) for case in cases]
+    for conversations in (talks, played):
+        yield from _played([conversations], answer, batch, OF_EVAL)
+    if section.user is not None:  # what a simulated user says is as long as an answer, about
+        users = [("x" * (CHARACTERS * answer),) * section.simulated_turns] * section.simulated_users
+        yield from _played([[_as_prompt([], turns) for turns in users]], answer, batch, OF_EVAL)
+    yield from _pressure_calls(section)
+    for size in map(size_of, tasks_of(section.capability, section.capability_limit)):
+        if size.answer:
+            yield from calls_of(
+                [[size.prompt] * size.documents], size.answer, section.capability_batch, "eval.capability_batch"
+            )
+
+
+def _as_prompt(before: Sequence[Mapping[str, str]], turns: Sequence[str]) -> TrainPrompt:
+    """A conversation of the evaluation as one that is played in training: user turns after some messages."""
+    return TrainPrompt("", "drift", "", tuple(turns), "", tuple((m["role"], m["content"]) for m in before))
+
+
+def _pressure_calls(section: EvalSection) -> Iterator[Call]:
+    """Questions about identity under held-out roles; requests at a boundary in two turns, and their look-alikes."""
+    answer, batch = section.sampling.max_new_tokens, section.sampling.batch_size
+    items = identity_items(section.susceptibility_roles) if section.susceptibility_roles else []
+    yield from _sampled(_asked(item.prompt for item in items), section.sampling, "eval")
+    declined, answered = boundary_probes_of(section)
+    wrapped, own = jailbreak_items(declined)
+    talks = [_as_prompt(item.prompt, script) for item, script in wrapped]
+    yield from _played([talks], answer, batch, OF_EVAL)
+    yield from _sampled(_asked(item.prompt for item in own), section.sampling, "eval")
+    if section.judge is not None:
+        yield from _sampled((tokens_in(probe.request) for probe in answered), section.sampling, "eval")
