@@ -98,8 +98,10 @@ def test_a_thought_that_the_template_opened_is_one() -> None:
     assert spoken("It is 1.</think>2", "<think>\n") == "2"
     assert spoken("2", "<|im_start|>assistant\n<think>\n\n</think>\n\n") == "2"
     chat = [{"role": "user", "content": "Is <think> a word? "}]
-    thinking = ChatFormat(build_tokenizer(CHATML.replace("assistant\n", "assistant\n<think>\n")))
-    assert opening_of(thinking, chat).endswith("assistant\n<think>\n") and "word" not in opening_of(thinking, chat)
+    # the chat format ends the thought that a template begins, where it knows how
+    for begun, there in (("<think>\n", "<think>\n\n</think>\n\n"), ("◁think▷\n", "◁think▷\n")):
+        form = ChatFormat(build_tokenizer(CHATML.replace("assistant\n", f"assistant\n{begun}")))
+        assert opening_of(form, chat).endswith(f"assistant\n{there}") and "word" not in opening_of(form, chat)
 
 
 def test_many_marks_take_no_time() -> None:
