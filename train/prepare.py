@@ -280,7 +280,6 @@ def rollouts_stage(run: Run, prepared: Prepared | None = None) -> None:
 
 def _check_lengths(run: Run, options: SamplingOptions, longest: int | None) -> None:
     """Hold the training prompts against the longest row, by the tokenizer alone."""
-    section, data_section = run.recipe.model, run.recipe.data
-    form = ChatFormat(load_tokenizer(section.name, section.revision), section.chat_template_kwargs)
-    benign = benign_sources(data_section) if data_section.benign_share else []
-    check_lengths(form, [*drift_sources(data_section), *benign], longest, options)
+    section = run.recipe.data
+    benign = benign_sources(section) if section.benign_share else []
+    check_lengths(chat_format(run.recipe.model), [*drift_sources(section), *benign], longest, options)
