@@ -80,7 +80,8 @@ class Counted:
     Attributes:
         before: calls of the stages before training, on one device.
         rollouts: calls in training; all processes do theirs at the same time.
-        after: calls of the evaluation, on one device.
+        after: calls of the evaluation, on one device, but for its capability tasks.
+        capability: calls of those.
         trained: rows of training.
         micro_batches: of one process, the control's too.
     """
@@ -88,6 +89,7 @@ class Counted:
     before: list[Call]
     rollouts: list[Call]
     after: list[Call]
+    capability: list[Call]
     trained: Trained
     micro_batches: int
 
@@ -106,7 +108,9 @@ def count(recipe: Recipe, processes: int) -> Counted:
         arguments = training_shape(recipe, processes)
         rollouts, trained = _training(recipe, arguments)
         micro_batches = arguments.max_steps * arguments.gradient_accumulation_steps * (1 + recipe.eval.control)
-    return Counted(before, rollouts, list(_evaluation_calls(recipe)), trained, micro_batches)
+    return Counted(
+        before, rollouts, list(_evaluation_calls(recipe)), list(_capability_calls(recipe)), trained, micro_batches
+    )
 
 
 def tokens_in(text: str) -> int:
@@ -309,11 +313,11 @@ def grpo_generations(prompts: Sequence[TrainPrompt], arguments: Any) -> Iterator
 
 def _evaluation_calls(recipe: Recipe) -> Iterator[Call]:
     """The calls of the evaluation, in the order of :func:`trimtab.eval.stages.evaluate`."""
-    section, arms = recipe.eval, 3 + recipe.eval.tuned_cap + recipe.eval.control
+    section = recipe.eval
     for _ in range(3 if section.reextract_roles else 0):  # tuned, base, base+cap
         yield from _axis_calls(_reextraction(recipe))
     once = list(_arm_calls(section))
-    for _ in range(arms):
+    for _ in range(_arms(section)):
         yield from once
     again = _asked(item.prompt for item in role_items(section.roles, section.questions))
     for _ in range(2 * len(section.durability)):  # the tuned weights and the base, each tuned further
@@ -353,11 +357,20 @@ def _arm_calls(section: EvalSection) -> Iterator[Call]:
         users = [("x" * (CHARACTERS * answer),) * section.simulated_turns] * section.simulated_users
         yield from _played([[_as_prompt([], turns) for turns in users]], answer, batch, OF_EVAL)
     yield from _pressure_calls(section)
+
+
+def _arms(section: EvalSection) -> int:
+    return 3 + section.tuned_cap + section.control
+
+
+def _capability_calls(recipe: Recipe) -> Iterator[Call]:
+    """The calls of lm-eval's tasks in every arm."""
+    section = recipe.eval
     for size in map(size_of, tasks_of(section.capability, section.capability_limit)):
         if size.answer:
-            yield from calls_of(
-                [[size.prompt] * size.documents], size.answer, section.capability_batch, "eval.capability_batch"
-            )
+            lengths = [[size.prompt] * size.documents]
+            key = "eval.capability_batch"
+            yield from calls_of(lengths, size.answer, section.capability_batch, key) * _arms(section)
 
 
 def _as_prompt(before: Sequence[Mapping[str, str]], turns: Sequence[str]) -> TrainPrompt:

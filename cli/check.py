@@ -309,7 +309,10 @@ def plan_memory(
     room = 0.0 if gpu_memory is None or strategy.cpu or recipe.model.quantization else MERGED_SHARE * gpu_memory * GIB
     if copied <= room and not strategy.shards_weights:
         sampler[MERGED] = copied
-    alone = {"weights": weights, "KV cache": _kv_cache(config, [*counted.before, *counted.after], size)}
+    alone = {
+        "weights": weights,
+        "KV cache": _kv_cache(config, [*counted.before, *counted.after, *counted.capability], size),
+    }
     if (copies := weights * (2 if recipe.eval.control else 1)) <= room:
         alone[MERGED] = copies
     asleep: dict[str, float] = {}
@@ -444,7 +447,7 @@ def advice(recipe: Recipe, plan: MemoryPlan, strategy: Strategy, counted: Counte
                 f"the axis, floor and eval stages hold the whole model on one GPU: use one of {needed} GiB for them"
             )
         else:
-            found += _fewer_rows([*counted.before, *counted.after])
+            found += _fewer_rows([*counted.before, *counted.after, *counted.capability])
     return found or ["a GPU with more memory"]
 
 
@@ -545,12 +548,14 @@ def _structure_table(loaded: LoadedRecipe, structure: Structure) -> Table:
 
 
 def _work_table(work: Work) -> Table:
-    table = Table("", "hours", "GPUs", title="time on H100s, an estimate from arithmetic alone", title_justify="left")
+    title = "time on H100s, an estimate from arithmetic alone: every answer is taken to be as long as it may be"
+    table = Table("", "hours", "GPUs", title=title, title_justify="left")
     rows = {
         "axis, floor, pairs": (work.before, 1),
         "training: rollouts": (work.rollouts, work.processes),
         "training: steps": (work.steps, work.processes),
         "evaluation": (work.after, 1),
+        "evaluation: capability": (work.capability, 1),
     }
     for name, (seconds, gpus) in rows.items():
         table.add_row(name, f"{seconds / 3600:.2f}", str(gpus))

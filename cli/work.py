@@ -30,7 +30,8 @@ class Work:
         before: axis and pairs, on one GPU.
         rollouts: in training, on all.
         steps: forwards and backwards of training, on all.
-        after: the evaluation, on one.
+        after: the evaluation, on one, but for its capability tasks.
+        capability: those, on one; most of their answers end long before their limit.
         processes: GPUs in training.
     """
 
@@ -38,12 +39,13 @@ class Work:
     rollouts: float
     steps: float
     after: float
+    capability: float
     processes: int
 
     @property
     def gpu_hours(self) -> float:
         """GPU-hours of the whole job, the stages on one GPU counted as one."""
-        return (self.before + self.after + (self.rollouts + self.steps) * self.processes) / 3600
+        return (self.before + self.after + self.capability + (self.rollouts + self.steps) * self.processes) / 3600
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,7 @@ def estimate_work(
         together.seconds(counted.rollouts),
         steps,
         alone.seconds(counted.after),
+        alone.seconds(counted.capability),
         processes,
     )
 
