@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from trimtab.axis.directions import Floor, check_fits
 from trimtab.axis.errors import UserError
-from trimtab.axis.layers import base_model_of, find_decoder_layers, shape_of
+from trimtab.axis.layers import base_model_of, find_decoder_layers, stream_of, width_of, with_stream
 
 
 def project(hidden: Tensor, direction: Tensor) -> Tensor:
@@ -119,23 +119,21 @@ class ActivationController:
     Recording sees the state *before* the cap, and so does reading unless told otherwise. ``disable_adapter()`` does not switch
     the cap off: the capped self is exactly "adapter off, cap on".
 
+    A layer that returns anything but one residual stream [B, T, D] is a :class:`UserError` at the first forward that passes it.
+
     Args:
         model: any Hugging Face causal or multimodal model, PEFT-wrapped, compiled later, or not.
-        layers: all decoder layers, where :func:`find_decoder_layers` can't find them.
+        layers: all decoder layers in order, where :func:`find_decoder_layers` can't find them. They decide how many there are,
+            whatever the model's config counts.
 
     Raises:
-        UserError: if the layers are not found, or ``layers`` are not as many as the model's config says.
+        UserError: if the layers are not found, or ``layers`` are none, not the model's, or hold one twice.
         RuntimeError: if the model has a controller already.
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[nn.Module] | None = None) -> None:
-        self.n_layers, self.hidden_size = shape_of(model)
-        found = find_decoder_layers(model) if layers is None else layers
-        if len(found) != self.n_layers:
-            raise UserError(
-                f"{len(found)} layers were given, the model's config says {self.n_layers}",
-                remedy="give all decoder layers, in order",
-            )
+        found = list(find_decoder_layers(model)) if layers is None else _given_layers(model, layers)
+        self.n_layers, self.hidden_size = len(found), width_of(model)
         if self._among(found) is not None:
             raise RuntimeError("this model has a controller already; use ActivationController.of(model)")
         self._strength = 0.0
@@ -270,7 +268,7 @@ class ActivationController:
         self._count_mask = mask
 
     def _on_layer(self, index: int, output: Any) -> Any:
-        hidden = output[0] if isinstance(output, tuple) else output
+        hidden = stream_of(output, self.hidden_size, index)
         if self._record is not None and index in self._record_layers:
             self._record.states.setdefault(index, []).append(hidden)
         target = self._cap_layers.get(index)
@@ -284,7 +282,7 @@ class ActivationController:
         capped = cap(hidden, direction, tau, self._strength)
         if self._read_after_cap:
             self._read(index, capped)
-        return (capped, *output[1:]) if isinstance(output, tuple) else capped
+        return with_stream(output, capped)
 
     def _read(self, index: int, hidden: Tensor) -> None:
         if self._reader is not None and index in self._reader_layers:
@@ -323,3 +321,32 @@ class _LayerHook:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _LayerHook:
         return _LayerHook(copy.deepcopy(self.controller, memo), self.index)
+
+
+def _given_layers(model: nn.Module, layers: Sequence[nn.Module]) -> list[nn.Module]:
+    """Layers that were given by hand; a hook on a module that the model doesn't have would never be called."""
+    given, own = list(layers), set(base_model_of(model).modules())
+    strangers = [i for i, layer in enumerate(given) if layer not in own]
+    if not given or len(set(given)) < len(given) or strangers:
+        fault = f"layer {strangers[0]} of those given is no module of it" if strangers else "none or one twice is given"
+        raise UserError(
+            f"these are not the decoder layers of {type(model).__name__}: {fault}",
+            key="layers",
+            remedy="give all decoder layers of this very model, each once, in order",
+        )
+    return given
+
+
+def decoder_layers_of(model: nn.Module) -> list[nn.Module]:
+    """The model's decoder layers: those that its controller hooks, which may have been given by hand, else those that are found.
+
+    Raises:
+        UserError: see :func:`find_decoder_layers`.
+    """
+    hooked = {
+        hook.index: module
+        for module in base_model_of(model).modules()
+        for hook in module._forward_hooks.values()
+        if isinstance(hook, _LayerHook)
+    }
+    return [hooked[index] for index in sorted(hooked)] or list(find_decoder_layers(model))

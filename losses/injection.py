@@ -24,8 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trimtab.axis import Floor, find_decoder_layers, project
-from trimtab.axis.layers import base_model_of
+from trimtab.axis import Floor, project
+from trimtab.axis.directions import check_fits
+from trimtab.axis.hooks import decoder_layers_of
+from trimtab.axis.layers import base_model_of, stream_of, width_of, with_stream
 from trimtab.losses.axis_floor import Shape, hinge
 
 
@@ -42,6 +44,9 @@ class FloorInjection:
         accumulation: micro-batches an optimiser step.
         margin: sigma above the floor.
         shape: ``squared`` or ``huber``.
+
+    Raises:
+        UserError: if the layers are not found, or the floor does not fit them.
     """
 
     def __init__(
@@ -61,7 +66,8 @@ class FloorInjection:
         self.shape: Shape = shape
         self._mask: Tensor | None = None
         self._sums = {"penalty": 0.0, "violations": 0.0, "slots": 0.0}
-        base, layers = base_model_of(model), find_decoder_layers(model)
+        base, layers = base_model_of(model), decoder_layers_of(model)
+        check_fits(len(layers), width_of(model), floor=floor)
         self._handles = [
             base.register_forward_pre_hook(self._before, with_kwargs=True),
             *(layers[layer].register_forward_hook(_LayerHook(self, i)) for i, layer in enumerate(floor.layers)),
@@ -91,14 +97,14 @@ class FloorInjection:
 
     def on_layer(self, position: int, output: Any) -> Any:
         """What a layer's output becomes: the same, with a node in the backward pass."""
-        hidden = output[0] if isinstance(output, tuple) else output
+        hidden = stream_of(output, self.floor.hidden_size, self.floor.layers[position])
         if not hidden.requires_grad:
             return None
         mask = self._mask
         if mask is None or mask.shape != hidden.shape[:-1]:
             mask = torch.ones(hidden.shape[:-1], dtype=torch.bool, device=hidden.device)
         passed = _AddGradient.apply(hidden, mask.to(hidden.device), self, position)  # type: ignore[no-untyped-call]
-        return (passed, *output[1:]) if isinstance(output, tuple) else passed
+        return with_stream(output, passed)
 
 
 class _LayerHook:

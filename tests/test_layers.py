@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, HIDDEN, LAYERS, build_model
+from conftest import ARCHITECTURES, HIDDEN, LAYERS, build_floor, build_model
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from trimtab.axis import ActivationController, UserError, find_decoder_layers
+from trimtab.axis.chat import ChatFormat, chat
 from trimtab.axis.layers import base_model_of, shape_of
+from trimtab.axis.sampling import SamplingOptions, sample_answers
+from trimtab.losses.injection import floor_gradients
+from trimtab.train.penalty import check_reach
 
 TEXT = {"vocab_size": 300, "hidden_size": HIDDEN, "intermediate_size": 48, "num_hidden_layers": LAYERS}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
@@ -31,6 +36,7 @@ OTHERS: dict[str, dict[str, Any]] = {
         "num_attention_heads": 4,
     }
     | {"word_embed_proj_dim": HIDDEN},
+    "modernbert-decoder": TEXT | {"num_attention_heads": 4, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
     "qwen3_moe": TEXT | HEADS | {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2},
 }
 VISION = {"hidden_size": HIDDEN, "intermediate_size": 48, "num_hidden_layers": LAYERS, "num_attention_heads": 4}
@@ -131,13 +137,54 @@ def test_failure_is_loud_and_its_remedy_works() -> None:
     with pytest.raises(UserError, match=r"no list of 4 decoder layers in Odd\.\w+; looked at: blocks \[5\]") as caught:
         find_decoder_layers(model)
     assert "ActivationController(model, layers=...)" in caught.value.remedy
-    with pytest.raises(UserError, match="5 layers were given, the model's config says 4"):
-        ActivationController(model, layers=list(model.blocks))
+    stranger = nn.Linear(HIDDEN, HIDDEN)
+    for given in ([], [model.blocks[0], model.blocks[0]], [*model.blocks, stranger]):
+        with pytest.raises(UserError, match="these are not the decoder layers of Odd"):
+            ActivationController(model, layers=given)
     controller = ActivationController(model, layers=list(model.blocks)[:LAYERS])
     assert ActivationController.of(model) is controller, "sampling and calibration look it up"
     with controller.recording([3]) as recording:
         out = model(torch.randn(1, 2, HIDDEN))
     assert torch.equal(recording.last(3), out)
+
+
+def test_layers_given_by_hand_count_whatever_the_config_counts(form: ChatFormat) -> None:
+    """As the remedy says: where a config counts a draft layer too, or two for one."""
+    model, plain = build_model("llama"), build_model("llama")
+    model.config.num_hidden_layers = LAYERS + 1
+    with pytest.raises(UserError, match="no list of 5 decoder layers"):
+        ActivationController.of(model)
+    controller = ActivationController(model, layers=list(model.model.layers))
+    assert (controller.n_layers, controller.hidden_size) == (LAYERS, HIDDEN)
+    last = build_floor((2, LAYERS - 1), tau=2.0)
+    options = SamplingOptions(max_new_tokens=4, temperature=0)
+    asked = [chat("", "Hi")]
+    given, found = (sample_answers(m, form, asked, options, means=True, floor=last)[0] for m in (model, plain))
+    assert given.ids == found.ids and given.mean is not None and found.mean is not None
+    assert torch.equal(given.mean, found.mean)
+    for beyond in (
+        lambda: controller.capping(build_floor((1, LAYERS))),
+        lambda: floor_gradients(model, build_floor((1, LAYERS)), weight=1.0),
+    ):
+        with pytest.raises(UserError, match="floor layer 4 is beyond the model, whose layers are 0 to 3"), beyond():
+            pass
+    assert check_reach(model, last) == 0
+    with pytest.raises(UserError, match="floor layer 4 is beyond the model"):
+        check_reach(model, build_floor((1, LAYERS)))
+    with floor_gradients(model, last, weight=1.0) as injection:
+        model(input_ids=torch.arange(3, 9)[None]).logits.sum().backward()
+    assert injection.figures()["floor_violation_rate"] > 0
+
+
+def test_a_config_without_a_depth_is_told_so() -> None:
+    model = Odd(AutoConfig.for_model("llama", **TEXT, **HEADS))
+    model.config = SimpleNamespace(hidden_size=HIDDEN)
+    with pytest.raises(UserError, match="SimpleNamespace does not tell num_hidden_layers: None"):
+        find_decoder_layers(model)
+    assert ActivationController(model, layers=list(model.blocks)).n_layers == LAYERS + 1
+    model.config = SimpleNamespace(num_hidden_layers=LAYERS, hidden_size="32")
+    with pytest.raises(UserError, match="does not tell hidden_size: '32'"):
+        shape_of(model)
 
 
 def test_two_lists_of_the_same_depth_are_not_guessed() -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from trimtab.axis import ActivationController, Floor, Recording, UserError
 from trimtab.axis.files import write_json
-from trimtab.axis.layers import find_decoder_layers
+from trimtab.axis.hooks import decoder_layers_of
 from trimtab.losses import axis_floor_terms, projections
 from trimtab.losses.axis_floor import Shape
 from trimtab.train.schedule import Schedule, scheduled
@@ -246,7 +246,7 @@ def check_reach(model: Any, floor: Floor) -> int:
     Raises:
         UserError: if all trainable weights lie above the floor.
     """
-    layers = find_decoder_layers(model)
+    layers = decoder_layers_of(model)
     deepest = floor.layers[-1]
     if deepest >= len(layers):
         raise UserError(
