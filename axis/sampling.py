@@ -21,10 +21,12 @@ from transformers.generation.streamers import BaseStreamer
 
 from trimtab.axis.chat import ChatFormat, Message
 from trimtab.axis.directions import Floor
+from trimtab.axis.errors import UserError
 from trimtab.axis.files import fingerprint
 from trimtab.axis.hooks import ActivationController
 from trimtab.axis.layers import base_model_of
 from trimtab.axis.progress import progress_bar
+from trimtab.axis.soundness import not_finite
 
 # top-p needs a sort of the vocabulary, which on a CPU costs as much as the model. The nucleus of 0.9 lies inside the 256
 # likeliest tokens but for near-uniform distributions, so the sort runs over those alone.
@@ -57,8 +59,7 @@ class Answer:
         text: decoded answer.
         ids: its tokens, without the end-of-turn token.
         ended: False where it was cut at ``max_new_tokens``, or is a thought that nothing ended.
-        mean: mean activation over the answer's tokens, [N, D] float32, where asked for. The last token of a cut answer is
-            sampled but never fed through the model, so it is not in the mean.
+        mean: mean activation over all of the answer's tokens (``ids``), [N, D] float32, where asked for; NaN where it has none.
         logprobs: the sampler's own log-probability of each token that was sampled, the thought's and the end's too; None where it
             tells none.
         thought: tokens before it that the template marks as a thought, see :meth:`ChatFormat.thought_length`: no part of the
@@ -199,6 +200,34 @@ class _AnswerProgress(StoppingCriteria):
         return found
 
 
+class _FiniteLogits(LogitsProcessor):
+    """Notes whether a row's logits were ever not finite inside its answer; it is read once a batch, which keeps a GPU going."""
+
+    def __init__(self, progress: _AnswerProgress) -> None:
+        self.progress = progress
+        self.broken = torch.zeros_like(progress.alive)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.broken |= self.progress.alive & ~torch.isfinite(scores.amax(-1))
+        return scores
+
+
+class _FirstTokens(BaseStreamer):
+    """Hands a streamer the prompt and the answer's own tokens, not the one that is sampled beyond it."""
+
+    def __init__(self, streamer: BaseStreamer, tokens: int) -> None:
+        self.streamer = streamer
+        self.left = tokens + 1
+
+    def put(self, value: Tensor) -> None:
+        if self.left:
+            self.left -= 1
+            self.streamer.put(value)
+
+    def end(self) -> None:
+        self.streamer.end()
+
+
 class AnswerMeans:
     """Sums of decoder-layer outputs over the answer's tokens, gathered by the hooks: [B, N, D] float32.
 
@@ -211,24 +240,31 @@ class AnswerMeans:
         self.progress = progress
         self.sums: Tensor | None = None
         self.counts = torch.zeros_like(progress.alive, dtype=torch.float32)
-        self._token: list[Tensor] = []  # of each layer up to this one, [B, D]
+        self._token: dict[int, Tensor] = {}  # layer -> its state of this token, [B, D]
+        self._done = 0  # step whose token is summed
 
     def __call__(self, layer: int, hidden: Tensor) -> None:
         """Reader of :meth:`ActivationController.reading`."""
         if self.progress.step == 0:  # the prompt
             return
-        self._token.append(hidden[:, -1])
-        if layer < self.layers - 1:
+        if layer in self._token or self._done == self.progress.step:
+            raise UserError(
+                f"decoder layer {layer} runs more than once a token, so it has no one state",
+                key="model.name",
+                remedy="use a model whose layers run once each",
+            )
+        self._token[layer] = hidden[:, -1]
+        if len(self._token) < self.layers:
             return
         alive = self.progress.alive
-        token = torch.stack([state.to(alive.device) for state in self._token], 1).float()
+        token = torch.stack([self._token[layer].to(alive.device) for layer in range(self.layers)], 1).float()
         token = token.masked_fill(~alive[:, None, None], 0)
         self.sums = token if self.sums is None else self.sums + token
         self.counts += alive
         if self.progress.thinking is not None:  # the answer is yet to begin
             self.sums = self.sums.masked_fill(self.progress.thinking[:, None, None], 0)
             self.counts = self.counts.masked_fill(self.progress.thinking, 0)
-        self._token = []
+        self._token, self._done = {}, self.progress.step
 
     def means(self, hidden_size: int) -> Tensor:
         """Mean over each answer's tokens, on the CPU, [B, N, ``hidden_size``]; NaN for an answer of no tokens."""
@@ -309,10 +345,14 @@ def sample_batch(
         indices: the rows' positions, carried over to the answers.
         options: sampling options.
         seeds: a seed for each row, see :func:`seed_of`. The global random state is neither used nor changed.
-        means: also return mean activations, as the next layer sees them (after the cap, where there is one).
+        means: also return mean activations, as the next layer sees them (after the cap, where there is one). It costs one more
+            token where an answer is cut: its last one has yet to pass the model, and the one that this gives is thrown away.
         floor: cap to this floor while sampling; None samples uncapped.
         strength: strength of that cap.
         streamer: of transformers, gets the tokens of a batch of one as they come.
+
+    Raises:
+        UserError: if the model's logits are not finite inside an answer.
     """
     controller = ActivationController.of(model)
     device = next(model.parameters()).device
@@ -323,12 +363,13 @@ def sample_batch(
     ends = form.ends_with(model)
     progress = _AnswerProgress(form, ends, len(prompts), device)
     config = GenerationConfig(
-        max_new_tokens=options.max_new_tokens,
+        max_new_tokens=options.max_new_tokens + means,
         do_sample=False,  # of the one token that the processor leaves
         eos_token_id=ends or None,
         pad_token_id=tokenizer.pad_token_id,
     )
-    processors: list[LogitsProcessor] = []
+    finite = _FiniteLogits(progress)
+    processors: list[LogitsProcessor] = [finite]
     if options.temperature > 0:
         processors.append(_RowSampler(options, seeds, ids.shape[1], device))
     reader = AnswerMeans(controller.n_layers, progress) if means else None
@@ -338,25 +379,28 @@ def sample_batch(
         with (
             _no_inherited_settings(model),
             controller.capping(floor, strength) if floor is not None else contextlib.nullcontext(),
-            controller.reading(range(controller.n_layers), reader, after_cap=True)
-            if reader is not None
-            else contextlib.nullcontext(),
         ):
-            output = model.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                generation_config=config,
-                logits_processor=LogitsProcessorList(processors),
-                stopping_criteria=StoppingCriteriaList([progress]),
-                streamer=streamer,
-            )
+            with (
+                controller.reading(range(controller.n_layers), reader, after_cap=True)
+                if reader is not None
+                else contextlib.nullcontext()
+            ):
+                output = model.generate(
+                    input_ids=ids,
+                    attention_mask=mask,
+                    generation_config=config,
+                    logits_processor=LogitsProcessorList(processors),
+                    stopping_criteria=StoppingCriteriaList([progress]),
+                    streamer=streamer if streamer is None else _FirstTokens(streamer, options.max_new_tokens),
+                )
+            if finite.broken.any():
+                told = torch.cat([mask, torch.ones_like(output[:, ids.shape[1] :])], 1)
+                raise not_finite(model, output[finite.broken], told[finite.broken])
     finally:
         model.train(training)
     all_means = reader.means(controller.hidden_size) if reader is not None else [None] * len(prompts)
-    return [
-        answer_of(form, index, output[row, ids.shape[1] :].tolist(), ends, mean=all_means[row])
-        for row, index in enumerate(indices)
-    ]
+    said = output[:, ids.shape[1] :][:, : options.max_new_tokens].tolist()
+    return [answer_of(form, index, said[row], ends, mean=all_means[row]) for row, index in enumerate(indices)]
 
 
 # Gives an answer to each row of tokens, its index the row's place, by the row's seed; all ranks call it alike.

@@ -8,6 +8,7 @@ is better explained by the role, negative = by the default Assistant.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from trimtab.axis.chat import ChatFormat, Message
 from trimtab.axis.progress import progress_bar
 from trimtab.axis.sampling import batches_on_all_ranks, pad_left
+from trimtab.axis.soundness import not_finite
 
 SCORE_BATCH = 16  # answers a forward
 
@@ -42,6 +44,9 @@ def answer_logprobs(
         batch_size: rows a forward.
         title: label of the progress bar.
         most: as of :func:`~trimtab.axis.sampling.batches_on_all_ranks`.
+
+    Raises:
+        UserError: at the first batch whose log-probabilities are not numbers.
     """
     device = next(model.parameters()).device
     tokenizer: Any = form.tokenizer
@@ -60,6 +65,8 @@ def answer_logprobs(
             counts = [len(tails[i]) for i in rows]
             found = [_chosen(logits[row, -n - 1 : -1], ids[row, -n:]).sum() for row, n in enumerate(counts)]
             for i, value in zip(rows, torch.stack(found).tolist() if found else [], strict=True):
+                if math.isnan(value):
+                    raise not_finite(model, ids, attention)
                 sums[i] = value
             bar.advance(0, len(rows))  # type: ignore[arg-type]
     return sums

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -15,6 +16,7 @@ from peft import LoraConfig, get_peft_model
 from template_families import FAMILIES, family_tokenizer, own_template
 from torch import Tensor
 from transformers import TemperatureLogitsWarper, TopPLogitsWarper
+from transformers.generation.streamers import BaseStreamer
 
 from trimtab.axis import ActivationController, Floor
 from trimtab.axis.chat import ChatFormat, chat
@@ -63,10 +65,8 @@ def full_mean(model: Any, prompt: list[int], answer: Answer, floor: Floor | None
     """Mean over the answer's tokens by one forward of prompt and answer, [N, D]."""
     controller = ActivationController.of(model)
     on = floor is not None
-    # the last token of a cut answer was never fed to the model
-    fed = answer.ids if answer.ended else answer.ids[:-1]
     states: list[Tensor] = []
-    ids = torch.tensor([prompt + fed])
+    ids = torch.tensor([prompt + answer.ids])
     read = controller.reading(
         range(LAYERS), lambda layer, hidden: states.append(hidden[0, len(prompt) :].mean(0)), after_cap=on
     )
@@ -146,21 +146,47 @@ def test_a_batch_of_one_gives_what_the_padded_batch_gives(
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_answer_means_are_those_of_a_full_forward(architecture: str, form: ChatFormat) -> None:
-    """Rows end at different steps: nothing sampled after a row's end counts, nor its end-of-turn token."""
+    """Of all tokens of the answer, ended or cut; nothing that is sampled after its end counts, nor the end itself."""
     model = build_model(architecture)
     ends = ManyEnds(form.tokenizer)
     answers = [a for seed in range(4) for a in sample(model, ends, seed=seed, means=True)]
+    answers += sample(model, form, means=True)  # which are cut
     every = prompts(form)
     compared = 0
     for answer in answers:
         assert answer.mean is not None and answer.mean.shape == (LAYERS, HIDDEN)
-        if len(answer.ids) - (not answer.ended) < 1:
-            assert answer.mean.isnan().all(), "no token was fed, so there is no mean"
+        if not answer.ids:
+            assert answer.mean.isnan().all(), "there is no token to take a mean of"
             continue
-        assert torch.allclose(answer.mean, full_mean(model, every[answer.index], answer), atol=1e-4, rtol=1e-4)
+        whole = full_mean(model, every[answer.index], answer)
+        assert torch.allclose(answer.mean, whole, atol=1e-5, rtol=1e-5)
         compared += 1
     lengths = {len(a.ids) for a in answers}
-    assert compared >= 8 and len(lengths) >= 4 and any(a.ended for a in answers), "the rows must differ in length"
+    assert compared >= 8 and len(lengths) >= 4, "the rows must differ in length"
+    assert {a.ended for a in answers} == {True, False}, "some must end by themselves, and some be cut"
+
+
+def test_the_token_beyond_a_cut_answer_is_told_to_nobody(form: ChatFormat) -> None:
+    """Means take one more forward; the answer, its length and what a stream shows are as without them."""
+    model = build_model("llama")
+    shown: list[int] = []
+
+    class Streamer(BaseStreamer):
+        def put(self, value: Tensor) -> None:
+            shown.append(value.numel())
+
+        def end(self) -> None:
+            shown.append(0)
+
+    for options in (GREEDY, WARM, dataclasses.replace(WARM, max_new_tokens=1)):
+        plain, streamed = (
+            sample(model, form, [1], options=options),
+            sample(model, form, [1], options=options, means=True),
+        )
+        sample(model, form, [1], options=options, means=True, streamer=Streamer())
+        assert streamed[0].ids == plain[0].ids and len(plain[0].ids) == options.max_new_tokens and not plain[0].ended
+        assert shown == [len(prompts(form)[1]), *[1] * options.max_new_tokens, 0]
+        shown.clear()
 
 
 def test_capped_answer_means_are_what_the_next_layers_saw(form: ChatFormat) -> None:
@@ -171,7 +197,7 @@ def test_capped_answer_means_are_what_the_next_layers_saw(form: ChatFormat) -> N
     assert [a.ids for a in capped] != [a.ids for a in plain]
     for answer in capped:
         assert answer.mean is not None
-        assert torch.allclose(answer.mean, full_mean(model, every[answer.index], answer, floor), atol=1e-4, rtol=1e-4)
+        assert torch.allclose(answer.mean, full_mean(model, every[answer.index], answer, floor), atol=1e-5, rtol=1e-5)
         lifted = (answer.mean[list(floor.layers)] * floor.directions).sum(-1)
         assert (lifted > floor.tau - 1e-4).all()
     assert [a.ids for a in sample(model, form, floor=floor, strength=0.0)] == [a.ids for a in plain]
