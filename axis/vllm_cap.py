@@ -8,10 +8,13 @@ with no recompilation; at first they are 0, which adds nothing.
 
 It does nothing unless ``TRIMTAB_VLLM_CAP=1``, so that an installed trimtab changes no vLLM that isn't asked to cap.
 
-What was checked in vLLM 0.32: layers of the Llama, Mistral, Qwen, and Gemma families return ``(hidden, residual)`` with the
-addition left to the next norm, so the stream is their sum and the lift goes onto ``hidden``; where a layer returns the stream
-alone, or ``(stream, None)`` (Gemma 4, transformers' own code for OLMo), the lift goes onto it. Under tensor parallelism each rank
-holds the whole stream, and each lifts it alike; under pipeline parallelism each rank caps the layers that it has.
+What a layer returns was checked in vLLM 0.32. Most (Llama, Mistral, Qwen, Gemma 2 and 3) return ``(hidden, residual)`` with the
+addition left to the next norm, so the stream is their sum. Some (Cohere, EXAONE 4, Granite's hybrids, HyperCLOVA X, PhiMoE)
+return the stream whole, and beside it a residual that is stale: their next layer writes over it. Which of the two is told by
+the layer's own code, when the caps are laid (:func:`sums_residual`); where it can't be told, such an output is an error. Where
+a layer returns the stream alone, or ``(stream, None)`` (Gemma 4, transformers' own code for OLMo), that is it. The lift always
+goes onto the first tensor. Under tensor parallelism each rank holds the whole stream, and each lifts it alike; under pipeline
+parallelism each rank caps the layers that it has.
 """
 
 # pyright: reportMissingImports=false
@@ -19,9 +22,12 @@ holds the whole stream, and each lifts it alike; under pipeline parallelism each
 from __future__ import annotations
 
 import base64
+import dis
 import functools
+import inspect
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -31,7 +37,7 @@ from torch import Tensor, nn
 from trimtab.axis.directions import Floor
 from trimtab.axis.errors import UserError
 from trimtab.axis.hooks import lift
-from trimtab.axis.layers import find_decoder_layers, shape_of
+from trimtab.axis.layers import find_decoder_layers, width_of
 
 SWITCH = "TRIMTAB_VLLM_CAP"
 LOAD_FLOOR, SET_STRENGTH = "trimtab_load_floor", "trimtab_set_strength"
@@ -42,14 +48,22 @@ class LayerCap(nn.Module):
     """The cap of one decoder layer, in buffers that may change under a compiled graph.
 
     Buffers, not attributes: vLLM's sleep mode drops all else that lives on the device.
+
+    Args:
+        hidden_size: D.
+        device: where the layer computes.
+        sums: see :func:`sums_residual`.
+        flat: whether tokens come flat, [T, D], as in vLLM's own layers; in others they may come as [B, T, D] too.
     """
 
     direction: Tensor
     tau: Tensor
     strength: Tensor
 
-    def __init__(self, hidden_size: int, device: torch.device) -> None:
+    def __init__(self, hidden_size: int, device: torch.device, *, sums: bool | None, flat: bool) -> None:
         super().__init__()
+        self.sums = sums
+        self.dims = (2,) if flat else (2, 3)
         for name, size in {"direction": hidden_size, "tau": 1, "strength": 1}.items():
             zeros = torch.zeros(size, dtype=torch.float32, device=device)
             self.register_buffer(name, zeros, persistent=False)
@@ -58,15 +72,61 @@ class LayerCap(nn.Module):
         """What the cap adds to the residual stream [..., D]; float32, 0 while the cap is off."""
         return lift(stream, self.direction, self.tau, self.strength)
 
+    def stream_of(self, output: Any) -> tuple[Tensor, Tensor]:
+        """What a layer returned: the tensor onto which the lift goes, and the residual stream, both [..., D].
+
+        Raises:
+            UserError: if it is no such thing, or it can't be told what the residual beside it is.
+        """
+        hidden, residual = output[:2] if isinstance(output, tuple) and len(output) > 1 else (output, None)
+        for part in (hidden, residual):
+            if part is not None and not self._fits(part):
+                shape = tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__
+                raise _uncapped(f"a decoder layer returns {shape}, where one residual stream is expected")
+        if residual is None or self.sums is False:
+            return hidden, hidden.float()
+        if self.sums is None:
+            raise _uncapped(
+                "a decoder layer returns two tensors, and its code does not tell whether their sum is the stream"
+            )
+        return hidden, hidden.float() + residual.float()
+
+    def _fits(self, part: Any) -> bool:
+        return isinstance(part, Tensor) and part.dim() in self.dims and part.shape[-1] == self.direction.shape[0]
+
+
+def _uncapped(fault: str) -> UserError:
+    return UserError(
+        fault,
+        key="train.use_vllm",
+        remedy=f"sample without vLLM (train.use_vllm=false), or start vLLM without {SWITCH}=1 and don't cap in it",
+    )
+
+
+def sums_residual(layer: nn.Module) -> bool | None:
+    """Whether a layer leaves the addition of its residual to the next: True, False, or None where its code doesn't tell.
+
+    The layers of an architecture are alike, so what one does with the ``residual`` it gets is what the next will do with the one
+    that it returns. A layer that reads it gets a part of the stream; one that first writes over it gets the stream whole.
+    """
+    forward = inspect.unwrap(type(layer).forward)
+    if not hasattr(forward, "__code__") or "residual" not in inspect.signature(forward).parameters:
+        return None
+    for step in dis.get_instructions(forward):
+        # one instruction may do two things since Python 3.13
+        names = step.argval if isinstance(step.argval, tuple) else (step.argval,)
+        for does, name in zip(re.findall("LOAD|STORE", step.opname), names, strict=False):
+            if name == "residual":
+                return bool(does == "LOAD")
+    return False  # it is not used at all
+
 
 def _capped(layer: nn.Module, _: Any, output: Any) -> Any:
     """Forward hook of a decoder layer."""
     own: Any = getattr(layer, _ATTRIBUTE)
-    if not isinstance(output, tuple):
-        return (output.float() + own(output)).to(output.dtype)
-    hidden, residual, *others = output
-    stream = hidden.float() if residual is None else hidden.float() + residual.float()
-    return ((hidden.float() + own(stream)).to(hidden.dtype), residual, *others)
+    hidden, stream = own.stream_of(output)
+    lifted = (hidden.float() + own(stream)).to(hidden.dtype)
+    return (lifted, *output[1:]) if isinstance(output, tuple) else lifted
 
 
 def _text_model(model: Any) -> Any:
@@ -85,7 +145,9 @@ def add_caps(model: nn.Module) -> int:
         weight = next(layer.parameters(), None)
         if weight is None:  # a layer of another pipeline rank
             continue
-        layer.add_module(_ATTRIBUTE, LayerCap(shape_of(text)[1], weight.device))
+        flat = type(layer).__module__.startswith("vllm.")
+        own = LayerCap(width_of(text), weight.device, sums=sums_residual(layer), flat=flat)
+        layer.add_module(_ATTRIBUTE, own)
         layer.register_forward_hook(_capped)
         count += 1
     return count

@@ -74,26 +74,115 @@ def test_another_floor_takes_the_place_of_the_first() -> None:
             torch.testing.assert_close(logits(model), logits(plain), atol=1e-5, rtol=1e-5)
 
 
-def test_each_way_in_which_a_layer_returns_the_stream() -> None:
-    generator = torch.Generator().manual_seed(0)
-    hidden, residual = torch.randn(2, 5, HIDDEN, generator=generator), torch.randn(2, 5, HIDDEN, generator=generator)
-    layer = nn.Identity()
-    layer.add_module("trimtab_cap", own := plugin.LayerCap(HIDDEN, torch.device("cpu")))
-    own.direction.copy_(FLOOR.directions[0])
-    own.tau.fill_(2.0)
-    own.strength.fill_(1.0)
+class Summing(nn.Module):
+    """As Llama's layers in vLLM: the addition is left to the next layer's norm."""
 
-    def projection(stream: Tensor) -> Tensor:
-        return stream @ FLOOR.directions[0]
+    def forward(self, hidden: Tensor, residual: Tensor | None) -> Any:
+        residual = hidden if residual is None else hidden + residual
+        return 0.3 * residual.roll(1, -1), residual
 
-    lifted, same, more = plugin._capped(layer, (), (hidden, residual, "more"))
-    assert same is residual and more == "more"
-    torch.testing.assert_close(projection(lifted + residual), projection(hidden + residual).clamp(min=2.0))
-    alone, none = plugin._capped(layer, (), (hidden, None))
-    assert none is None and torch.equal(alone, plugin._capped(layer, (), hidden))
-    torch.testing.assert_close(projection(alone), projection(hidden).clamp(min=2.0))
-    half = plugin._capped(layer, (), hidden.bfloat16())
-    assert half.dtype == torch.bfloat16
+
+class Whole(nn.Module):
+    """As Cohere's: the stream is returned whole, and beside it the one that the layer began from."""
+
+    def forward(self, hidden: Tensor, residual: Tensor | None) -> Any:
+        residual = hidden
+        return residual + 0.3 * hidden.roll(1, -1), residual
+
+
+class Deaf(Whole):
+    """As a layer that takes a residual for the sake of the interface alone."""
+
+    def forward(self, hidden: Tensor, residual: Tensor | None) -> Any:
+        return hidden + 0.3 * hidden.roll(1, -1), hidden
+
+
+class Alone(nn.Module):
+    def forward(self, hidden: Tensor, residual: Tensor | None) -> Any:
+        return hidden + 0.3 * hidden.roll(1, -1), None
+
+
+class Bare(nn.Module):
+    def forward(self, hidden: Tensor, residual: Tensor | None) -> Any:
+        return hidden + 0.3 * hidden.roll(1, -1)
+
+
+class OfVllm(Bare):
+    """A layer of vLLM's own, whose tokens come flat: with three dimensions it has several streams side by side."""
+
+    __module__ = "vllm.model_executor.models.several"
+
+
+class Unnamed(nn.Module):
+    def forward(self, x: Tensor, r: Tensor | None) -> Any:
+        r = x if r is None else x + r
+        return 0.3 * r.roll(1, -1), r
+
+
+class Toy(nn.Module):
+    """A model of vLLM's make: what a layer returns goes into the next, and the stream comes out."""
+
+    def __init__(self, kind: type[nn.Module]) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(num_hidden_layers=LAYERS, hidden_size=HIDDEN)
+        self.layers = nn.ModuleList(kind() for _ in range(LAYERS))
+        for layer in self.layers:
+            layer.weight = nn.Parameter(torch.zeros(1))  # so that it is one that this rank holds
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        residual = None
+        for layer in self.layers:
+            given = layer(hidden, residual)
+            hidden, residual = given if isinstance(given, tuple) else (given, None)
+        whole = isinstance(self.layers[0], Whole)
+        return hidden if residual is None or whole else hidden + residual
+
+
+@pytest.mark.parametrize("kind", [Summing, Whole, Deaf, Alone, Bare])
+@pytest.mark.parametrize("shape", [(200, HIDDEN), (4, 50, HIDDEN)], ids=["flat", "batch"])
+def test_no_token_is_left_under_the_floor_however_a_layer_returns_the_stream(
+    kind: type[nn.Module], shape: tuple[int, ...]
+) -> None:
+    floor = build_floor((1, LAYERS - 1), tau=0.5)
+    hidden = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+    model, plain = Toy(kind), Toy(kind)
+    assert plugin.add_caps(model) == LAYERS
+    assert torch.equal(model(hidden), plain(hidden)), "caps that are off change nothing"
+    plugin._load_floor(Worker(model), plugin.floor_payload(floor))
+    plugin._set_strength(Worker(model), "1.0")
+    direction, tau = floor.directions[1], float(floor.tau[1])
+    before, after = plain(hidden) @ direction, model(hidden) @ direction
+    assert (before < tau).float().mean() > 0.3, "the floor must have something to lift"
+    assert (after < tau - 1e-5).float().mean() == 0
+    # all layers compute the same of the same stream: so must their capped selves, whatever they return
+    wanted = Toy(Bare)
+    plugin.add_caps(wanted)
+    plugin._load_floor(Worker(wanted), plugin.floor_payload(floor))
+    plugin._set_strength(Worker(wanted), "1.0")
+    torch.testing.assert_close(model(hidden), wanted(hidden), atol=1e-5, rtol=1e-5)
+
+
+def test_bfloat16_stays_bfloat16() -> None:
+    model = Toy(Summing).bfloat16()
+    plugin.add_caps(model)
+    assert model(torch.randn(5, HIDDEN).bfloat16()).dtype == torch.bfloat16
+
+
+def test_what_a_layer_returns_and_nobody_can_tell_is_refused() -> None:
+    model = Toy(Unnamed)
+    plugin.add_caps(model)
+    with pytest.raises(UserError, match="its code does not tell whether their sum is the stream") as caught:
+        model(torch.randn(5, HIDDEN))
+    assert caught.value.key == "train.use_vllm" and "use_vllm=false" in caught.value.remedy
+    several = Toy(Bare)
+    plugin.add_caps(several)
+    for shape in ((5, 2, 4, HIDDEN), (5, HIDDEN // 2)):
+        with pytest.raises(UserError, match="where one residual stream is expected"):
+            several(torch.randn(*shape))
+    plugin.add_caps(flat := Toy(OfVllm))
+    flat(torch.randn(5, HIDDEN))
+    with pytest.raises(UserError, match=r"returns \(5, 2, 32\), where one residual stream"):
+        flat(torch.randn(5, 2, HIDDEN))
 
 
 def test_a_floor_of_another_model_is_refused() -> None:
