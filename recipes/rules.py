@@ -10,7 +10,7 @@ from collections.abc import Iterator, Set
 from pathlib import Path
 
 from trimtab.recipes.faults import Fault
-from trimtab.recipes.schema import DistillMethod, DpoMethod, GrpoMethod, Recipe, RowMethod
+from trimtab.recipes.schema import MOST_LAYERS, DistillMethod, DpoMethod, GrpoMethod, Recipe, RowMethod
 
 DATA = Path(__file__).parent / "data"
 
@@ -260,8 +260,8 @@ def floor_layers(recipe: Recipe) -> list[int] | None:
     if isinstance(recipe.floor.layers, list):
         return sorted(recipe.floor.layers)
     found = re.match(r"layers_(\d+):(\d+)-", recipe.floor.experiment or "")
-    if found is None:
-        return None
+    if found is None or len(found[2]) > 9 or int(found[2]) - int(found[1]) > MOST_LAYERS:
+        return None  # the file will tell that it has no such experiment
     return list(range(int(found[1]), int(found[2]))) or None  # the slice in the id leaves out its end
 
 

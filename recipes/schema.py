@@ -24,6 +24,29 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
 Annealing = Literal["constant", "linear", "cosine"]
+MOST_LAYERS = 10_000  # more than any model has: a slip in a range must not fill the memory
+
+
+def layer_range(text: str) -> list[int]:
+    """Layers as people write them: ``46-53`` (both ends included), ``20,22,25``, or both: ``3,20-25``.
+
+    Raises:
+        ValueError: if it is not that, or more than :data:`MOST_LAYERS`.
+    """
+    found: list[int] = []
+    for part in text.split(","):
+        first, dash, last = (word.strip() for word in part.partition("-"))
+        if not (first.isdecimal() and (last.isdecimal() if dash else not last) and len(first + last) < 20):
+            raise ValueError(f"these are not layers, {text!r}: write 46-53 or 20,22,25")
+        start, end = int(first), int(last or first)
+        if end < start:
+            raise ValueError(f"these are not layers, {part!r} ends before it begins: write 46-53 or 20,22,25")
+        if end - start + len(found) >= MOST_LAYERS:
+            raise ValueError(
+                f"more than {MOST_LAYERS:,} layers are named: write a window's first and last, such as 46-53"
+            )
+        found += range(start, end + 1)
+    return found
 
 
 class Sampling(Section):
@@ -151,11 +174,7 @@ class FloorSection(Section):
     @classmethod
     def _range(cls, value: Any) -> Any:
         """Accept ``46-53`` (both ends included) for a window."""
-        if isinstance(value, str) and value != "auto":
-            first, dash, last = value.partition("-")
-            if dash and first.strip().isdigit() and last.strip().isdigit() and int(first) <= int(last):
-                return list(range(int(first), int(last) + 1))
-        return value
+        return layer_range(value) if isinstance(value, str) and value != "auto" else value
 
     @model_validator(mode="after")
     def _file(self) -> FloorSection:

@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import pytest
 from trimtab.recipes.faults import Fault, RecipeError
 from trimtab.recipes.library_fields import VLLM_KEYS, accepts, lora_fields, train_config, train_fields
 from trimtab.recipes.loader import load_recipe, shipped_recipes
+from trimtab.recipes.rules import floor_layers
 from trimtab.recipes.schema import METHODS
 from trimtab.recipes.yaml_lines import parse_yaml
 
@@ -144,6 +146,29 @@ SCHEMA_FAULTS = {
     "eval.conversations": ("eval: {conversations: 999}", "999 held-out conversations", "at most 16"),
     "method.benign_kl_weight": ("data: {benign_share: 0}\nmethod: {benign_kl_weight: 2.0}", "no effect", "above 0"),
 }
+
+
+@pytest.mark.parametrize(
+    "layers", ["0-2000000", "0-999999999", "0-99999999999999999999", "0-9999,10000-19999", "1-2-3", "a-b", "²-3", "-3"]
+)
+def test_a_slip_in_a_range_of_layers_fills_no_memory(tmp_path: Path, layers: str) -> None:
+    path = write(tmp_path, GOOD + f"floor: {{layers: '{layers}'}}\n")
+    tracemalloc.start()
+    try:
+        found = faults_of(path)
+        assert tracemalloc.get_traced_memory()[1] < 20e6, "bytes at the most"
+    finally:
+        tracemalloc.stop()
+    assert set(found) == {"floor.layers"} and "46-53" in found["floor.layers"].remedy
+
+
+def test_ranges_of_layers_as_people_write_them(tmp_path: Path) -> None:
+    for text, layers in {"20-22": [20, 21, 22], "20, 22": [20, 22], "7": [7], "3,20-21": [3, 20, 21]}.items():
+        assert load_recipe(write(tmp_path, GOOD), [f"floor.layers='{text}'"]).recipe.floor.layers == layers
+    path = tmp_path / "capping_config.pt"
+    path.write_bytes(b"")
+    sections = GOOD + f"floor: {{path: {path}, experiment: 'layers_0:999999999-p0.25'}}\n"
+    assert floor_layers(load_recipe(write(tmp_path, sections)).recipe) is None, "a slip there is told by the file"
 
 
 @pytest.mark.parametrize("key", SCHEMA_FAULTS)
