@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from trimtab.axis.directions import Axis, Floor
     from trimtab.axis.errors import UserError
     from trimtab.axis.hooks import ActivationController, Recording, cap, project
+    from trimtab.axis.instruments import load_axis, load_floor
     from trimtab.axis.layers import find_decoder_layers
     from trimtab.axis.published import load_capping_config, load_published_axis, load_role_vectors
 
@@ -21,7 +22,9 @@ __all__ = [
     "UserError",
     "cap",
     "find_decoder_layers",
+    "load_axis",
     "load_capping_config",
+    "load_floor",
     "load_published_axis",
     "load_role_vectors",
     "project",
@@ -35,7 +38,9 @@ _HOME = {
     "UserError": "errors",
     "cap": "hooks",
     "find_decoder_layers": "layers",
+    "load_axis": "instruments",
     "load_capping_config": "published",
+    "load_floor": "instruments",
     "load_published_axis": "published",
     "load_role_vectors": "published",
     "project": "hooks",

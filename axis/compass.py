@@ -20,14 +20,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from trimtab.axis.calibration import window_by_rule
+from trimtab.axis.calibration import check_window, window_by_rule
 from trimtab.axis.chat import ChatFormat, Message, chat
 from trimtab.axis.directions import Axis, Floor, check_fits
 from trimtab.axis.errors import UserError
-from trimtab.axis.files import load_tensors, write_json
+from trimtab.axis.files import write_json
 from trimtab.axis.hooks import ActivationController, project
+from trimtab.axis.instruments import check_instrument, load_instrument
 from trimtab.axis.layers import text_config_of
-from trimtab.axis.published import load_published_axis
+from trimtab.axis.soundness import check_model, not_finite
 from trimtab.axis.template import common_length, probes
 from trimtab.axis.transcripts import Transcript, load_transcript
 
@@ -156,6 +157,7 @@ def project_transcript(
     instrument: Floor | Axis,
     messages: Sequence[Message],
     *,
+    layers: Sequence[int] | None = None,
     capped: bool = False,
     title: str = "conversation",
 ) -> Course:
@@ -167,6 +169,7 @@ def project_transcript(
         instrument: a floor, whose layers are read in units of sigma; or an axis, which has no sigma, read in units of the
             stream at the layers that a floor would take (:func:`trimtab.axis.calibration.window_by_rule`).
         messages: the conversation.
+        layers: read these alone; of a floor they must be some of its own, which are the ones that are capped then.
         capped: cap to the floor meanwhile. Each layer is read before its own cap and after those of the layers below.
         title: carried over to the course.
 
@@ -177,12 +180,14 @@ def project_transcript(
     controller = ActivationController.of(model)
     if isinstance(instrument, Floor):
         check_fits(controller.n_layers, controller.hidden_size, floor=instrument)
-        floor: Floor | None = instrument
-        layers, directions, sigma = instrument.layers, instrument.directions, instrument.sigma
+        chosen = instrument if layers is None else instrument.at(layers)
+        floor: Floor | None = chosen
+        layers, directions, sigma = chosen.layers, chosen.directions, chosen.sigma
     else:
         check_fits(controller.n_layers, controller.hidden_size, axis=instrument)
         floor = None
-        layers = window_by_rule(text_config_of(model).model_type, controller.n_layers)
+        layers = layers or window_by_rule(text_config_of(model).model_type, controller.n_layers)
+        check_window(layers, controller.n_layers)
         directions, sigma = instrument.directions[list(layers)], torch.ones(len(layers))
     if capped and floor is None:
         raise UserError("an axis alone can't cap", key="--capped", remedy="give a floor.safetensors")
@@ -203,12 +208,14 @@ def project_transcript(
             model(input_ids=torch.tensor([ids], device=device), use_cache=False, logits_to_keep=1)
     finally:
         model.train(training)
+    if not torch.isfinite(values).all():
+        raise not_finite(model, torch.tensor([ids], device=device))
     heights = None if floor is None else floor.tau / floor.sigma
     turns = [
         _turn(form.tokenizer, number, message["role"], span, ids, values, heights)
         for number, (message, span) in enumerate(zip(messages, spans, strict=True))
     ]
-    unit = "projection" if floor is None else "z"
+    unit = "z" if floor is not None and floor.has_sigma else "projection"
     return Course(title, unit, list(layers), None if heights is None else float(heights.mean()), capped, turns)
 
 
@@ -259,23 +266,13 @@ def _pieces(
     return pieces
 
 
-def load_instrument(path: str | Path) -> Floor | Axis:
-    """Read a ``floor.safetensors``, an ``axis.safetensors``, or a published axis (``.pt``).
-
-    Raises:
-        UserError: if the file is missing or is none of these.
-    """
-    if Path(path).suffix == ".pt":
-        return load_published_axis(path)
-    kind = load_tensors(path)[1].get("format")
-    return Axis.load(path) if kind == "trimtab axis 1" else Floor.load(path)
-
-
 def project_command(
     model: str,
     floor: str | Path,
     transcript: str | Path,
     *,
+    experiment: str | None = None,
+    layers: Sequence[int] | None = None,
     html: str | Path | None = None,
     json: str | Path | None = None,
     capped: bool = False,
@@ -287,8 +284,10 @@ def project_command(
 
     Args:
         model: hub id, folder or embedded model.
-        floor: see :func:`load_instrument`.
+        floor: see :func:`trimtab.axis.instruments.load_instrument`.
         transcript: see :func:`load_transcript`.
+        experiment: id in a published ``capping_config.pt``.
+        layers: see :func:`project_transcript`.
         html: also write a page with the curves, the layers and the coloured text.
         json: also write the numbers.
         capped: read the model with the cap on.
@@ -304,14 +303,20 @@ def project_command(
     from rich.console import Console
 
     from trimtab.axis.compass_view import render_table, write_plot
-    from trimtab.axis.models import load_model, load_tokenizer
+    from trimtab.axis.models import load_model, load_tokenizer, model_shape
     from trimtab.axis.progress import track
 
     conversations = load_transcript(transcript)
-    instrument = load_instrument(floor)
+    instrument = load_instrument(floor, experiment)
+    shape = model_shape(model)
+    check_instrument(instrument, *shape, floor)
+    if layers is not None:
+        check_window(layers, shape[0])
+        instrument = instrument.at(layers) if isinstance(instrument, Floor) else instrument
     form = ChatFormat(load_tokenizer(model), template_kwargs)
     form.prompt_text(chat("", "x"))  # a template that can't be used is told before the weights load
     loaded = load_model(model)
+    check_model(loaded)
     made_for = instrument.metadata.get("model")
     if made_for not in (None, model):
         log.warning(
@@ -325,13 +330,21 @@ def project_command(
         try:
             courses.append(
                 project_transcript(
-                    loaded.model, form, instrument, conversation.messages, capped=capped, title=conversation.title
+                    loaded.model,
+                    form,
+                    instrument,
+                    conversation.messages,
+                    layers=layers,
+                    capped=capped,
+                    title=conversation.title,
                 )
             )
         except UserError as error:
             faults[conversation.title] = error
     if not courses and len({error.fault for error in faults.values()}) == 1:
         raise next(iter(faults.values()))
+    if courses and all(turn.below == 0 for course in courses for turn in course.assistant):
+        log.warning("%s: no token of an answer lies below this floor, so its cap would do nothing here", floor)
     console = Console()
     for course in courses:
         console.print(render_table(course))

@@ -12,6 +12,7 @@ import io
 import json
 import os
 import pickle
+import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -216,10 +217,10 @@ def load_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, A
 
 
 def load_torch(path: str | Path) -> Any:
-    """Load a ``.pt`` file with ``weights_only=True``: tensors and plain containers, never code.
+    """Load a ``.pt`` file with ``weights_only=True``: tensors, plain containers and NumPy's numbers, never code.
 
     Raises:
-        UserError: if the file is missing, unreadable, or holds pickled objects other than tensors.
+        UserError: if the file is missing, unreadable, or holds pickled objects other than those; it names their types.
     """
     import torch
 
@@ -227,7 +228,8 @@ def load_torch(path: str | Path) -> Any:
     if not path.is_file():
         raise UserError("no such file", file=path, remedy="check the path")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(_NUMPY_NUMBERS):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         with path.open("rb") as file:
             if file.read(1) not in (b"P", b"\x80"):  # neither a zip archive nor a pickle, so a text or a web page
@@ -236,10 +238,40 @@ def load_torch(path: str | Path) -> Any:
                     file=path,
                     remedy="fetch it again; a small text file is what git leaves where Git LFS is not installed",
                 ) from error
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"objects of {named[1]}" if named else "pickled objects"
         raise UserError(
-            "the file holds pickled objects, which could run code on loading; trimtab loads tensors only",
+            f"the file holds {what}, which could run code on loading; trimtab loads tensors, numbers and plain containers only",
             file=path,
             remedy="re-save it as plain tensors and dicts, or as safetensors, where you trust it",
         ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+    except (RuntimeError, EOFError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"not a readable .pt file: {error}", file=path, remedy="fetch it again") from error
+
+
+class _NumpyDtype:
+    """Stands for ``numpy.dtype`` in a pickle: it takes the names of numbers alone, and calls nothing of NumPy."""
+
+    def __init__(self, name: str, *_: Any) -> None:
+        if re.fullmatch(r"[fiu][1248]|b1", name) is None:
+            raise ValueError(f"a NumPy {name} in it is no plain number")
+        self.name = name
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.name = f"{state[1]}{self.name}".replace("|", "")  # the byte order
+
+
+def _numpy_number(dtype: _NumpyDtype, raw: bytes) -> float | int | bool:
+    """Stands for NumPy's constructor of a scalar: a plain number."""
+    import numpy as np
+
+    number: float | int | bool = np.frombuffer(raw, dtype=dtype.name, count=1)[0].item()
+    return number
+
+
+# What stands in a pickle where NumPy's numbers were saved -> what it calls here. The module has a new name since NumPy 2.
+_NUMPY_NUMBERS: list[Any] = [
+    (_NumpyDtype, "numpy.dtype"),
+    (_numpy_number, "numpy._core.multiarray.scalar"),
+    (_numpy_number, "numpy.core.multiarray.scalar"),
+]

@@ -30,12 +30,14 @@ class Sources:
     Attributes:
         base: the base model.
         tuned: PEFT adapter of the base, or a whole model.
-        floor: ``floor.safetensors`` of the base.
+        floor: ``floor.safetensors`` of the base, or a published ``capping_config.pt``.
+        experiment: id in the latter.
     """
 
     base: ModelSection
     tuned: str
     floor: Path
+    experiment: str | None = None
 
 
 def find_sources(
@@ -45,6 +47,7 @@ def find_sources(
     tuned: str | None = None,
     floor: str | None = None,
     template_kwargs: Mapping[str, Any] | None = None,
+    experiment: str | None = None,
 ) -> Sources:
     """What the command's options name.
 
@@ -54,6 +57,8 @@ def find_sources(
         tuned: adapter or model.
         floor: ``floor.safetensors``.
         template_kwargs: of the base's chat template; a run's recipe has its own.
+        floor: ``floor.safetensors`` or ``capping_config.pt``.
+        experiment: id in the latter.
 
     Raises:
         UserError: if the options don't fit together, or the run folder is none or not trained yet.
@@ -66,9 +71,15 @@ def find_sources(
             key="RUN",
             remedy="leave out one of them",
         )
+    if experiment is not None and floor is None:
+        raise UserError(
+            "--experiment names an entry of a capping_config.pt, and no --floor is given",
+            key="--experiment",
+            remedy="give the file with --floor, or leave the experiment out",
+        )
     if base is not None and tuned is not None and floor is not None:
         section = ModelSection(name=base, chat_template_kwargs=dict(template_kwargs or {}))
-        return Sources(section, tuned, Path(floor).expanduser())
+        return Sources(section, tuned, Path(floor).expanduser(), experiment)
     if len(missing) < len(given):
         raise UserError(
             f"{missing[0]} is not given",
@@ -145,6 +156,8 @@ def chat_command(
     base: str | None,
     tuned: str | None,
     floor: str | None,
+    experiment: str | None = None,
+    layers: list[int] | None = None,
     template_kwargs: Mapping[str, Any] | None = None,
     host: str,
     port: int | None,
@@ -157,6 +170,8 @@ def chat_command(
         base: base model.
         tuned: adapter or model.
         floor: floor file.
+        experiment: id in a published one.
+        layers: cap and read at these of the floor's layers alone.
         template_kwargs: of the chat template.
         host: address to serve at; anything but a loopback address opens the page to the network.
         port: None for the first free one from 7860 on.
@@ -168,11 +183,13 @@ def chat_command(
     # What is quickly wrong is told before the models are loaded.
     import_gradio()
     check_address(host, port)
-    sources = find_sources(run, base=base, tuned=tuned, floor=floor, template_kwargs=template_kwargs)
+    sources = find_sources(
+        run, base=base, tuned=tuned, floor=floor, experiment=experiment, template_kwargs=template_kwargs
+    )
     from trimtab.cli.chat_page import build_page
     from trimtab.eval.live import open_live
 
-    arms = open_live(sources.base, sources.tuned, sources.floor)
+    arms = open_live(sources.base, sources.tuned, sources.floor, sources.experiment, layers)
     serve(build_page(arms, about(sources, arms.floor, host)), host, port, browser=browser)
 
 

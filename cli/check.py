@@ -21,8 +21,7 @@ from rich.table import Table
 from torch import nn
 
 from trimtab.axis.adapters import MERGED_SHARE
-from trimtab.axis.calibration import window_by_rule
-from trimtab.axis.directions import Floor, check_fits
+from trimtab.axis.calibration import check_window, window_by_rule
 from trimtab.axis.errors import UserError
 from trimtab.axis.layers import find_decoder_layers, shape_of, text_config_of
 from trimtab.axis.models import choose_device, choose_dtype, meta_model, resolve_name
@@ -33,6 +32,7 @@ from trimtab.losses.divergence import CHUNK
 from trimtab.recipes.loader import LoadedRecipe
 from trimtab.recipes.rules import floor_layers
 from trimtab.recipes.schema import Recipe
+from trimtab.train.prepare import check_counts, given_axis, given_floor
 
 log = logging.getLogger("trimtab")
 
@@ -149,12 +149,7 @@ def find_structure(recipe: Recipe, model: nn.Module) -> Structure:
     layers = find_decoder_layers(model)
     count, hidden = shape_of(model)
     window, window_from = _window(recipe, model)
-    if window[-1] >= count:
-        raise UserError(
-            f"floor layer {window[-1]} is beyond the model, whose layers are 0 to {count - 1}",
-            key="floor.layers",
-            remedy=f"choose layers below {count}, or leave floor.layers out to have them chosen by rule",
-        )
+    check_window(window, count)
     parameters = sum(p.numel() for p in model.parameters())
     layer_parameters = max(sum(p.numel() for p in layer.parameters()) for layer in layers)
     largest = max(p.numel() for p in model.parameters())
@@ -231,11 +226,11 @@ def _chosen_experts(block: nn.Module, config: Any) -> int:
 
 
 def _window(recipe: Recipe, model: nn.Module) -> tuple[tuple[int, ...], str]:
-    path = recipe.floor.path
-    if path is not None and path.endswith(".safetensors") and not path.startswith("hf://"):
-        floor = Floor.load(path)
-        check_fits(*shape_of(model), floor=floor, file=path)
-        return floor.layers, f"from {path}"
+    check_counts(recipe)
+    given_axis(recipe, shape_of(model), fetch=False)
+    floor = given_floor(recipe, shape_of(model), fetch=False)
+    if floor is not None:
+        return floor.layers, f"from {recipe.floor.path}"
     named = floor_layers(recipe)
     if named is not None:
         return tuple(named), "from the experiment's id" if recipe.floor.experiment else "from floor.layers"

@@ -102,7 +102,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--model smollm2-135m --floor runs/demo/floor.safetensors chat.json",
     )
     project.add_argument("--model", required=True, metavar="M", help="hub id, folder or embedded model")
-    project.add_argument("--floor", required=True, metavar="F", type=Path, help="floor.safetensors of a run")
+    floors = "floor.safetensors or axis.safetensors of a run; a published capping_config.pt or assistant_axis.pt"
+    project.add_argument("--floor", required=True, metavar="F", type=Path, help=floors)
+    project.add_argument("--experiment", metavar="ID", help="experiment of the capping_config.pt")
+    of_axis = "layers to read, such as 46-53 or 20,22 (default: the floor's; of an axis those that a floor would take)"
+    project.add_argument("--layers", metavar="L", type=_layers, help=of_axis)
     project.add_argument("--html", metavar="FILE", type=Path, help="also write a page: curves, layers, coloured text")
     project.add_argument("--json", metavar="FILE", type=Path, help="also write the numbers")
     project.add_argument("--capped", action="store_true", help="read the model with the cap on")
@@ -137,9 +141,14 @@ def _add_subject(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--base", metavar="M", help="the base model: hub id, folder or embedded model")
     group.add_argument("--tuned", metavar="ADAPTER_OR_MODEL", help="PEFT adapter of the base, or a model tuned from it")
     group.add_argument(
-        "--floor", metavar="F", help="floor.safetensors that the base is capped to (default: calibrated)"
+        "--floor",
+        metavar="F",
+        help="what the base is capped to: floor.safetensors, or a published capping_config.pt with floor.experiment=ID "
+        "(default: calibrated)",
     )
-    group.add_argument("--axis", metavar="A", help="axis.safetensors or a published axis.pt (default: extracted)")
+    group.add_argument(
+        "--axis", metavar="A", help="axis.safetensors, a published axis.pt or role_vectors/ folder (default: extracted)"
+    )
 
 
 def _add_chat(parser: argparse.ArgumentParser) -> None:
@@ -148,8 +157,10 @@ def _add_chat(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("without a run folder: any adapter or model")
     group.add_argument("--base", metavar="M", help="the base model: hub id, folder or embedded model")
     group.add_argument("--tuned", metavar="ADAPTER_OR_MODEL", help="PEFT adapter of the base, or a model tuned from it")
-    group.add_argument("--floor", metavar="F", help="floor.safetensors of the base")
+    group.add_argument("--floor", metavar="F", help="floor.safetensors of the base, or a published capping_config.pt")
+    group.add_argument("--experiment", metavar="ID", help="experiment of the capping_config.pt")
     _add_template(group)
+    parser.add_argument("--layers", metavar="L", type=_layers, help="cap and read at these of the floor's layers alone")
     host = "address to serve at (default: 127.0.0.1, which this machine alone reaches)"
     parser.add_argument("--host", metavar="H", default="127.0.0.1", help=host)
     parser.add_argument("--port", metavar="P", type=_positive, help="port (default: the first free one from 7860 on)")
@@ -210,6 +221,15 @@ def _positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
     return int(text)
+
+
+def _layers(text: str) -> list[int]:
+    from trimtab.recipes.schema import layer_range
+
+    try:
+        return layer_range(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _size(text: str) -> float:
@@ -543,6 +563,8 @@ def _project(arguments: argparse.Namespace) -> None:
         arguments.model,
         arguments.floor,
         arguments.transcript,
+        experiment=arguments.experiment,
+        layers=arguments.layers,
         html=arguments.html,
         json=arguments.json,
         capped=arguments.capped,
@@ -558,6 +580,8 @@ def _chat(arguments: argparse.Namespace) -> None:
         base=arguments.base,
         tuned=arguments.tuned,
         floor=arguments.floor,
+        experiment=arguments.experiment,
+        layers=arguments.layers,
         template_kwargs={key: value for given in arguments.chat_template_kwargs for key, value in given.items()},
         host=arguments.host,
         port=arguments.port,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,8 +13,9 @@ from transformers import TextIteratorStreamer
 
 from trimtab.axis import Floor, UserError
 from trimtab.axis.chat import ChatFormat, chat
-from trimtab.axis.directions import check_fits
-from trimtab.axis.layers import shape_of, text_config_of
+from trimtab.axis.instruments import check_instrument, load_floor
+from trimtab.axis.layers import text_config_of
+from trimtab.axis.models import model_shape
 from trimtab.axis.sampling import SamplingOptions, sample_batch, seed_of
 from trimtab.eval.measure import above_floor, above_floor_by_layer
 from trimtab.eval.weights import Weights, open_subjects
@@ -171,21 +172,29 @@ class LiveArms:
         return LiveAnswer(found.text, height, by_layer, found.ended)
 
 
-def open_live(base: ModelSection, tuned: str, floor_path: str | Path) -> LiveArms:
+def open_live(
+    base: ModelSection,
+    tuned: str,
+    floor_path: str | Path,
+    experiment: str | None = None,
+    layers: Sequence[int] | None = None,
+) -> LiveArms:
     """Load what a live conversation needs.
 
     Args:
         base: the base model.
         tuned: PEFT adapter of the base, or whole weights that were tuned from it: a folder or a hub id.
-        floor_path: ``floor.safetensors`` of that base.
+        floor_path: ``floor.safetensors`` of that base, or a published ``capping_config.pt``.
+        experiment: id in the latter.
+        layers: cap and read at these of the floor's layers alone.
 
     Raises:
         UserError: if one of them can't be loaded, or they don't belong together.
     """
-    floor = Floor.load(floor_path)
+    floor = load_floor(floor_path, experiment)
+    check_instrument(floor, *model_shape(base.name, base.revision), floor_path)
+    floor = floor if layers is None else floor.at(layers)
     subject = find_subject(tuned)
     chat_format(base).check()
     loaded, form = load_recipe_model(base)
-    layers, hidden = shape_of(loaded.model)
-    check_fits(layers, hidden, floor=floor, file=floor_path)
     return LiveArms(open_subjects(base, loaded, {"tuned": subject}), form, floor)

@@ -137,7 +137,7 @@ def test_an_inert_floor_is_gated_with_the_remedy_and_can_be_forced(
 
 def test_faults_are_named(loaded: Loaded, form: ChatFormat, axis: Axis) -> None:
     pool = rows(8)
-    with pytest.raises(UserError, match="not all in the model, whose layers are 0 to 3") as caught:
+    with pytest.raises(UserError, match="floor layer 4 is beyond the model, whose layers are 0 to 3") as caught:
         calibrate(loaded, form, axis, pool, pool, layers=[2, LAYERS])
     assert caught.value.key == "floor.layers"
     with pytest.raises(UserError, match=r"floor.layers is empty"):

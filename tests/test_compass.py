@@ -375,6 +375,79 @@ def test_the_command_gives_the_template_its_arguments(floor: Floor, tmp_path: Pa
         main([*words, str(tmp_path / "none.json"), "--chat-template-kwargs", "glad", str(transcript)])
 
 
+@pytest.fixture
+def published(tmp_path: Path) -> Path:
+    """A capping_config.pt whose one experiment caps layers 1 and 2."""
+    made = build_floor(tau=1.0)
+    vectors = {
+        f"v{i}": {"vector": -3 * v, "layer": layer}
+        for i, (layer, v) in enumerate(zip(made.layers, made.directions, strict=True))
+    }
+    steps = [{"vector": f"v{i}", "cap": -1.0} for i in range(2)]
+    torch.save(
+        {"vectors": vectors, "experiments": [{"id": "layers_1:3-p0.25", "interventions": steps}]}, tmp_path / "c.pt"
+    )
+    return tmp_path / "c.pt"
+
+
+def test_the_command_takes_a_published_cap_and_layers(
+    model_folder: Callable[[str], Path], published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    transcript, out = write(tmp_path / "talk.json", TALK), tmp_path / "out.json"
+    given = ["project", "--model", str(model_folder("llama")), "--floor", str(published), "--json", str(out)]
+
+    def read(*more: str) -> Any:
+        assert main([*given, *more, str(transcript), "--quiet"]) == 0
+        return json.loads(out.read_text(encoding="utf-8"))["courses"][0]
+
+    both = read("--experiment", "layers_1:3-p0.25", "--capped")
+    wanted = project_transcript(
+        build_model("llama"), ChatFormat(build_tokenizer()), build_floor(tau=1.0), TALK, capped=True
+    )
+    assert both["unit"] == "projection", "the file has no sigma, so there is no z"
+    assert both["layers"] == [1, 2] and both["floor"] == pytest.approx(1.0) and both["capped"]
+    assert both["turns"][2]["layers"] == pytest.approx(wanted.turns[2].layers, abs=0.1)
+    one = read("--experiment", "layers_1:3-p0.25", "--layers", "2")
+    assert one["layers"] == [2]
+    Axis(torch.eye(LAYERS, HIDDEN)).save(tmp_path / "axis.safetensors")
+    given[4] = str(tmp_path / "axis.safetensors")
+    assert read("--layers", "0-2")["layers"] == [0, 1, 2]
+    capsys.readouterr()
+    wrong = {
+        ("--layers", "3-5"): "floor layer 4 is beyond the model",
+        ("--experiment", "x"): "only a capping_config.pt has experiments",
+    }
+    for more, says in wrong.items():
+        assert main([*given, *more, str(transcript)]) == 2 and says in " ".join(capsys.readouterr().err.split())
+    given[4] = str(published)
+    assert main([*given, str(transcript)]) == 2 and "--experiment on the command line" in " ".join(
+        capsys.readouterr().err.split()
+    )
+    experiment = ("--experiment", "layers_1:3-p0.25")
+    assert main([*given, *experiment, "--layers", "0-1", str(transcript)]) == 2
+    assert "the floor lies at [1, 2]" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as caught:
+        main([*given, "--layers", "9-3", str(transcript)])
+    assert caught.value.code == 2 and "ends before it begins" in capsys.readouterr().err
+
+
+def test_a_floor_that_hardly_acts_or_fits_another_model_is_told_before_the_weights(
+    model_folder: Callable[[str], Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    transcript, path = write(tmp_path / "talk.json", TALK), tmp_path / "floor.safetensors"
+    model = str(model_folder("llama"))
+    dataclasses.replace(build_floor(tau=-1e3), metadata={"firing_fraction": 0.01}).save(path)
+    project_command(model, path, transcript)
+    assert "this floor fires on 1.0 % of drift" in caplog.text
+    assert "no token of an answer lies below this floor" in caplog.text
+    (tmp_path / "without").mkdir()
+    for file in Path(model).glob("*.json"):
+        (tmp_path / "without" / file.name).write_bytes(file.read_bytes())
+    build_floor(hidden=16).save(path)
+    with pytest.raises(UserError, match="width 16, the model 32"):
+        project_command(str(tmp_path / "without"), path, transcript)
+
+
 def test_floors_and_axes_are_told_apart(floor: Floor, tmp_path: Path) -> None:
     axis = Axis(torch.eye(LAYERS, HIDDEN))
     floor.save(tmp_path / "floor.safetensors")

@@ -82,7 +82,23 @@ def test_replace_directions_keeps_the_window_and_makes_unit_vectors() -> None:
         ((1, 2), torch.eye(2), torch.zeros(3), torch.ones(2), "tau and sigma"),
         ((1, 2), torch.eye(2), torch.tensor([0.0, float("nan")]), torch.ones(2), "tau"),
         ((1, 2), torch.eye(2), torch.zeros(2), torch.tensor([1.0, 0.0]), "positive"),
-        ((1, 2), 2 * torch.eye(2), torch.zeros(2), torch.ones(2), "unit length"),
+        ((1, 2), 2 * torch.eye(2), torch.zeros(2), torch.ones(2), "unit length; that of layer 1 has 2. "),
+        ((1, 2), torch.eye(2) * torch.tensor([1, 1.01]), torch.zeros(2), torch.ones(2), "that of layer 2 has 1.01"),
+        ((1, 2), torch.zeros(2, 2), torch.zeros(2), torch.ones(2), "that of layer 1 has 0"),
+        (("a",), torch.eye(1), torch.zeros(1), torch.ones(1), r"whole numbers, got \('a',\)"),
+        ((1.5, 2.5), torch.eye(2), torch.zeros(2), torch.ones(2), "whole numbers"),
+        ((True, 2), torch.eye(2), torch.zeros(2), torch.ones(2), "whole numbers"),
+        ("12", torch.eye(2), torch.zeros(2), torch.ones(2), "whole numbers"),
+        (None, torch.eye(2), torch.zeros(2), torch.ones(2), "whole numbers"),
+        ((1, 2), torch.eye(2) * 1j, torch.zeros(2), torch.ones(2), "directions must be a tensor of real numbers"),
+        ((1, 2), torch.eye(2), [0.0, 0.0], torch.ones(2), "tau must be a tensor of real numbers, got list"),
+        (
+            (1, 2),
+            torch.eye(2),
+            torch.full((2,), 1e300, dtype=torch.float64),
+            torch.ones(2),
+            "tau holds NaN or infinity",
+        ),
     ],
 )
 def test_a_malformed_floor_is_refused(
@@ -92,11 +108,46 @@ def test_a_malformed_floor_is_refused(
         Floor(layers, directions, tau, sigma)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_any_float_is_read_as_the_same_floor_and_axis(tmp_path: Path, dtype: torch.dtype) -> None:
+    exact = unit(torch.randn(3, 64, generator=torch.Generator().manual_seed(0)))
+    tensors = {"directions": exact, "tau": torch.tensor([0.5, -2.0, 1.0]), "sigma": torch.tensor([1.0, 0.5, 2.0])}
+    stored = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    save_tensors(tmp_path / "f.safetensors", stored, {"format": "trimtab floor 1", "facts": {"layers": [1, 2, 5]}})
+    floor = Floor.load(tmp_path / "f.safetensors")
+    assert {floor.directions.dtype, floor.tau.dtype, floor.sigma.dtype} == {torch.float32}
+    assert torch.allclose(floor.directions, exact, atol=4e-3) and torch.equal(floor.tau, tensors["tau"])
+    # the rounding is taken out of the length, which the height rests on
+    assert torch.allclose(floor.directions.norm(dim=-1), torch.ones(3), atol=1e-6)
+    save_tensors(
+        tmp_path / "a.safetensors", {"axis": 3 * stored["directions"]}, {"format": "trimtab axis 1", "facts": {}}
+    )
+    axis = Axis.load(tmp_path / "a.safetensors")
+    assert axis.directions.dtype == torch.float32 and torch.allclose(axis.directions, exact, atol=4e-3)
+    assert torch.allclose(axis.directions.norm(dim=-1), torch.ones(3), atol=1e-6)
+
+
+def test_a_floor_at_some_of_its_layers() -> None:
+    floor = build_floor((1, 2, 5))
+    some = floor.at([5, 1])
+    assert some.layers == (1, 5) and torch.equal(some.directions, floor.directions[[0, 2]])
+    for layers in ([3], []):
+        with pytest.raises(UserError, match=r"the floor lies at \[1, 2, 5\]"):
+            floor.at(layers)
+
+
 def test_a_malformed_axis_is_refused() -> None:
     with pytest.raises(ValueError, match="layers, hidden"):
         Axis(torch.ones(4))
     with pytest.raises(ValueError, match="NaN"):
         Axis(torch.tensor([[float("nan"), 1.0]]))
+    with pytest.raises(ValueError, match="zero vectors at layers 1"):
+        Axis(torch.tensor([[2.0, 1.0], [0.0, 0.0]]))
+    with pytest.raises(ValueError, match=r"default_mean has shape \(1, 4\), the axis \(4, 4\)"):
+        Axis(torch.eye(4), default_mean=torch.ones(1, 4))
+    same = torch.ones(4, 4)
+    with pytest.raises(UserError, match="the very same activations at layers 0, 1, 2, 3"):
+        Axis.from_means(same, same.expand(2, 4, 4), torch.tensor([1, 1]), {})
 
 
 def test_wrong_files_are_the_users_fault(tmp_path: Path) -> None:
@@ -132,6 +183,11 @@ def test_damaged_contents_are_the_users_fault_too(tmp_path: Path) -> None:
         save_tensors(path, part, {"format": "trimtab floor 1", "facts": {"layers": [0, 1]}})
         with pytest.raises(UserError, match=missing):
             Floor.load(path)
+    for layers in (["a", "b"], [0.5, 1.5], {"0": 1}, "01", [True, False], 3):
+        save_tensors(path, whole, {"format": "trimtab floor 1", "facts": {"layers": layers}})
+        with pytest.raises(UserError, match="floor layers must be") as caught:
+            Floor.load(path)
+        assert caught.value.file == str(path)
     save_tensors(path, whole | {"sigma": torch.zeros(2)}, {"format": "trimtab floor 1", "facts": {"layers": [0, 1]}})
     with pytest.raises(UserError, match="sigma must be positive"):
         Floor.load(path)
@@ -148,3 +204,6 @@ def test_check_fits_names_what_differs() -> None:
     with pytest.raises(UserError, match="width 4, the model 8") as caught:
         check_fits(6, 8, floor=floor, file="f.safetensors")
     assert caught.value.file == "f.safetensors" and caught.value.remedy
+    with pytest.raises(UserError, match="floor layer 5 is beyond") as caught:
+        check_fits(5, 4, floor=floor, file="f.safetensors")
+    assert caught.value.key is None and "leave floor.layers out" not in caught.value.remedy

@@ -219,6 +219,24 @@ def test_what_does_not_belong_together_is_refused(files: Files, tmp_path: Path) 
         open_live(section(tmp_path / "wide"), str(files.adapter), tmp_path / "wide.safetensors")
 
 
+def test_a_published_cap_serves_as_the_floor_and_some_of_its_layers(files: Files, tmp_path: Path) -> None:
+    floor, path = build_floor(tau=1.0), tmp_path / "capping_config.pt"
+    vectors = {
+        str(layer): {"vector": -v, "layer": layer} for layer, v in zip(floor.layers, floor.directions, strict=True)
+    }
+    steps = [{"vector": name, "cap": -1.0} for name in vectors]
+    torch.save({"vectors": vectors, "experiments": [{"id": "x", "interventions": steps}]}, path)
+    ours, theirs = (
+        said(open_live(section(files.base), str(files.adapter), *given), Talk(), "Who are you?")
+        for given in ((files.floor,), (path, "x"))
+    )
+    assert texts(ours) == texts(theirs)
+    some = open_live(section(files.base), str(files.adapter), path, "x", layers=[2]).floor
+    assert some.layers == (2,) and torch.allclose(some.directions, floor.directions[1:])
+    with pytest.raises(UserError, match=r"the floor lies at \[1, 2\]"):
+        open_live(section(files.base), str(files.adapter), files.floor, layers=[3])
+
+
 def make_run(folder: Path, files: Files, **evaluation: Any) -> Path:
     """A run folder as training leaves it."""
     sections = {"model": {"name": str(files.base)}, "train": {"max_steps": 1}, "eval": evaluation}
@@ -255,6 +273,7 @@ def test_the_newest_trained_run_is_found(files: Files, tmp_path: Path, monkeypat
         (["--base", "M", "--floor", "F"], "--tuned is not given"),
         (["somewhere", "--tuned", "T"], "both a run folder, 'somewhere', and --tuned"),
         (["somewhere", "--chat-template-kwargs", "a=1"], "a run's recipe says what its chat template is given"),
+        (["--experiment", "x"], "no --floor is given"),
         (["--host", "192.0.2.1"], "can't be served at 192.0.2.1"),
         (["--port", "70000"], "port 70000"),
     ],

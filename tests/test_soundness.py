@@ -13,7 +13,7 @@ from conftest import ARCHITECTURES, HIDDEN, LAYERS, VOCAB, build_floor, build_mo
 from test_calibration import rows
 from test_extraction import run as extract_here
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.utils import ModelOutput
 
@@ -29,6 +29,13 @@ from trimtab.losses.injection import floor_gradients
 
 FLOOR = build_floor(tau=1.0)
 IDS = torch.arange(3, 13).view(2, 5)
+TEXT = {
+    "vocab_size": VOCAB,
+    "hidden_size": HIDDEN,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "pad_token_id": 0,
+}
 
 
 class OddLayer(nn.Module):
@@ -95,8 +102,7 @@ class Odd(PreTrainedModel):
 
 def odd(kind: str) -> Any:
     torch.manual_seed(0)
-    settings = {"vocab_size": VOCAB, "hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "num_attention_heads": 4}
-    return Odd(AutoConfig.for_model("llama", **settings), kind).eval()
+    return Odd(AutoConfig.for_model("llama", **TEXT), kind).eval()
 
 
 # kind -> what is said of it at the first hooked forward
@@ -160,6 +166,35 @@ def test_an_unsound_model_is_refused_when_it_is_loaded(kind: str, tokenizer: Any
     with pytest.raises(UserError, match=UNSOUND[kind]) as caught:
         check_model(Loaded(odd(kind), tokenizer, {}))
     assert caught.value.key == "model.name" and caught.value.remedy
+
+
+EXPERTS = {"moe_intermediate_size": 16, "n_routed_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2}
+# families of transformers on whose layers no axis is defined -> settings of a tiny one, and what is said of it
+FAMILIES: dict[str, tuple[dict[str, Any], str]] = {
+    "deepseek_v4": (
+        {
+            "num_key_value_heads": 1,
+            "head_dim": 8,
+            "qk_rope_head_dim": 4,
+            "q_lora_rank": 8,
+            "o_lora_rank": 8,
+            "o_groups": 2,
+        }
+        | EXPERTS,
+        r"returns a tensor of shape \(2, \d+, 4, 32\)",
+    ),
+    "dory": ({"intermediate_size": 48, "num_key_value_heads": 2, "head_dim": 8}, "layer 0 runs 2 times a forward"),
+    "bert": ({"intermediate_size": 48}, "it reads later tokens"),
+}
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_families_without_one_causal_stream_are_refused(architecture: str, tokenizer: Any) -> None:
+    settings, says = FAMILIES[architecture]
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(architecture, **TEXT, **settings)
+    with pytest.raises(UserError, match=says):
+        check_model(Loaded(AutoModelForCausalLM.from_config(config).eval(), tokenizer, {}))
 
 
 @pytest.mark.parametrize("architecture", [*ARCHITECTURES, "sound"])
