@@ -6,6 +6,7 @@ ours and exits 1.
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 
 
@@ -26,3 +27,8 @@ class UserError(ValueError):
         self.key = key
         place = ": ".join(part for part in (self.file, key) if part)
         super().__init__(f"{place}: {fault}\n  remedy: {remedy}" if place else f"{fault}\n  remedy: {remedy}")
+
+
+def one_line(error: BaseException) -> str:
+    """What an error of a library says, in one line of a bearable length; its kind where it says nothing."""
+    return textwrap.shorten(str(error), 240, placeholder=" ...") or type(error).__name__

@@ -11,7 +11,6 @@ import os
 import pickle
 import shutil
 import tempfile
-import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +31,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from trimtab.axis.errors import UserError
+from trimtab.axis.errors import UserError, one_line
 from trimtab.axis.layers import shape_of_config
 from trimtab.axis.machine import cpu_flags
 
@@ -202,12 +201,12 @@ def _loading(name: str, what: str) -> Iterator[None]:
         ) from error
     except SafetensorError as error:
         raise UserError(
-            f"the {what} of {name!r} are damaged: {_said(error)}",
+            f"the {what} of {name!r} are damaged: {one_line(error)}",
             key="model.name",
             remedy="fetch the model again: a file is cut short or is no safetensors",
         ) from error
     except Exception as error:  # configuration, tokenizer and model classes raise whatever they like
-        said = _said(error)
+        said = one_line(error)
         remedy = f"mend it ({type(error).__name__}), or give another model"
         if isinstance(error, OSError):
             remedy = "give a folder that exists or a hub id that this machine can reach (HF_TOKEN for gated models)"
@@ -217,11 +216,6 @@ def _loading(name: str, what: str) -> Iterator[None]:
             key="model.attn_implementation" if attention else "model.name",
             remedy="leave model.attn_implementation out, or set sdpa or eager" if attention else remedy,
         ) from error
-
-
-def _said(error: Exception) -> str:
-    """What an error says, in one line of a bearable length."""
-    return textwrap.shorten(str(error), 240, placeholder=" ...") or type(error).__name__
 
 
 def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
@@ -308,9 +302,10 @@ def load_weights(name: str, dtype: torch.dtype, revision: str | None = None, **m
     source, _ = resolve_name(name)
     arguments = {"dtype": dtype, "revision": revision, "trust_remote_code": False, **more}
     with _loading(name, "weights"):
-        model, info = AutoModelForCausalLM.from_pretrained(
+        found: Any = AutoModelForCausalLM.from_pretrained(
             source, output_loading_info=True, ignore_mismatched_sizes=True, **arguments
         )
+    model, info = found
     missing, other = sorted(info["missing_keys"]), sorted(info["mismatched_keys"])
     if missing or other:
         fault = f"{len(missing)} weights are missing, the first of them {missing[0]}" if missing else ""
@@ -389,7 +384,7 @@ def load_config(name: str, revision: str | None = None) -> Any:
     with _loading(name, "configuration"):
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or getattr(config, "is_encoder_decoder", False):
-        raise _no_causal_model(config, source, kind)
+        raise _no_causal_model(config, source)
     return config
 
 
@@ -423,7 +418,7 @@ def _unknown(name: str, source: str, kind: Any, *, remote: bool) -> UserError:
     return UserError(fault, file=_config_file(source), key="model.name", remedy=remedy)
 
 
-def _no_causal_model(config: Any, source: str, kind: str) -> UserError:
+def _no_causal_model(config: Any, source: str) -> UserError:
     """The error for a configuration of something else than a causal language model."""
     if getattr(config, "is_encoder_decoder", False):
         what = "an encoder-decoder model"
@@ -432,7 +427,7 @@ def _no_causal_model(config: Any, source: str, kind: str) -> UserError:
     else:
         what = "no causal language model"
     return UserError(
-        f"{kind} is {what}; the axis and the cap are defined on the layers of a decoder alone",
+        f"{config.model_type} is {what}; the axis and the cap are defined on the layers of a decoder alone",
         file=_config_file(source),
         key="model.name",
         remedy="give a causal language model (a chat model that transformers loads with AutoModelForCausalLM)",

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trimtab.axis.errors import UserError
+from trimtab.axis.errors import UserError, one_line
 from trimtab.axis.hooks import ActivationController, decoder_layers_of
 from trimtab.axis.layers import stream_of, width_of
 from trimtab.axis.models import Loaded
@@ -84,7 +84,7 @@ def check_model(loaded: Loaded) -> None:
         raise
     except Exception as error:  # whatever a model's own code raises
         raise UserError(
-            f"a forward of {ids.shape[1]} tokens fails with {type(error).__name__}: {_first_line(error)}",
+            f"a forward of {ids.shape[1]} tokens fails with {type(error).__name__}: {one_line(error)}",
             key="model.name",
             remedy="use a causal language model of transformers that runs on this machine by itself",
         ) from error
@@ -166,10 +166,6 @@ def _unfit(fault: str) -> UserError:
     )
 
 
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), "no message")
-
-
 def not_finite(
     model: Any,
     ids: Tensor | None = None,
@@ -235,5 +231,6 @@ def _first_not_finite(model: Any, ids: Tensor, attention: Tensor | None) -> tupl
 
 def _is_finite(weight: Tensor) -> bool:
     """Whether a weight, or this rank's part of it, is finite; packed weights, which are no floats, are."""
-    own: Any = weight.to_local() if hasattr(weight, "to_local") else weight  # FSDP2 shards it as a DTensor
+    own: Any = weight
+    own = own.to_local() if hasattr(own, "to_local") else own  # FSDP2 shards it as a DTensor
     return not own.is_floating_point() or own.is_meta or bool(torch.isfinite(own).all())

@@ -78,7 +78,10 @@ class LayerCap(nn.Module):
         Raises:
             UserError: if it is no such thing, or it can't be told what the residual beside it is.
         """
-        hidden, residual = output[:2] if isinstance(output, tuple) and len(output) > 1 else (output, None)
+        hidden: Any = output
+        residual: Any = None
+        if isinstance(output, tuple) and len(output) > 1:
+            hidden, residual = output[0], output[1]
         for part in (hidden, residual):
             if part is not None and not self._fits(part):
                 shape = tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__

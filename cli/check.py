@@ -125,19 +125,9 @@ def build_meta_model(recipe: Recipe) -> nn.Module:
     """The recipe's model without weights.
 
     Raises:
-        UserError: if its configuration can't be had, or transformers doesn't know it.
+        UserError: see :func:`trimtab.axis.models.load_config`.
     """
-    try:
-        return meta_model(recipe.model.name, recipe.model.revision)
-    except UserError:
-        raise
-    except Exception as error:  # the hub's client, each configuration class and each model raise what they like
-        reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
-        raise UserError(
-            f"the model of {recipe.model.name!r} can't be built from its configuration: {reason}",
-            key="model.name",
-            remedy="check the name, the network (HF_TOKEN for gated models) and config.json, and install what it asks for",
-        ) from error
+    return meta_model(recipe.model.name, recipe.model.revision)
 
 
 def find_structure(recipe: Recipe, model: nn.Module) -> Structure:

@@ -22,6 +22,7 @@ from trimtab.axis.calibration import (
 )
 from trimtab.axis.chat import ChatFormat, chat, ends_of
 from trimtab.axis.directions import check_fits, unit
+from trimtab.axis.errors import one_line
 from trimtab.axis.extraction import DEFAULT, Extraction, extract
 from trimtab.axis.files import file_fingerprint, read_jsonl, write_json
 from trimtab.axis.instruments import load_axis, load_floor
@@ -40,8 +41,8 @@ from trimtab.train.sources import benign_sources, check_data, drift_sources
 
 log = logging.getLogger("trimtab")
 
-# Cosines over layers. Axes of one model's halves agree at about 0.8, unrelated directions at 0. Mean activations of two texts share what
-# every text has: 0.94 on SmolLM2-135M, where an axis had at most 0.23 with them at any layer.
+# Cosines, mean or median over layers. Axes of one model's halves agree at about 0.8, unrelated directions at 0. Mean activations
+# share what every text has: 0.94 on SmolLM2-135M, where an axis had at most 0.23 with them at any layer.
 OPPOSED, UNRELATED, A_MEAN = -0.3, 0.1, 0.7
 
 
@@ -109,7 +110,7 @@ def local_file(path: str) -> Path:
         return Path(hf_hub_download("/".join(parts[:2]), "/".join(parts[2:]), repo_type=repo_type))
     except Exception as error:  # the hub's client raises many kinds
         raise UserError(
-            f"the file can't be fetched: {str(error).splitlines()[0]}",
+            f"the file can't be fetched: {one_line(error)}",
             file=path,
             remedy="check the network and the name, or fetch the file elsewhere and give its local path",
         ) from error
@@ -200,7 +201,8 @@ def check_counts(recipe: Recipe) -> None:
             remedy=f"set axis.min_per_role to {axis.questions} at most, or raise axis.questions",
         )
     rollouts = (axis.roles + axis.default_repeats) * axis.questions
-    if min(pool, rollouts) < LEAST_POOL:
+    calibrates = recipe.floor.path is None or recipe.floor.experiment is not None or recipe.eval.control
+    if calibrates and min(pool, rollouts) < LEAST_POOL:
         raise UserError(
             f"a floor is calibrated on {min(pool, rollouts)} rollouts; {LEAST_POOL} are the least",
             key="floor.pool" if pool < LEAST_POOL else "axis.questions",
