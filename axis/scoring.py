@@ -23,7 +23,6 @@ from trimtab.axis.soundness import not_finite
 SCORE_BATCH = 16  # answers a forward
 
 
-@torch.no_grad()
 def answer_logprobs(
     model: Any,
     form: ChatFormat,
@@ -48,11 +47,36 @@ def answer_logprobs(
     Raises:
         UserError: at the first batch whose log-probabilities are not numbers.
     """
-    device = next(model.parameters()).device
-    tokenizer: Any = form.tokenizer
     heads = [form.prompt_ids(prompt) for prompt in prompts]
     tails = [form.answer_ids(answer) for answer in answers]
-    sums = [0.0] * len(answers)
+    return ids_logprobs(model, form, heads, tails, batch_size=batch_size, title=title, most=most)
+
+
+@torch.no_grad()
+def ids_logprobs(
+    model: Any,
+    form: ChatFormat,
+    heads: Sequence[list[int]],
+    tails: Sequence[list[int]],
+    *,
+    batch_size: int = SCORE_BATCH,
+    title: str = "scoring",
+    most: Callable[[int], int] = int,
+) -> list[float]:
+    """Summed log-probability of each tail after its head, in nat; 0 for an empty tail.
+
+    Args:
+        model: as of :func:`answer_logprobs`, and so the others.
+        form: chat format.
+        heads: token ids up to the answer, one list an answer.
+        tails: the answer's.
+        batch_size: rows a forward.
+        title: label of the progress bar.
+        most: as of :func:`~trimtab.axis.sampling.batches_on_all_ranks`.
+    """
+    device = next(model.parameters()).device
+    tokenizer: Any = form.tokenizer
+    sums = [0.0] * len(tails)
     scored = [i for i, tail in enumerate(tails) if tail]
     lengths = [len(heads[i]) + len(tails[i]) for i in scored]
     with progress_bar(title, len(scored)) as bar:

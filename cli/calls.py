@@ -28,6 +28,7 @@ from trimtab.eval.stages import (
 from trimtab.recipes import data
 from trimtab.recipes.rules import CHARACTERS, TURN, row_length
 from trimtab.recipes.schema import DpoMethod, EvalSection, GrpoMethod, Recipe, Sampling
+from trimtab.train.conversations import conversation_prompts, prompts_a_generation
 from trimtab.train.rollouts import SAMPLERS, RolloutPlan, TrainPrompt
 from trimtab.train.row_trainers import benign_plan, rollout_plan
 from trimtab.train.sources import drift_sources
@@ -232,6 +233,7 @@ def training_shape(recipe: Recipe, processes: int) -> Any:
         gradient_accumulation_steps=accumulation,
         max_steps=int(train.get("max_steps", 0)),
         steps_per_generation=max(per_generation, 1),
+        generation_batch_size=a_micro_step * max(per_generation, 1),
         num_generations=int(train.get("num_generations", 8)),
         num_iterations=int(train.get("num_iterations", 1)),
         max_completion_length=int(train.get("max_completion_length") or 256),
@@ -273,7 +275,9 @@ def _rows(arguments: Any) -> int:
 
 def _grpo(recipe: Recipe, method: GrpoMethod, arguments: Any) -> tuple[list[Call], Trained]:
     answer, batch = arguments.max_completion_length, method.sampling_batch
-    prompts = grpo_prompts(recipe)
+    prompts = conversation_prompts(recipe)
+    needed = prompts_a_generation(arguments)
+    prompts = prompts * math.ceil(needed / len(prompts))  # as the training set is repeated
     calls: list[Call] = []
     lengths: list[int] = []
     for by_rank in grpo_generations(prompts, arguments):
@@ -281,11 +285,6 @@ def _grpo(recipe: Recipe, method: GrpoMethod, arguments: Any) -> tuple[list[Call
         lengths += [_context(p, -1, answer) + answer for p in itertools.chain(*by_rank)]
     mean = sum(lengths) / max(len(lengths), 1)
     return calls, Trained(_rows(arguments) * mean, 0, max(lengths, default=0))
-
-
-def grpo_prompts(recipe: Recipe) -> list[TrainPrompt]:
-    """The prompts of GRPO: of a conversation all turns, once."""
-    return drift_sources(recipe.data)
 
 
 def grpo_generations(prompts: Sequence[TrainPrompt], arguments: Any) -> Iterator[list[list[TrainPrompt]]]:
@@ -299,12 +298,10 @@ def grpo_generations(prompts: Sequence[TrainPrompt], arguments: Any) -> Iterator
     sampler = RepeatSampler(
         prompts,
         mini_repeat_count=arguments.num_generations,
-        batch_size=max(of_all // arguments.num_generations, 1),
+        batch_size=prompts_a_generation(arguments),
         shuffle=arguments.shuffle_dataset,
         seed=arguments.seed,
     )
-    if len(prompts) < sampler.batch_size:  # it would hand out nothing
-        return
     handed = itertools.chain.from_iterable(itertools.repeat(sampler))  # an epoch after the other
     for _ in range(generations):
         chosen = [prompts[i] for i in itertools.islice(handed, of_all)]

@@ -31,7 +31,7 @@ from trimtab.cli.work import QUANTIZED, Work, estimate_work
 from trimtab.losses.divergence import CHUNK
 from trimtab.recipes.loader import LoadedRecipe
 from trimtab.recipes.rules import floor_layers
-from trimtab.recipes.schema import Recipe
+from trimtab.recipes.schema import GrpoMethod, Recipe
 from trimtab.train.prepare import check_counts, given_axis, given_floor
 
 log = logging.getLogger("trimtab")
@@ -437,7 +437,7 @@ def advice(recipe: Recipe, plan: MemoryPlan, strategy: Strategy, counted: Counte
 
 
 def _check_files(recipe: Recipe) -> None:
-    """Read the user's own files of conversations, where the recipe names some."""
+    """Read the user's own files of conversations, where the recipe names some; for GRPO, see that each prompt has a reward."""
     data, section = recipe.data, recipe.eval
     named = [data.drift_file, data.benign_file, section.conversations_file, section.boundary_file]
     if any(name is not None for name in [*named, *(tuning.file for tuning in section.durability)]):
@@ -446,6 +446,10 @@ def _check_files(recipe: Recipe) -> None:
 
         check_data(recipe)
         check_inputs(recipe)
+    if isinstance(recipe.method, GrpoMethod) and recipe.eval.tuned is None:
+        from trimtab.train.conversations import check_prompts
+
+        check_prompts(recipe)
 
 
 def _check_template(recipe: Recipe) -> None:

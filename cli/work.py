@@ -19,7 +19,7 @@ REACHED_FLOPS, REACHED_MEMORY, REACHED_LINK = 0.35, 0.6, 0.5
 LAUNCH = 0.6e-3  # seconds a decoder layer and token, of a Python loop that launches its kernels
 QUANTIZED = {"nf4": 0.55, "int8": 1.05}  # bytes a weight, with its scales
 # Forwards that a reward costs.
-REWARDED = {"persona_llr": 2.0, "capped_self": 1.0, "above_floor": 1.0}
+REWARDED = {"capped_self_llr": 2.0, "capped_self": 1.0, "persona_llr": 2.0, "above_floor": 1.0}
 
 
 @dataclass(frozen=True)

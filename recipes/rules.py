@@ -10,7 +10,7 @@ from collections.abc import Iterator, Set
 from pathlib import Path
 
 from trimtab.recipes.faults import Fault
-from trimtab.recipes.schema import MOST_LAYERS, DistillMethod, DpoMethod, GrpoMethod, Recipe, RowMethod
+from trimtab.recipes.schema import MOST_LAYERS, DataSection, DistillMethod, DpoMethod, GrpoMethod, Recipe, RowMethod
 
 DATA = Path(__file__).parent / "data"
 
@@ -69,7 +69,8 @@ ROW_LENGTH = 1024
 # How texts are taken for tokens without a tokenizer: characters a token, as in English, and what a template writes around a turn
 # with its answer, and before a chat. Rather too many, so that what passes here does fit.
 CHARACTERS, TURN, HEAD = 4, 12, 32
-REWARDS = ("persona_llr", "capped_self", "above_floor", "judge")
+REWARDS = ("capped_self_llr", "capped_self", "persona_llr", "above_floor", "judge")
+NEED_SYSTEM = {"persona_llr"}  # rewards that score no answer without a system prompt
 
 # key -> (file, split, what): how many there are is known, so asking for more is told before anything is loaded.
 SHIPPED = {
@@ -337,7 +338,9 @@ def _method_and_data(recipe: Recipe, given: Set[str]) -> Iterator[Fault]:
             f"{method.name} has no base-relative floor", "set method.floor_target=absolute", "method.floor_target"
         )
     if isinstance(method, GrpoMethod):
-        yield from _rewards(method)
+        yield from _completions(recipe)
+        yield from _ratio(recipe, method, given)
+        yield from _rewards(method, data)
     if isinstance(method, DistillMethod) and method.divergence != "jsd" and "method.jsd_beta" in given:
         yield Fault(
             f"has no effect: the divergence is {method.divergence}",
@@ -397,9 +400,47 @@ def _benign(recipe: Recipe, given: Set[str]) -> Iterator[Fault]:
             )
 
 
-def _rewards(method: GrpoMethod) -> Iterator[Fault]:
+def _completions(recipe: Recipe) -> Iterator[Fault]:
+    length = recipe.train.get("max_completion_length", 1)
+    if length is None or (isinstance(length, int) and length < 1):
+        yield Fault(
+            f"is {'null' if length is None else length}: an answer has a longest length, as rollouts are sampled in batches",
+            "set train.max_completion_length=256",
+            "train.max_completion_length",
+        )
+
+
+def _ratio(recipe: Recipe, method: GrpoMethod, given: Set[str]) -> Iterator[Fault]:
+    for key in ("ratio_level", "ratio_beyond"):
+        if not method.correct_ratio and f"method.{key}" in given:
+            yield Fault(
+                "has no effect: method.correct_ratio is false",
+                "remove it, or set method.correct_ratio=true",
+                f"method.{key}",
+            )
+    of_sequences = recipe.train.get("importance_sampling_level") == "sequence"
+    if of_sequences and method.correct_ratio and method.ratio_level == "token":
+        yield Fault(
+            "is sequence: TRL then gives all tokens of a completion one surrogate, which tokens' own ratios can't correct",
+            "set method.ratio_level=sequence, or remove this key",
+            "train.importance_sampling_level",
+        )
+
+
+def _rewards(method: GrpoMethod, data: DataSection) -> Iterator[Fault]:
     if not method.rewards:
-        yield Fault("no reward is named", "name one: method.rewards: [{name: persona_llr}]", "method.rewards")
+        yield Fault("no reward is named", "name one: method.rewards: [{name: capped_self_llr}]", "method.rewards")
+        return
+    weighted = {entry.name for entry in method.rewards if entry.weight}
+    if not weighted:
+        yield Fault("all rewards have weight 0", "give one a weight: {name: ..., weight: 1.0}", "method.rewards")
+    elif weighted <= NEED_SYSTEM and data.drift_file is None and data.conversation_turns:
+        yield Fault(
+            f"{' and '.join(sorted(weighted))} scores no answer without a system prompt, and the conversations have none: they "
+            "would carry no policy gradient",
+            "name capped_self_llr in its place or beside it, or set data.conversation_turns=0",
+            "method.rewards",
+        )
     for entry in method.rewards:
         if entry.name not in REWARDS and ":" not in entry.name:
             yield Fault(

@@ -247,7 +247,7 @@ class RewardSection(Section):
     """One reward: a shipped one, or ``package.module:function``; ``judge`` needs the section of that name."""
 
     name: str
-    weight: float = 1.0
+    weight: float = Field(default=1.0, allow_inf_nan=False)
     judge: JudgeSection | None = None
 
 
@@ -258,8 +258,10 @@ class GrpoMethod(MethodSection):
     cap_strength: float = Field(default=1.0, ge=0)
     cap_schedule: Annealing = "linear"
     correct_ratio: bool = True
-    ratio_limit: float = Field(default=2.0, gt=0)
-    rewards: list[RewardSection] = [RewardSection(name="persona_llr")]
+    ratio_level: Literal["token", "sequence"] = "token"
+    ratio_beyond: Literal["truncate", "mask"] = "truncate"
+    ratio_limit: float = Field(default=2.0, ge=1)
+    rewards: list[RewardSection] = [RewardSection(name="capped_self_llr")]
     sampling_batch: Positive = 64
 
 

@@ -225,6 +225,16 @@ OF_METHODS = {
     ("grpo", "train.top_p=0.9"): ("train.top_p", "train.top_p=1"),
     ("grpo", "train.chat_template_kwargs={a: 1}"): ("train.chat_template_kwargs", "model.chat_template_kwargs"),
     ("grpo", "method.rewards=[{name: foo}]"): ("method.rewards", "persona_llr"),
+    ("grpo", "method.rewards=[{name: capped_self, weight: 0}]"): ("method.rewards", "weight: 1.0"),
+    ("grpo", "method.rewards=[]"): ("method.rewards", "capped_self_llr"),
+    ("grpo", "method.ratio_limit=0.5"): ("method.ratio_limit", "range"),
+    ("grpo", "method.ratio_level=sentence"): ("method.ratio_level", "did you mean 'sequence'"),
+    ("grpo", "train.importance_sampling_level=sequence"): (
+        "train.importance_sampling_level",
+        "method.ratio_level=sequence",
+    ),
+    ("grpo", "train.max_completion_length=null"): ("train.max_completion_length", "=256"),
+    ("grpo", "train.max_completion_length=0"): ("train.max_completion_length", "=256"),
 }
 
 

@@ -213,24 +213,32 @@ def with_vllm(trainer: Any, floor: Floor, **options: bool) -> StandIn:
     return generation
 
 
-@pytest.mark.parametrize("turns", [1, 2])
-def test_the_ratio_is_of_what_the_sampler_says(tmp_path: Path, turns: int) -> None:
+@pytest.mark.parametrize(("turns", "level"), [(1, "token"), (2, "token"), (2, "sequence")])
+def test_the_ratio_is_of_what_the_sampler_says(tmp_path: Path, turns: int, level: str) -> None:
     prompt = [{"role": "user", "content": "Why is the sky blue?"}, {"role": "user", "content": "And the grass?"}][
         :turns
     ]
-    trainer = make_trainer(tmp_path, prompts=[prompt], own={"ratio_limit": 1.5, "cap_schedule": "constant"})
+    given: list[float] = []
+
+    def remembered(completions: Any, **columns: Any) -> list[float]:
+        given.extend(letters(completions))
+        return given
+
+    own = {"ratio_limit": 1.5, "cap_schedule": "constant", "ratio_level": level}
+    trainer = make_trainer(tmp_path, prompts=[prompt], rewards=[remembered], own=own)
     with_vllm(trainer, FLOOR)
     batch = one_batch(trainer, [prompt])
-    texts = trainer.processing_class.batch_decode(batch["completion_ids"], skip_special_tokens=True)
-    rewards = torch.tensor(letters([[{"content": text}] for text in texts]))
+    rewards = torch.tensor(given)
     advantages = (rewards - rewards.mean()) / (rewards.std() + 1e-4)
     for i, (ids, count, said) in enumerate(rows_of(batch)):
         with torch.no_grad():
             learner = logprobs(trainer.model, ids, count, capped=False)
             sampler = logprobs(trainer.model, ids, count, capped=True)
-        wanted = (learner - sampler).exp().clamp(max=1.5) * advantages[i]
         mine = said.bool()
-        torch.testing.assert_close(batch["advantages"][i, :count][mine], wanted[mine], atol=1e-4, rtol=1e-3)
+        ratio = (learner - sampler).exp() if level == "token" else (learner - sampler)[mine].sum().exp().expand(count)
+        wanted = ratio.clamp(max=1.5) * advantages[i]
+        found = batch["advantages"].expand(-1, batch["completion_ids"].shape[1])[i, :count]
+        torch.testing.assert_close(found[mine], wanted[mine], atol=1e-4, rtol=1e-3)
         assert batch["sampling_per_token_logps"].isfinite().all()
     assert trainer.vllm.distances == [pytest.approx(0.0, abs=1e-4)] * turns
     trainer.log({})

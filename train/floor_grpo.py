@@ -1,18 +1,31 @@
 """``FloorGRPOTrainer``: TRL's GRPOTrainer whose rollouts are sampled with the cap on, corrected for it.
 
-The sampler is the capped policy mu, the learner the uncapped one pi. Taking mu's samples for pi's own biases the gradient, so
-each token's advantage is multiplied by the truncated importance ratio
+The sampler is the capped policy mu, the learner the uncapped one pi. The gradient of the learner's expected reward is
 
-    w_t = min( pi_old(y_t | y_<t) / mu(y_t | y_<t), C )
+    E_pi[ R(y) sum_t grad log pi(y_t | y_<t) ]  =  E_mu[ W(y) R(y) sum_t grad log pi(y_t | y_<t) ],
+    W(y) = prod_t pi_old(y_t | y_<t) / mu(y_t | y_<t)
 
-which every loss type of TRL multiplies into its own surrogate: (B, T) advantages are a documented input of ``_compute_loss``. mu
-is scored by a forward with the very weights, cap and strength that sampled, pi_old by one without the cap. The cap's strength is
-annealed over the run; at 0 nothing is corrected, since nothing is off-policy.
+with the product over every token that the policy said. R reads the whole completion, so each token's term needs the ratios of
+all tokens: those before it, since mu began the text, and those after it, since mu ended it. In a conversation those are the
+tokens of all its answers; the user's words are given, and their ratio is 1. A product over the token's own answer would leave
+out who led the conversation there, and how it went on.
+
+``ratio_level: sequence`` multiplies a completion's advantage by W, cut or left out beyond C: right for answers of a few tokens.
+W is a product of as many ratios as there are tokens, so for long answers nearly all weight falls on few completions, and the cut
+takes most of that: little of the gradient is left. ``ratio_level: token`` multiplies each token's advantage by its own ratio
+alone. That corrects for who chose this token, not for who wrote the text around it; it is exact for one token, and its variance
+does not grow with length. docs/methods.md has the errors of both, measured. The cap's strength is annealed over the run; at 0
+nothing is corrected, since nothing is off-policy.
+
+TRL multiplies the advantages into the surrogate of every loss type; (B, T) and (B, 1) advantages are a documented input of its
+``_compute_loss``. mu is scored by a forward with the very weights, cap and strength that sampled, pi_old by one without the cap.
 
 With ``use_vllm`` the rollouts come from vLLM, capped by the plugin in it, and mu is what vLLM itself says of its tokens; the
 ratio then covers its arithmetic too, at strength 0 as well, and takes the place of TRL's own correction.
 
 Rollouts may have several user turns: the whole conversation is one completion, in which the user's tokens carry no loss.
+
+Shapes: B completions, T tokens of the longest, F reward functions, G completions of a prompt.
 """
 
 # pyright: reportOptionalMemberAccess=false, reportAttributeAccessIssue=false, reportOptionalOperand=false
@@ -23,9 +36,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -38,6 +51,7 @@ from trimtab.axis.chat import ChatFormat
 from trimtab.axis.sampling import Sampler, SamplingOptions, sample_on_all_ranks, seed_of
 from trimtab.recipes.rules import SHAPING
 from trimtab.train.barrier import BarrierOptions, BenignRows, HeldToBase
+from trimtab.train.conversations import prompts_a_generation
 from trimtab.train.penalty import Figures, FloorPenalty, FloorTrainer, PenaltyOptions, refuse_base_target
 from trimtab.train.schedule import Schedule, WithinStep, scheduled
 from trimtab.train.vllm_rollouts import VLLMRollouts, before_vllm_starts
@@ -46,6 +60,11 @@ log = logging.getLogger("trimtab")
 
 # Beyond these the batch says little about the learner: half of it is wasted, or tokens differ by a factor of e on average.
 LEAST_SAMPLE_SIZE, MOST_LOG_RATIO = 0.5, 1.0
+# Tokens of an answer up to which the sequence's ratio is nearer to the learner's gradient: see docs/methods.md.
+SHORT = 8
+
+RatioLevel = Literal["token", "sequence"]
+RatioBeyond = Literal["truncate", "mask"]
 
 
 @dataclass(frozen=True)
@@ -53,47 +72,76 @@ class OffPolicy:
     """How far from the learner a batch was sampled.
 
     Attributes:
-        ratio: truncated importance ratio, [B, T]; 1 where the mask is 0.
+        ratio: what advantages are multiplied by: [B, T] at the level of tokens, [B, 1] at that of sequences.
         log_ratio: mean |log pi_old - log mu| over tokens.
-        sample_size: Kish's effective sample size over tokens, as a share, of the ratios before truncation.
-        truncated: share of tokens whose ratio was cut.
+        sample_size: Kish's effective sample size of the tokens' ratios before the limit, as a share of the tokens.
+        sample_size_sequence: the same of the products over a completion's tokens, as a share of the completions.
+        beyond_limit: share of the ratios of this level that lay beyond the limit.
+        mean_ratio: mean of the ratios of this level after the limit; 1 without one, and what is missing is gradient that is lost.
     """
 
     ratio: Tensor
     log_ratio: float
     sample_size: float
-    truncated: float
+    sample_size_sequence: float
+    beyond_limit: float
+    mean_ratio: float
 
 
 def off_policy(
-    learner: Tensor, sampler: Tensor, mask: Tensor, limit: float, total: Callable[[Tensor], Tensor] = torch.clone
+    learner: Tensor,
+    sampler: Tensor,
+    mask: Tensor,
+    limit: float,
+    *,
+    level: RatioLevel = "token",
+    beyond: RatioBeyond = "truncate",
+    total: Callable[[Tensor], Tensor] = torch.clone,
 ) -> OffPolicy:
-    """Truncated importance ratios of sampled tokens.
+    """Importance ratios of sampled tokens, or of sampled sequences.
 
     Args:
         learner: log pi_old, [B, T].
         sampler: log mu, [B, T].
         mask: tokens that count, [B, T].
         limit: C, the largest ratio.
+        level: a ratio for each token, or one for all tokens of a row: their product.
+        beyond: what becomes of a ratio above C: it is cut to C, or the token or row is left out.
         total: adds sums up over ranks, so that the figures are those of all tokens; by default there is no other rank.
     """
-    kept = mask.bool()
-    difference = (learner - sampler).float().masked_fill(~kept, 0.0)
-    raw = difference.exp()
-    weights = raw.masked_fill(~kept, 0.0)
-    cut = (raw > limit) & kept
-    sums = [kept.sum(), difference.abs().sum(), weights.sum(), weights.square().sum(), cut.sum()]
-    count, distance, first, second, beyond = total(torch.stack([part.double() for part in sums])).tolist()
-    count = max(count, 1.0)
-    size = first**2 / (second * count) if second else 0.0
-    return OffPolicy(raw.clamp(max=limit), distance / count, size, beyond / count)
+    said = mask.bool()
+    difference = (learner - sampler).double().masked_fill(~said, 0.0)
+    of_tokens, of_rows = difference.exp(), difference.sum(1, keepdim=True).exp()
+    some = said.any(1, keepdim=True)
+    raw, counted = (of_tokens, said) if level == "token" else (of_rows, some)
+    over = raw > limit
+    ratio = raw.masked_fill(over, limit if beyond == "truncate" else 0.0)
+    sums = [
+        difference.abs().sum(), said.sum(), of_tokens[said].sum(), of_tokens[said].square().sum(),
+        some.sum(), of_rows[some].sum(), of_rows[some].square().sum(),
+        counted.sum(), (over & counted).sum(), ratio[counted].sum(),
+    ]  # fmt: skip
+    distance, tokens, *rest = total(torch.stack([part.double() for part in sums])).tolist()
+    first, second, rows, first_row, second_row, count, cut, kept = rest
+    return OffPolicy(
+        ratio=ratio.float(),
+        log_ratio=distance / max(tokens, 1.0),
+        sample_size=_effective_share(first, second, tokens),
+        sample_size_sequence=_effective_share(first_row, second_row, rows),
+        beyond_limit=cut / max(count, 1.0),
+        mean_ratio=kept / max(count, 1.0),
+    )
+
+
+def _effective_share(total: float, squares: float, count: float) -> float:
+    """Kish's effective sample size of weights with this sum and sum of squares, as a share of their number."""
+    return total**2 / (squares * count) if squares else 0.0
 
 
 class FloorGRPOTrainer(HeldToBase, FloorTrainer, GRPOTrainer):
     """GRPO on capped rollouts, with the floor penalty on the learner's forward.
 
-    Rows of the dataset have ``prompt``: messages ``[system,] [history,] user, user, ...``; the policy answers each user turn that
-    follows the history, whose last message is not the user's.
+    Rows of the dataset have ``prompt``: messages up to a user turn, and perhaps more user turns. The policy answers each of them.
 
     Args:
         floor: the floor of the cap and of the penalty.
@@ -104,6 +152,8 @@ class FloorGRPOTrainer(HeldToBase, FloorTrainer, GRPOTrainer):
         cap_strength: strength of the cap in rollouts at step 0; 0 samples uncapped.
         cap_schedule: how it is annealed.
         correct_ratio: False leaves the importance ratio out, to show what that does.
+        ratio_level: see :func:`off_policy`, and so the next two.
+        ratio_beyond: as there.
         ratio_limit: C.
         sampling_batch: rollouts sampled at a time.
         **kwargs: GRPOTrainer's own.
@@ -123,6 +173,8 @@ class FloorGRPOTrainer(HeldToBase, FloorTrainer, GRPOTrainer):
         cap_strength: float = 1.0,
         cap_schedule: Schedule = "linear",
         correct_ratio: bool = True,
+        ratio_level: RatioLevel = "token",
+        ratio_beyond: RatioBeyond = "truncate",
         ratio_limit: float = 2.0,
         sampling_batch: int = 64,
         **kwargs: Any,
@@ -139,12 +191,20 @@ class FloorGRPOTrainer(HeldToBase, FloorTrainer, GRPOTrainer):
         self.cap_strength = cap_strength
         self.cap_schedule: Schedule = cap_schedule
         self.correct_ratio = correct_ratio
+        self.ratio_level: RatioLevel = ratio_level
+        self.ratio_beyond: RatioBeyond = ratio_beyond
         self.ratio_limit = ratio_limit
         self.sampling_batch = sampling_batch
         self._figures = Figures()
-        self._warned = False
+        self._told: set[str] = set()
         self._generations = WithinStep()
-        _check_settings(self.args, self.penalty)
+        _check_settings(self.args, self.penalty, ratio_level if correct_ratio else None)
+        _check_enough(self.args, self.train_dataset)
+        if correct_ratio and cap_strength and ratio_level == "token" and 1 < int(self.max_completion_length) <= SHORT:
+            log.warning(
+                "answers have at most %d tokens: for those method.ratio_level=sequence is nearer to the learner's gradient",
+                self.max_completion_length,
+            )
         if self.use_vllm:
             self.vllm = VLLMRollouts(self.vllm_generation, form, floor, most=self.most)
         self.hold_to_base(floor, barrier or BarrierOptions(), benign_rows)
@@ -182,41 +242,53 @@ class FloorGRPOTrainer(HeldToBase, FloorTrainer, GRPOTrainer):
         """The frozen base, without gradient, for rewards; ``capped`` makes it the capped self."""
         return as_base(self.model, self.controller, self.floor if capped else None)
 
+    @contextlib.contextmanager
+    def as_learner(self) -> Iterator[Any]:
+        """The model as it is now, uncapped and without gradient, for rewards."""
+        inner = self.accelerator.unwrap_model(self.model)
+        training = inner.training
+        inner.eval()
+        try:
+            with torch.no_grad(), self.controller.uncapped():
+                yield inner
+        finally:
+            inner.train(training)
+
     def sample_conversations(self, prompts: Sequence[Sequence[dict[str, str]]]) -> dict[str, Any]:
         """Play conversations: one completion each, from the first answer to the last, user turns in between unscored.
 
         Returns:
             What TRL's ``rollout_func`` returns: ``prompt_ids``, ``completion_ids``, ``logprobs`` (the sampler's own, from vLLM;
-            NaN for tokens that it did not sample), ``env_mask`` (0 for the user's tokens), and for the rewards ``turns``:
-            [(messages before the answer, answer)] a rollout.
+            NaN for tokens that it did not sample), ``env_mask`` (0 for the user's tokens), and for the rewards a list for each
+            rollout: ``turns``, [(messages before the answer, answer)]; ``turn_ids``, [(tokens before it, its own with its end,
+            and with a thought where it has one)]; ``ended``, [whether the answer ended by itself].
+
+        Raises:
+            UserError: for a prompt that can't be played.
         """
         form, first = self.form, self.accelerator.process_index * len(prompts)
-        # what stands as it is ends where the user's turns begin that the policy answers
-        fixed = [
-            max((k + 1 for k, message in enumerate(prompt) if message["role"] != "user"), default=0)
-            for prompt in prompts
-        ]
-        heads = [list(prompt[:count]) for prompt, count in zip(prompts, fixed, strict=True)]
-        users = [list(prompt[count:]) for prompt, count in zip(prompts, fixed, strict=True)]
-        chats = [[*head, user[0]] for head, user in zip(heads, users, strict=True)]
+        opened = [_opening(prompt) for prompt in prompts]
+        chats, users = [chat for chat, _ in opened], [later for _, later in opened]
         prompt_ids = [form.prompt_ids(chat) for chat in chats]
         completion_ids: list[list[int]] = [[] for _ in prompts]
         env_mask: list[list[int]] = [[] for _ in prompts]
         logprobs: list[list[float]] = [[] for _ in prompts]
         turns: list[list[tuple[list[dict[str, str]], str]]] = [[] for _ in prompts]
+        turn_ids: list[list[tuple[list[int], list[int]]]] = [[] for _ in prompts]
+        ended: list[list[bool]] = [[] for _ in prompts]
         step = self.state.global_step
         generation = self._generations.next(step)
         # all ranks play as many turns: under ZeRO-3 every forward is a collective
-        longest = self.most(max(map(len, users)))
+        longest = self.most(max(map(len, users))) + 1
         with self._sampler() as sample:
             for turn in range(longest):
-                playing = [i for i, user in enumerate(users) if len(user) > turn]
+                playing = [i for i, later in enumerate(users) if len(later) >= turn]
                 rows = [prompt_ids[i] + completion_ids[i] for i in playing]
                 seeds = [seed_of([self.args.seed, step, generation, first + i, turn]) for i in playing]
                 for answer in sample(rows, seeds):
                     i = playing[answer.index]
                     # a conversation goes on as the template writes it, whatever ended the answer
-                    end = form.end_of_turn if len(users[i]) > turn + 1 else form.end_token
+                    end = form.end_of_turn if len(users[i]) > turn else form.end_token
                     ids = [*answer.thought, *answer.ids, *([end] if answer.ended else [])]
                     completion_ids[i] += ids
                     env_mask[i] += [1] * len(ids)
@@ -225,10 +297,12 @@ class FloorGRPOTrainer(HeldToBase, FloorTrainer, GRPOTrainer):
                         told = [*told[:-1], math.nan]
                     logprobs[i] += told
                     turns[i].append((list(chats[i]), answer.text))
-                    if len(users[i]) > turn + 1:
+                    turn_ids[i].append((rows[answer.index], ids))
+                    ended[i].append(answer.ended)
+                    if len(users[i]) > turn:
                         said = {"role": "assistant", "content": answer.text}
-                        between = form.ids_between(chats[i], users[i][turn + 1], ended=answer.ended)
-                        chats[i] = [*chats[i], said, users[i][turn + 1]]
+                        between = form.ids_between(chats[i], users[i][turn], ended=answer.ended)
+                        chats[i] = [*chats[i], said, users[i][turn]]
                         completion_ids[i] += between
                         env_mask[i] += [0] * len(between)
                         logprobs[i] += [math.nan] * len(between)
@@ -238,7 +312,48 @@ class FloorGRPOTrainer(HeldToBase, FloorTrainer, GRPOTrainer):
             "logprobs": None if self.vllm is None else logprobs,
             "env_mask": env_mask,
             "turns": turns,
+            "turn_ids": turn_ids,
+            "ended": ended,
         }
+
+    def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
+        """TRL's own, which gets the messages as they were said; and only rewards that can be compared within a group.
+
+        TRL gives a conversation as one message of the assistant's, the user's words and the template's among its own.
+
+        Raises:
+            UserError: if a reward is infinite, or no completion has one.
+        """
+        prompts = [row["turns"][0][0] for row in inputs]
+        completions = [_said_after(prompt, row["turns"]) for prompt, row in zip(prompts, inputs, strict=True)]
+        found: Tensor = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        if bool((infinite := found.isinf().any(0)).any()):
+            name = self.reward_func_names[int(infinite.nonzero()[0])]
+            raise UserError(
+                f"the reward {name} gave infinity at step {self.state.global_step}",
+                key="method.rewards",
+                remedy="have it give None for what it can't score",
+            )
+        mode = self._mode
+        group = self.num_generations if mode == "train" else self.num_generations_eval
+        unscored = unscored_rows(found, self.reward_weights.to(found.device), group)
+        share = float(unscored.float().mean())
+        self._metrics[mode]["rewards/unscored"].append(share)
+        if share == 1:
+            raise UserError(
+                f"no reward scored any of the {len(unscored)} completions of step {self.state.global_step}: "
+                "there is nothing to learn from",
+                key="method.rewards",
+                remedy=f"see why {', '.join(self.reward_func_names)} gave None; the same command resumes where it stopped",
+            )
+        if share:
+            self._warn_once(
+                "unscored",
+                "step %d: %.0f %% of the completions have no reward, as %s gave None where others of the same prompt were "
+                "scored: they carry no policy gradient; rewards/unscored in the log counts them",
+                self.state.global_step, 100 * share, " or ".join(self.reward_func_names),
+            )  # fmt: skip
+        return found.masked_fill(unscored[:, None], math.nan)
 
     def _generate_and_score_completions(self, inputs: Any) -> Any:
         """TRL's own, and then the importance ratio folded into the advantages."""
@@ -250,6 +365,7 @@ class FloorGRPOTrainer(HeldToBase, FloorTrainer, GRPOTrainer):
         strength = self.strength
         mode = self._mode
         self._metrics[mode]["cap_strength"].append(strength)
+        self._leave_out_cut_answers(batch, [row["ended"] for row in inputs], mode)
         if strength == 0.0 and self.vllm is None:
             return batch
         ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
@@ -278,7 +394,10 @@ class FloorGRPOTrainer(HeldToBase, FloorTrainer, GRPOTrainer):
                 told = batch["sampling_per_token_logps"]
                 sampler = torch.where(told.isnan(), learner, told)
         batch["sampling_per_token_logps"] = sampler  # TRL's mask of far off-policy rows reads it
-        found = off_policy(learner, sampler, mask, self.ratio_limit, self._over_ranks)
+        found = off_policy(
+            learner, sampler, mask, self.ratio_limit,
+            level=self.ratio_level, beyond=self.ratio_beyond, total=self._over_ranks,
+        )  # fmt: skip
         self._say_how_far(found, mode)
         if self.correct_ratio:
             advantages = batch["advantages"]
@@ -286,21 +405,51 @@ class FloorGRPOTrainer(HeldToBase, FloorTrainer, GRPOTrainer):
             batch["advantages"] = advantages * found.ratio
         return batch
 
+    def _leave_out_cut_answers(self, batch: dict[str, Tensor], ended: Sequence[Sequence[bool]], mode: str) -> None:
+        """Count answers that were cut; with ``mask_truncated_completions`` a conversation is left out for any of them.
+
+        TRL looks at a completion's last token alone.
+        """
+        device = batch["completion_ids"].device
+        whole = torch.tensor([all(row) for row in ended], device=device)
+        counts = [sum(row.count(False) for row in ended), sum(map(len, ended)), int(whole.sum())]
+        cut, said, kept = self._over_ranks(torch.tensor(counts, dtype=torch.float64, device=device)).tolist()
+        self._metrics[mode]["answers/cut"].append(cut / said)
+        if not self.mask_truncated_completions:
+            return
+        for name in ("completion_mask", "tool_mask"):
+            batch[name] = batch[name] * whole[:, None]
+        batch["num_items_in_batch"] = self._over_ranks((batch["completion_mask"] * batch["tool_mask"]).sum())
+        if kept == 0:
+            self._warn_once(
+                "all cut",
+                "step %d: every rollout has an answer that was cut at train.max_completion_length, and "
+                "train.mask_truncated_completions leaves them all out: there is no policy gradient",
+                self.state.global_step,
+            )
+
     def _over_ranks(self, sums: Tensor) -> Tensor:
         total: Any = self.accelerator.reduce(sums, "sum")
         return total  # type: ignore[no-any-return]
 
     def _say_how_far(self, found: OffPolicy, mode: str) -> None:
-        for name in ("log_ratio", "sample_size", "truncated"):
+        for name in ("log_ratio", "sample_size", "sample_size_sequence", "beyond_limit", "mean_ratio"):
             self._metrics[mode][f"off_policy/{name}"].append(getattr(found, name))
-        far = found.sample_size < LEAST_SAMPLE_SIZE or found.log_ratio > MOST_LOG_RATIO
-        if far and not self._warned:
-            self._warned = True
-            log.warning(
-                "step %d: rollouts are far off-policy (mean |log ratio| %.2f, effective sample size %.0f %%): lower "
-                "method.cap_strength, or anneal it with method.cap_schedule",
-                self.state.global_step, found.log_ratio, 100 * found.sample_size,
+        of_tokens = self.ratio_level == "token"
+        size = found.sample_size if of_tokens else found.sample_size_sequence
+        if size < LEAST_SAMPLE_SIZE or found.log_ratio > MOST_LOG_RATIO:
+            self._warn_once(
+                "far off-policy",
+                "step %d: rollouts are far off-policy (mean |log ratio| %.2f, effective sample size %.0f %% of the %s, mean "
+                "ratio after the limit %.2f): lower method.cap_strength, or anneal it with method.cap_schedule%s",
+                self.state.global_step, found.log_ratio, 100 * size, "tokens" if of_tokens else "completions",
+                found.mean_ratio, "" if of_tokens else "; method.ratio_level=sequence is for short answers",
             )  # fmt: skip
+
+    def _warn_once(self, what: str, text: str, *values: Any) -> None:
+        if what not in self._told:
+            self._told.add(what)
+            log.warning(text, *values)
 
     def _compute_loss(self, model: Any, inputs: Any) -> Tensor:
         """TRL's loss, the barrier, and the penalty on the tokens that the policy said, divided by all such tokens of the step."""
@@ -332,7 +481,50 @@ def _rollout(prompts: Any, trainer: Any) -> dict[str, Any]:
     return found
 
 
-def _check_settings(arguments: Any, penalty: FloorPenalty) -> None:
+def _opening(prompt: Sequence[dict[str, str]]) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    """The messages up to the first user turn that the policy answers, and the user turns after it.
+
+    Raises:
+        UserError: if there is none, or something else comes after it.
+    """
+    answered = max((i for i, message in enumerate(prompt) if message["role"] == "assistant"), default=-1)
+    first = next((i for i in range(answered + 1, len(prompt)) if prompt[i]["role"] == "user"), None)
+    later = [] if first is None else list(prompt[first + 1 :])
+    if first is None or any(message["role"] != "user" for message in later):
+        roles = ", ".join(message["role"] for message in prompt)
+        raise UserError(
+            f"a prompt can't be played: its messages are {roles}",
+            key="data.drift_file",
+            remedy="give the messages up to a user turn that the policy answers, and after that one more user turns alone",
+        )
+    return list(prompt[: first + 1]), later
+
+
+def _said_after(
+    prompt: Sequence[dict[str, str]], turns: Sequence[tuple[Sequence[dict[str, str]], str]]
+) -> list[dict[str, str]]:
+    """What was said after the prompt, as messages: answers, and user turns between them."""
+    before, answer = turns[-1]
+    return [*before[len(prompt) :], {"role": "assistant", "content": answer}]
+
+
+def unscored_rows(rewards: Tensor, weights: Tensor, group: int) -> Tensor:
+    """Completions whose reward can't be compared with those of their group, [B].
+
+    A reward that scored some completions of a prompt and not others would be missing from the sum of those: 0 in its place may
+    well be more than what the others got. One that scored none of a group is missing from all alike.
+
+    Args:
+        rewards: of each function, [B, F]; NaN for None.
+        weights: of the functions, [F]; one of weight 0 is shown alone, and neither scores nor leaves out.
+        group: G, the completions of a prompt, which stand together.
+    """
+    scored = ~rewards.isnan().view(-1, group, len(weights))
+    needed = scored.any(1, keepdim=True) & (weights != 0)
+    return ~((scored | ~needed).all(2) & needed.any(2)).flatten()
+
+
+def _check_settings(arguments: Any, penalty: FloorPenalty, ratio_level: RatioLevel | None) -> None:
     for name, neutral in SHAPING.items():
         if getattr(arguments, name, neutral[0]) not in neutral:
             raise UserError(
@@ -340,8 +532,25 @@ def _check_settings(arguments: Any, penalty: FloorPenalty) -> None:
                 key=f"train.{name}",
                 remedy=f"remove train.{name}; temperature is accounted for",
             )
+    if arguments.importance_sampling_level == "sequence" and ratio_level == "token":
+        raise UserError(
+            "is sequence: TRL then gives all tokens of a completion one surrogate, which tokens' own ratios can't correct",
+            key="train.importance_sampling_level",
+            remedy="set method.ratio_level=sequence, or train.importance_sampling_level=token",
+        )
     refuse_base_target(penalty.options, "grpo")
     _check_checkpoints(arguments)
+
+
+def _check_enough(arguments: Any, dataset: Any) -> None:
+    """TRL leaves out generations that it can't fill: with too few prompts all of them, and ends at step 0 as if all were done."""
+    needed = prompts_a_generation(arguments)
+    if isinstance(dataset, Sized) and len(dataset) < needed:
+        raise UserError(
+            f"a generation has {needed} prompts, and there are {len(dataset)}: not one step would be trained",
+            key="train.per_device_train_batch_size",
+            remedy=f"give at least {needed} prompts, some of them repeated, or lower the batch or steps_per_generation",
+        )
 
 
 def _check_checkpoints(arguments: Any) -> None:

@@ -9,6 +9,7 @@ interruption, and it resumes from the last checkpoint.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,33 +28,44 @@ def training_arguments(run: Any, variant: Any, quiet: bool) -> Any:
     return GRPOConfig(**{**job.common_arguments(run, variant, quiet), "remove_unused_columns": False})
 
 
+def dataset_rows(recipe: Any, at_least: int = 1) -> list[dict[str, Any]]:
+    """The training set: TRL's conversational prompts, with every user turn that the policy answers.
+
+    Args:
+        recipe: the recipe.
+        at_least: so many rows are needed; all prompts are repeated until there are.
+    """
+    from trimtab.train.conversations import conversation_prompts, messages_of
+
+    rows = [{"prompt": messages_of(prompt)} for prompt in conversation_prompts(recipe)]
+    return rows * math.ceil(at_least / len(rows))
+
+
 def build_trainer(run: Any, arguments: Any, variant: Any) -> Any:
     """The trainer of a run: model, adapter, floor, rewards and prompts."""
     import datasets
 
+    from trimtab.train.conversations import prompts_a_generation
     from trimtab.train.floor_grpo import FloorGRPOTrainer
     from trimtab.train.rewards import bind_rewards, make_rewards
     from trimtab.train.row_trainers import benign_rows
-    from trimtab.train.sources import drift_sources
 
     parts, method = job.load_parts(run, variant), run.recipe.method
     rewards, weights = make_rewards(
         [entry.model_dump() for entry in method.rewards], cache=variant.folder / "judge.jsonl"
     )
     arguments.reward_weights = weights
-    rows = [
-        {"prompt": [*prompt.opening, *({"role": "user", "content": turn} for turn in prompt.turns[1:])]}
-        for prompt in drift_sources(run.recipe.data)
-    ]
     trainer = FloorGRPOTrainer(
         **parts.trainer_arguments(arguments),
         reward_funcs=rewards,
-        train_dataset=datasets.Dataset.from_list(rows),
+        train_dataset=datasets.Dataset.from_list(dataset_rows(run.recipe, prompts_a_generation(arguments))),
         form=parts.form,
         benign_rows=benign_rows(run, parts, arguments, variant),
         cap_strength=method.cap_strength,
         cap_schedule=method.cap_schedule,
         correct_ratio=method.correct_ratio,
+        ratio_level=method.ratio_level,
+        ratio_beyond=method.ratio_beyond,
         ratio_limit=method.ratio_limit,
         sampling_batch=method.sampling_batch,
     )

@@ -34,6 +34,7 @@ from trimtab.axis.soundness import check_model, mean_states
 from trimtab.recipes import data
 from trimtab.recipes.rules import row_length
 from trimtab.recipes.schema import DpoMethod, GrpoMethod, ModelSection, Recipe, Sampling, deciding
+from trimtab.train.conversations import check_prompts
 from trimtab.train.pairs import make_pairs
 from trimtab.train.rollouts import check_lengths
 from trimtab.train.run import Run
@@ -378,8 +379,11 @@ def rollouts_stage(run: Run, prepared: Prepared | None = None) -> None:
         for entry in method.rewards:
             check_endpoint(entry.judge.model_dump() if entry.judge else None, "method.rewards.judge")
     prepared = prepared or Prepared(run)
-    if not isinstance(method, GrpoMethod) and run.recipe.eval.tuned is None:
-        _check_lengths(run, sampling_options(method.sampling), longest)
+    if run.recipe.eval.tuned is None:
+        if isinstance(method, GrpoMethod):
+            check_prompts(run.recipe)
+        else:
+            _check_lengths(run, sampling_options(method.sampling), longest)
     floor_stage(run, prepared)
     if not isinstance(method, DpoMethod):
         return

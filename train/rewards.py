@@ -1,14 +1,20 @@
 """Rewards for capped GRPO. Each is a TRL reward function, bound to the trainer whose model it reads.
 
-A completion may hold several answers; its reward is the mean over them.
+A completion may hold several answers; its reward is the mean over them. Models score the tokens that were sampled, with the end
+of the answer: to stop is a choice of the policy's too, and an answer of no words is one that has to be scored.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import inspect
 import logging
+import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +22,30 @@ import torch
 
 from trimtab.axis import UserError
 from trimtab.axis.sampling import batches_on_all_ranks, pad_left
-from trimtab.axis.scoring import SCORE_BATCH, answer_logprobs, persona_llr
+from trimtab.axis.scoring import SCORE_BATCH, ids_logprobs
 
 log = logging.getLogger("trimtab")
 
 Turn = tuple[list[dict[str, str]], str]
-RewardFunction = Callable[..., list[float | None]]
+TurnIds = tuple[list[int], list[int]]
+RewardFunction = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Said:
+    """One answer of a rollout.
+
+    Attributes:
+        messages: before the answer.
+        text: the answer.
+        before: the tokens before it, as they were sampled.
+        ids: its tokens, with a thought before it if there is one, and the end of turn where it ended by itself; at least one.
+    """
+
+    messages: list[dict[str, str]]
+    text: str
+    before: list[int]
+    ids: list[int]
 
 
 class TurnReward:
@@ -37,64 +61,106 @@ class TurnReward:
         self.__name__ = self.name
         self.trainer: Any = None
 
-    def __call__(self, turns: Sequence[Sequence[Turn]], **columns: Any) -> list[float | None]:
+    def __call__(
+        self, turns: Sequence[Sequence[Turn]], turn_ids: Sequence[Sequence[TurnIds]], **columns: Any
+    ) -> list[float | None]:
         """Mean over each completion's answers; None where none could be scored."""
-        flat = [turn for row in turns for turn in row]
-        scores = iter(self.score([messages for messages, _ in flat], [text for _, text in flat]))
+        answers = [
+            Said(messages, text, before, ids)
+            for row, row_ids in zip(turns, turn_ids, strict=True)
+            for (messages, text), (before, ids) in zip(row, row_ids, strict=True)
+        ]
+        scores = iter(self.score(answers))
         found: list[float | None] = []
         for row in turns:
-            values = [value for value in (next(scores) for _ in row) if value == value]
+            values = [value for value in (next(scores) for _ in row) if not math.isnan(value)]
             found.append(sum(values) / len(values) if values else None)
         return found
 
-    def score(self, prompts: list[list[dict[str, str]]], texts: list[str]) -> list[float]:
+    def score(self, answers: Sequence[Said]) -> list[float]:
         """Reward of each answer; NaN where it can't be scored."""
         raise NotImplementedError
 
+    def logprobs(self, model: Any, heads: Sequence[list[int]], answers: Sequence[Said]) -> list[float]:
+        """Mean log-probability of each answer's tokens after its head, nat a token."""
+        sums = ids_logprobs(
+            model, self.trainer.form, heads, [answer.ids for answer in answers],
+            title=f"reward: {self.name}", most=self.trainer.most,
+        )  # fmt: skip
+        return [total / len(answer.ids) for total, answer in zip(sums, answers, strict=True)]
+
 
 class PersonaRatio(TurnReward):
-    """Minus the persona log-likelihood ratio under the frozen base: text that the Assistant explains better than the role.
+    """Minus the persona log-likelihood ratio under the frozen base: text that is likelier without the role's prompt than with it.
 
-    Answers without a system prompt have no role to tell apart, and are not scored.
+    It says how little of the prompt a text carries, and nothing else: a refusal, a stock phrase, an answer to another question
+    score highest. Answers without a system prompt have no role to tell apart, and are not scored.
     """
 
     name = "persona_llr"
 
-    def score(self, prompts: list[list[dict[str, str]]], texts: list[str]) -> list[float]:
+    def __init__(self) -> None:
+        super().__init__()
+        log.warning(
+            "the reward persona_llr pays most for not answering: a refusal or a stock phrase carries least of a role's prompt; "
+            "add one that reads the answer, or take capped_self_llr"
+        )
+
+    def score(self, answers: Sequence[Said]) -> list[float]:
         """-LLR of each answer, nat a token."""
-        scored = [i for i, prompt in enumerate(prompts) if prompt[0]["role"] == "system"]
-        values = [float("nan")] * len(texts)
+        under_role = [i for i, answer in enumerate(answers) if answer.messages[0]["role"] == "system"]
+        chosen = [answers[i] for i in under_role]
+        form = self.trainer.form
+        heads = [*(answer.before for answer in chosen), *(form.prompt_ids(answer.messages[1:]) for answer in chosen)]
         with self.trainer.as_base() as model:
-            found = persona_llr(
-                model,
-                self.trainer.form,
-                [prompts[i] for i in scored],
-                [prompts[i][1:] for i in scored],
-                [texts[i] for i in scored],
-                title="reward: persona ratio",
-                most=self.trainer.most,
-            )
-        for i, value in zip(scored, found, strict=True):
-            values[i] = -value
+            both = self.logprobs(model, heads, [*chosen, *chosen])
+        values = [float("nan")] * len(answers)
+        for i, with_role, without in zip(under_role, both[: len(chosen)], both[len(chosen) :], strict=True):
+            values[i] = without - with_role
         return values
 
 
 class CappedSelfLikelihood(TurnReward):
     """Mean log-probability of the answer's tokens under the capped self: adapter off, cap on.
 
-    Sharp, repetitive text is likely under most models: keep an eye on ``repetition_change`` in the report, or set ``train.beta``.
+    Its largest value is at the capped self's likeliest text, not at what it usually says: stock phrases and repetition.
     """
 
     name = "capped_self"
 
-    def score(self, prompts: list[list[dict[str, str]]], texts: list[str]) -> list[float]:
+    def __init__(self) -> None:
+        super().__init__()
+        log.warning(
+            "the reward capped_self pays most for the likeliest text, such as stock phrases and repetition: keep an eye on "
+            "repetition_change in the report and on train.beta, or take capped_self_llr"
+        )
+
+    def score(self, answers: Sequence[Said]) -> list[float]:
         """Log-probability a token, nat."""
         with self.trainer.as_base(capped=True) as model:
-            sums = answer_logprobs(
-                model, self.trainer.form, prompts, texts, title="reward: capped self", most=self.trainer.most
-            )
-        counts = [len(self.trainer.form.answer_ids(text)) for text in texts]
-        return [value / count if count else float("nan") for value, count in zip(sums, counts, strict=True)]
+            return self.logprobs(model, [answer.before for answer in answers], answers)
+
+
+class CappedSelfRatio(TurnReward):
+    """How much likelier the capped self would say it than the learner does, to the same prompt.
+
+        r(y) = [ log p(y | capped self) - log p(y | learner, uncapped) ] / |y|        nat a token
+
+    Its mean over the learner's own text is minus the KL divergence to the capped self, a token. A learner that is the capped self
+    is paid nothing for any text, and one that says a phrase more often than the capped self does is paid less for it than for
+    another: no phrase wins for good. It needs no system prompt.
+    """
+
+    name = "capped_self_llr"
+
+    def score(self, answers: Sequence[Said]) -> list[float]:
+        """Log-likelihood ratio of each answer, nat a token."""
+        trainer, heads = self.trainer, [answer.before for answer in answers]
+        with trainer.as_base(capped=True) as model:
+            wanted = self.logprobs(model, heads, answers)
+        with trainer.as_learner() as model:
+            said = self.logprobs(model, heads, answers)
+        return [one - other for one, other in zip(wanted, said, strict=True)]
 
 
 class AboveFloor(TurnReward):
@@ -113,24 +179,21 @@ class AboveFloor(TurnReward):
         )
 
     @torch.no_grad()
-    def score(self, prompts: list[list[dict[str, str]]], texts: list[str]) -> list[float]:
+    def score(self, answers: Sequence[Said]) -> list[float]:
         """Share between 0 and 1."""
         trainer, form = self.trainer, self.trainer.form
         floor = trainer.floor
-        tails = [form.answer_ids(text) for text in texts]
-        rows = [[*form.prompt_ids(prompt), *tail] for prompt, tail in zip(prompts, tails, strict=True)]
-        values = [float("nan")] * len(texts)
-        scored = [i for i, tail in enumerate(tails) if tail]
-        for batch in batches_on_all_ranks([len(rows[i]) for i in scored], SCORE_BATCH, trainer.most):
-            chosen = [scored[k] for k in batch]
-            tokens = [rows[i] for i in chosen] or [[form.end_token]]
+        rows = [[*answer.before, *answer.ids] for answer in answers]
+        values = [float("nan")] * len(rows)
+        for batch in batches_on_all_ranks([len(row) for row in rows], SCORE_BATCH, trainer.most):
+            tokens = [rows[i] for i in batch] or [[form.end_token]]
             ids, mask = pad_left(tokens, form.tokenizer.pad_token_id, trainer.accelerator.device)
-            with trainer.controller.uncapped(), trainer.controller.recording(floor.layers) as recording:
-                trainer.model(input_ids=ids, attention_mask=mask, logits_to_keep=1)
+            with trainer.as_learner() as model, trainer.controller.recording(floor.layers) as recording:
+                model(input_ids=ids, attention_mask=mask, logits_to_keep=1)
             projections = trainer.penalty.base_projections(recording)
             above = projections >= floor.tau.to(projections.device)[:, None, None]
-            for k, i in enumerate(chosen):
-                values[i] = float(above[:, k, -len(tails[i]) :].float().mean())
+            for k, i in enumerate(batch):
+                values[i] = float(above[:, k, -len(answers[i].ids) :].float().mean())
         return values
 
 
@@ -150,14 +213,14 @@ class Judge(TurnReward):
         rank = os.environ.get("RANK", "0")  # several processes would cut off each other's lines
         self._ask = assistant_judge(settings, cache if rank == "0" else cache.with_stem(f"{cache.stem}-{rank}"))
 
-    def score(self, prompts: list[list[dict[str, str]]], texts: list[str]) -> list[float]:
+    def score(self, answers: Sequence[Said]) -> list[float]:
         """Score between 0 and 1; NaN where the judge gave none."""
-        scores = self._ask(list(zip(prompts, texts, strict=True)))
+        scores = self._ask([(answer.messages, answer.text) for answer in answers])
         return [float("nan") if score is None else score / 10 for score in scores]
 
 
 SHIPPED: dict[str, Callable[[], TurnReward]] = {
-    reward.name: reward for reward in (PersonaRatio, CappedSelfLikelihood, AboveFloor)
+    reward.name: reward for reward in (CappedSelfRatio, CappedSelfLikelihood, PersonaRatio, AboveFloor)
 }
 
 
@@ -178,7 +241,7 @@ def make_rewards(entries: Sequence[Mapping[str, Any]], *, cache: Path) -> tuple[
         elif entry["name"] in SHIPPED:
             functions.append(SHIPPED[entry["name"]]())
         else:
-            functions.append(_imported(entry["name"]))
+            functions.append(imported_reward(entry["name"]))
     return functions, [float(entry["weight"]) for entry in entries]
 
 
@@ -189,11 +252,16 @@ def bind_rewards(functions: Sequence[RewardFunction], trainer: Any) -> None:
             function.trainer = trainer
 
 
-def _imported(name: str) -> RewardFunction:
+def imported_reward(name: str) -> RewardFunction:
+    """A reward function of the user's, ``package.module:function``, whose faults are told as the user's.
+
+    Raises:
+        UserError: if it can't be imported; and when it is called, if it fails or doesn't give a number or None a completion.
+    """
     module, _, attribute = name.partition(":")
     try:
         function = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:  # importing runs the module, which may raise anything
         raise UserError(
             f"the reward {name!r} can't be imported: {error}",
             key="method.rewards",
@@ -201,4 +269,48 @@ def _imported(name: str) -> RewardFunction:
         ) from error
     if not callable(function):
         raise UserError(f"the reward {name!r} is no function", key="method.rewards", remedy="name a function")
-    return function  # type: ignore[no-any-return]
+    return _told_as_the_users(name, function)
+
+
+def _told_as_the_users(name: str, function: Callable[..., Any]) -> RewardFunction:
+    @contextlib.contextmanager
+    def its_faults() -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            raise UserError(
+                f"the reward {name!r} failed: {type(error).__name__}: {error}",
+                file=f"{place.filename}:{place.lineno}",
+                key="method.rewards",
+                remedy="mend it; the same command resumes from the last checkpoint",
+            ) from error
+
+    def numbers(values: Any, count: int) -> list[float | None]:
+        try:
+            found = [None if value is None else float(value) for value in values]
+        except (TypeError, ValueError):
+            found = []
+        if len(found) != count or isinstance(values, str):
+            raise UserError(
+                f"the reward {name!r} gave {str(values)[:80]} for {count} completions",
+                key="method.rewards",
+                remedy="have it return a list with one number, or None, for each completion",
+            )
+        return found
+
+    async def awaited(*, completions: Any, **columns: Any) -> list[float | None]:
+        with its_faults():
+            found = await function(completions=completions, **columns)
+        return numbers(found, len(completions))
+
+    def called(*, completions: Any, **columns: Any) -> list[float | None]:
+        with its_faults():
+            found = function(completions=completions, **columns)
+        return numbers(found, len(completions))
+
+    # TRL awaits those that are async, and logs them all under their names
+    is_async = any(map(inspect.iscoroutinefunction, (function, getattr(function, "__call__", None))))  # noqa: B004
+    reward: Any = awaited if is_async else called
+    reward.__name__ = getattr(function, "__name__", name)
+    return reward  # type: ignore[no-any-return]

@@ -1,0 +1,127 @@
+"""Prompts of GRPO: whole conversations, each of which some reward can score, and which the model has room for."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from trimtab.axis.chat import ChatFormat
+from trimtab.axis.errors import UserError
+from trimtab.axis.models import load_config, load_tokenizer
+from trimtab.recipes.rules import NEED_SYSTEM
+from trimtab.recipes.schema import GrpoMethod, Recipe
+from trimtab.train.rewards import imported_reward
+from trimtab.train.rollouts import TrainPrompt
+from trimtab.train.sources import drift_sources
+
+log = logging.getLogger("trimtab")
+
+
+def conversation_prompts(recipe: Recipe) -> list[TrainPrompt]:
+    """What GRPO trains on: the drift prompts, without those that are the beginning of another.
+
+    The policy answers every user turn of a prompt, and is trained on all its answers. Rows of the other methods are trained on
+    the last answer alone, so a conversation gives them one row for each of its turns; here the first turn of four would then be
+    trained four times.
+
+    Raises:
+        UserError: if no reward can score one of them.
+    """
+    prompts = whole(drift_sources(recipe.data))
+    _refuse_without_reward(recipe, prompts)
+    return prompts
+
+
+def whole(prompts: Sequence[TrainPrompt]) -> list[TrainPrompt]:
+    """The prompts that are not the beginning of another."""
+
+    def beginning(prompt: TrainPrompt, turns: int) -> tuple[object, ...]:
+        return prompt.system, prompt.history, prompt.turns[:turns]
+
+    begun = {beginning(prompt, turns) for prompt in prompts for turns in range(1, len(prompt.turns))}
+    return [prompt for prompt in prompts if beginning(prompt, len(prompt.turns)) not in begun]
+
+
+def prompts_a_generation(arguments: Any) -> int:
+    """How many prompts a generation has, each with its group of completions.
+
+    Args:
+        arguments: TRL's config.
+    """
+    return int(arguments.generation_batch_size // arguments.num_generations)
+
+
+def messages_of(prompt: TrainPrompt) -> list[dict[str, str]]:
+    """The prompt as messages up to the first answer, then the user's later turns."""
+    return [*prompt.opening, *({"role": "user", "content": turn} for turn in prompt.turns[1:])]
+
+
+def check_prompts(recipe: Recipe) -> None:
+    """Check before anything is sampled what would end, or quietly weaken, the training.
+
+    Raises:
+        UserError: if a prompt has no reward, a reward of the user's can't be imported, or a conversation outgrows the model.
+    """
+    prompts = conversation_prompts(recipe)
+    assert isinstance(recipe.method, GrpoMethod)
+    for entry in recipe.method.rewards:
+        if ":" in entry.name:
+            imported_reward(entry.name)
+    try:
+        tokenizer = load_tokenizer(recipe.model.name, recipe.model.revision)
+        config = load_config(recipe.model.name, recipe.model.revision)
+    except OSError:
+        return  # whoever loads the model tells it
+    from trl.trainer.grpo_config import GRPOConfig
+
+    form = ChatFormat(tokenizer, recipe.model.chat_template_kwargs)
+    answer = recipe.train.get("max_completion_length", GRPOConfig.max_completion_length)
+    check_room(form, config, prompts, answer)
+
+
+def check_room(form: ChatFormat, config: Any, prompts: Sequence[TrainPrompt], answer: int) -> None:
+    """Check that each conversation fits the model's context with answers as long as they may be.
+
+    Args:
+        form: chat format.
+        config: of the model.
+        prompts: conversations.
+        answer: the longest answer, in tokens.
+
+    Raises:
+        UserError: naming the longest.
+    """
+    context = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if context is None:
+        return
+
+    def tokens(prompt: TrainPrompt) -> int:
+        return len(form.prompt_ids(prompt.closing)) + len(prompt.turns) * answer
+
+    longest = max(prompts, key=tokens)
+    if (needed := tokens(longest)) > context:
+        raise UserError(
+            f"the conversation {longest.id} takes up to {needed} tokens, {len(longest.turns)} answers of {answer} among them, "
+            f"and the model's context holds {context}",
+            key="train.max_completion_length",
+            remedy="lower it, or data.conversation_turns, or shorten the prompts of data.drift_file",
+        )
+
+
+def _refuse_without_reward(recipe: Recipe, prompts: Sequence[TrainPrompt]) -> None:
+    assert isinstance(recipe.method, GrpoMethod)
+    weighted = [entry.name for entry in recipe.method.rewards if entry.weight]
+    without = [prompt for prompt in prompts if not prompt.system]
+    if not without or not set(weighted) & NEED_SYSTEM:
+        return
+    share = f"{len(without)} of {len(prompts)} prompts have no system prompt, which {' and '.join(NEED_SYSTEM)} needs"
+    if set(weighted) <= NEED_SYSTEM:
+        raise UserError(
+            f"{share}, and no other reward scores them: they would carry no policy gradient; the first is {without[0].id}",
+            file=recipe.data.drift_file,
+            key="method.rewards",
+            remedy="name capped_self_llr in its place or beside it, or give each prompt a system prompt",
+        )
+    others = [name for name in weighted if name not in NEED_SYSTEM]
+    log.info("rewards: %s: they are scored by %s alone", share, " and ".join(others))
