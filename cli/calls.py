@@ -33,7 +33,8 @@ from trimtab.train.rollouts import SAMPLERS, RolloutPlan, TrainPrompt
 from trimtab.train.row_trainers import benign_plan, rollout_plan
 from trimtab.train.sources import drift_sources
 
-OF_METHOD, OF_GRPO, OF_EVAL = "method.sampling.batch_size", "method.sampling_batch", "eval.sampling.batch_size"
+OF_METHOD, OF_GRPO = "method.sampling.batch_size", "method.sampling_batch"
+OF_AXIS, OF_EVAL = "axis.sampling.batch_size", "eval.sampling.batch_size"
 MARKUP = TURN // 2  # tokens that a template puts round a message, about
 
 
@@ -52,6 +53,11 @@ class Call:
     prompt: int
     answer: int
     key: str
+
+    @property
+    def steps(self) -> int:
+        """Tokens that are decoded: one more than the answer has where its mean is read, which wants the last one fed as well."""
+        return self.answer + (self.key in (OF_AXIS, OF_EVAL))
 
     @property
     def cached(self) -> int:

@@ -66,7 +66,7 @@ class Speed:
 
     def seconds(self, calls: Iterable[Call]) -> float:
         """Seconds of calls of ``generate``, one after another."""
-        return sum(self._prefill(call) + call.answer * self._token(call.rows) for call in calls)
+        return sum(self._prefill(call) + call.steps * self._token(call.rows) for call in calls)
 
     def _computed(self, tokens: float) -> float:
         return 2 * self.active * tokens / (FLOPS * REACHED_FLOPS)

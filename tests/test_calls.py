@@ -62,7 +62,7 @@ def counter(monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[int, int]]:
 
 
 def of_plan(calls: list[Call]) -> Counter[tuple[int, int]]:
-    return Counter((call.rows, call.answer) for call in calls)
+    return Counter((call.rows, call.steps) for call in calls)
 
 
 @pytest.mark.parametrize("method", ["sft", "distill", "grpo", "dpo"])
