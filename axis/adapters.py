@@ -18,10 +18,13 @@ from typing import Any
 import torch
 from accelerate.utils import extract_model_from_parallel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
 from transformers.core_model_loading import revert_weight_conversion
 
+from trimtab.axis.base_check import WRAPPERS, base_name, is_tied, near, plain_module, probe_logits
 from trimtab.axis.directions import Floor
 from trimtab.axis.hooks import ActivationController
+from trimtab.axis.layers import base_model_of
 
 MERGED_SHARE = 0.2  # of a GPU's memory, which the copies of the adapted weights may take
 
@@ -103,7 +106,10 @@ def merged_weights(
         name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)
     }
     for name, parameter in model.named_parameters():
-        if model.prefix in name or (".modules_to_save." if base else ".original_module.") in name:
+        tuned_whole = ".modules_to_save." in name
+        if ".original_module." in name if not base else tuned_whole:
+            continue
+        if base_name(model, name) is None and not tuned_whole:
             continue
         # the layer around the weight, and the layers around that one
         cuts = [found.start() for found in re.finditer(r"\.base_layer\b", name)]
@@ -114,12 +120,57 @@ def merged_weights(
                 stack.enter_context(_merged_layer(layer))
             held = model.get_parameter(name)
             whole = held.full_tensor() if hasattr(held, "full_tensor") else held.data
-            inside = re.sub(_WRAPPERS, "", name.removeprefix("base_model.model."))
+            inside = re.sub(WRAPPERS, "", name.removeprefix("base_model.model."))
             # experts, one weight in transformers, are many in the checkpoint
             yield from revert_weight_conversion(model.get_base_model(), {inside: whole}).items()
 
 
-_WRAPPERS = r"\.base_layer\b|\.modules_to_save\.[^.]+|\.original_module|\b_checkpoint_wrapped_module\."
+class NotMergeable(RuntimeError):
+    """An adapter that can't be merged, or not without changing what it does."""
+
+
+def merge_in(
+    model: Any, gathered: Callable[[Sequence[Any]], contextlib.AbstractContextManager[Any]] | None = None
+) -> Any:
+    """Merge the adapter of a PEFT model for good; returns the plain model, which says what the PEFT model said.
+
+    Where embedding and head are one weight and an adapter is on either, they are parted first: each gets what is its own.
+
+    Args:
+        model: a PeftModel, used up.
+        gathered: under ZeRO-3, makes sharded parameters whole inside a block, and keeps what was written there.
+
+    Raises:
+        NotMergeable: if PEFT has no way to merge it, or the merged model says something else.
+    """
+    wanted = probe_logits(model)
+    quantised = any(hasattr(p, "quant_state") or not p.is_floating_point() for p in model.parameters())
+    base = base_model_of(model)
+    head, embedding = base.get_output_embeddings(), base.get_input_embeddings()
+    if is_tied(model) and any(isinstance(module, BaseTunerLayer) for module in (head, embedding)):
+        part_head(base)
+    try:
+        if gathered is not None:
+            layers: list[Any] = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+            for layer in layers:
+                with gathered(list(layer.parameters())):
+                    layer.merge()
+        plain = model.merge_and_unload()
+    except (RuntimeError, NotImplementedError, AttributeError, ValueError) as error:
+        raise NotMergeable(str(error)) from error
+    # merged into quantised weights, which are quantised again, it is another model by as much as that rounds
+    found = probe_logits(plain)
+    if wanted is not None and found is not None and not quantised and not near(found, wanted):
+        raise NotMergeable("the merged model says something else")
+    return plain
+
+
+def part_head(base: Any) -> None:
+    """Give the head a weight of its own, a copy of the embedding's, where the two are one."""
+    head = plain_module(base.get_output_embeddings())
+    head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+    for config in {id(c): c for c in (base.config, base.config.get_text_config())}.values():
+        config.tie_word_embeddings = False
 
 
 def merged_if_quicker(model: Any) -> contextlib.AbstractContextManager[Any]:

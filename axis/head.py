@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trimtab.axis.errors import UserError
 from trimtab.axis.layers import base_model_of, text_config_of
 
 
@@ -24,7 +25,10 @@ class OutputHead:
     :class:`~trimtab.axis.hooks.ActivationController` gives.
 
     Args:
-        model: any Hugging Face causal model, PEFT-wrapped or not. The head carries no adapter.
+        model: any Hugging Face causal model, PEFT-wrapped or not.
+
+    Raises:
+        UserError: if the head is tuned. States alone don't say whose they are, and the base's would go through the tuned head.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -33,7 +37,19 @@ class OutputHead:
         self._softcap = getattr(config, "final_logit_softcapping", None)
         self._scale = _logit_scale(config)
         self._states: list[Tensor] | None = None
+        self._head()
         self._base.get_decoder().register_forward_hook(self._on_backbone)
+
+    def _head(self) -> Any:
+        head = self._base.get_output_embeddings()
+        if any(hasattr(head, name) for name in ("base_layer", "original_module")):  # what PEFT puts around a module
+            raise UserError(
+                "the head is tuned, and the base's states would go through it",
+                key="lora",
+                remedy="leave the head out of target_modules, modules_to_save and, where it is the embedding too, "
+                "trainable_token_indices",
+            )
+        return head
 
     def _on_backbone(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._states is not None:
@@ -73,7 +89,7 @@ class OutputHead:
     @contextlib.contextmanager
     def gathered(self) -> Iterator[None]:
         """Have the head's weights whole inside the block, where ZeRO-3 has sharded them."""
-        weights = [p for p in self._base.get_output_embeddings().parameters() if hasattr(p, "ds_id")]
+        weights = [p for p in self._head().parameters() if hasattr(p, "ds_id")]
         if not weights:
             yield
             return
@@ -84,7 +100,7 @@ class OutputHead:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [M, V] of final hidden states [M, D], as the model itself would give them."""
-        head = self._base.get_output_embeddings()
+        head = self._head()
         weight, bias = head.weight, head.bias
         if hasattr(weight, "full_tensor"):  # FSDP2 shards it as a DTensor
             weight, bias = weight.full_tensor(), None if bias is None else bias.full_tensor()

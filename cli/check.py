@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import math
-import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from rich.table import Table
 from torch import nn
 
 from trimtab.axis.adapters import MERGED_SHARE
+from trimtab.axis.base_check import add_adapters
 from trimtab.axis.calibration import check_window, window_by_rule
 from trimtab.axis.errors import UserError
 from trimtab.axis.layers import find_decoder_layers, shape_of, text_config_of
@@ -144,7 +144,7 @@ def find_structure(recipe: Recipe, model: nn.Module) -> Structure:
     layer_parameters = max(sum(p.numel() for p in layer.parameters()) for layer in layers)
     largest = max(p.numel() for p in model.parameters())
     active = active_parameters(model)  # before the adapters are put on
-    adapted_model = _with_adapters(recipe, model)
+    adapted_model = add_adapters(model, recipe.lora)
     carriers: dict[str, Any] = {
         name: module for name, module in adapted_model.named_modules() if hasattr(module, "lora_A")
     }
@@ -226,25 +226,6 @@ def _window(recipe: Recipe, model: nn.Module) -> tuple[tuple[int, ...], str]:
         return tuple(named), "from the experiment's id" if recipe.floor.experiment else "from floor.layers"
     config = text_config_of(model)
     return window_by_rule(config.model_type, shape_of(model)[0]), "chosen by rule"
-
-
-def _with_adapters(recipe: Recipe, model: nn.Module) -> nn.Module:
-    from peft import LoraConfig, get_peft_model
-
-    try:
-        with warnings.catch_warnings():
-            # A matter between peft and transformers: nothing that a user can mend.
-            warnings.simplefilter("ignore", FutureWarning)
-            config = LoraConfig(**{"task_type": "CAUSAL_LM", **recipe.lora, "init_lora_weights": True})
-            wrapped: Any = get_peft_model(model, config)  # type: ignore[arg-type]
-    except (ValueError, TypeError) as error:
-        raise UserError(
-            f"PEFT refuses these adapters: {error}",
-            key="lora",
-            remedy="name modules that the model has in lora.target_modules, or use all-linear",
-        ) from error
-    found: nn.Module = wrapped
-    return found
 
 
 def plan_memory(

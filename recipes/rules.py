@@ -62,6 +62,48 @@ SHAPING: dict[str, tuple[object, ...]] = {
     "top_p": (1, None), "top_k": (0, None), "min_p": (0, None), "repetition_penalty": (1, None),
 }  # fmt: skip
 
+# Keys of `lora` that may have but some values: (values, why, what to do instead). With its adapter off, a model must be its base.
+_NOT_THE_BASE = "the base's weights are rewritten: with the adapter off, the model would not be the base"
+_OF_AN_INIT = "it belongs to an initialisation that rewrites the base's weights, or does nothing"
+LORA_ONLY: dict[str, tuple[tuple[object, ...], str, str]] = {
+    "init_lora_weights": (
+        (True, False, "gaussian", "orthogonal", "mica"),
+        f"{_NOT_THE_BASE} (or the data that this initialisation needs is not gathered)",
+        "set lora.init_lora_weights=true, or one of false, gaussian, orthogonal, mica",
+    ),
+    "bias": (("none",), "the base's own biases would be trained, and stay changed with the adapter off", "set lora.bias=none"),
+    "modules_to_save": (
+        (None, []),
+        "whole modules would be trained beside the adapter; of the head the divergences give no gradient",
+        "remove it: target_modules: all-linear reaches all layers",
+    ),
+    "kasa_config": ((None,), _NOT_THE_BASE, "remove it"),
+    "layer_replication": ((None, []), "the base would have other layers: another model", "remove it"),
+    **dict.fromkeys(
+        ("loftq_config", "eva_config", "corda_config", "lora_ga_config"), ((None, {}), _OF_AN_INIT, "remove it")
+    ),
+    "alora_invocation_tokens": (
+        (None, []),
+        "the adapter would act only behind these tokens, which no prompt here has",
+        "remove it",
+    ),
+    "monteclora_config": ((None,), "the policy would be another at every forward", "remove it"),
+    "arrow_config": ((None,), "it chooses among adapters that are there already", "remove it"),
+    "megatron_config": ((None,), "it is of Megatron's layers, which transformers' models have not", "remove it"),
+    "megatron_core": (("megatron.core",), "it is of Megatron's layers, which transformers' models have not", "remove it"),
+    "use_qalora": ((False,), "it is of GPTQ weights alone", "remove it"),
+    "qalora_group_size": ((16,), "it is of GPTQ weights alone", "remove it"),
+    "ensure_weight_tying": ((False,), "no adapter may lie on embedding and head at once", "remove it"),
+    "runtime_config": ((None, {}), "it is not part of an adapter", "remove it"),
+    "inference_mode": ((False,), "nothing would be trained", "remove it"),
+    "task_type": (("CAUSAL_LM",), "a causal language model is trained", "remove it, or set lora.task_type=CAUSAL_LM"),
+    "peft_type": (("LORA",), "PEFT makes a LoRA of it whatever it says", "remove it"),
+    **dict.fromkeys(
+        ("auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+        ((None,), "PEFT writes it itself: the `model` section names the base", "remove it"),
+    ),
+}  # fmt: skip
+
 # Keys of `train` that must be whole numbers above 0; the library's own annotation says only int.
 POSITIVE = ("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps")
 # TRL's own longest row, tokens, where train.max_length says nothing.
@@ -291,6 +333,10 @@ def _floor(recipe: Recipe, given: Set[str]) -> Iterator[Fault]:
 
 
 def _lora(recipe: Recipe) -> Iterator[Fault]:
+    for key, (values, why, remedy) in LORA_ONLY.items():
+        value = recipe.lora.get(key, values[0])
+        if not any(value == allowed and isinstance(value, bool) == isinstance(allowed, bool) for allowed in values):
+            yield Fault(f"is {value!r}: {why}", remedy, f"lora.{key}")
     targets = recipe.lora.get("target_modules")
     names = targets if isinstance(targets, list) else []
     hit = any(isinstance(name, str) and (name == "lm_head" or name.endswith(".lm_head")) for name in names)

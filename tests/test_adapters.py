@@ -7,17 +7,22 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from conftest import LAYERS, VOCAB, build_floor, build_model, build_tokenizer
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from test_floor_sft import make_rows, make_trainer, wake
+from trl import DPOConfig, GRPOConfig
 
-from trimtab.axis import ActivationController
+from trimtab.axis import ActivationController, UserError, base_check
 from trimtab.axis.adapters import as_base, can_merge, merged, merged_weights
+from trimtab.axis.chat import ChatFormat
 from trimtab.axis.models import load_model
 from trimtab.train.floor_distill import FloorDistillTrainer
+from trimtab.train.floor_dpo import FloorDPOTrainer
+from trimtab.train.floor_grpo import FloorGRPOTrainer
 from trimtab.train.floor_sft import FloorSFTTrainer
 
 IDS = torch.randint(3, VOCAB, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -26,6 +31,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "rslora": {"use_rslora": True},
     "dora": {"use_dora": True},
     "window only": {"layers_to_transform": [0, 1, 2], "target_modules": ["q_proj", "v_proj", "down_proj"]},
+    "embedding": {"target_modules": ["q_proj", "embed_tokens"]},
+    "rows of tokens": {"trainable_token_indices": [5, 80, 254]},
 }
 
 
@@ -78,7 +85,7 @@ def test_weights_one_by_one_are_those_of_the_merged_model(kind: str) -> None:
     model = get_peft_model(copy.deepcopy(plain), LoraConfig(task_type="CAUSAL_LM", **chosen)).eval()
     wake(model)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    for _ in range(100):
+    for _ in range(100 if kind in ("lora", "dora", "another head") else 3):
         found = {name: weight.clone() for name, weight in merged_weights(model)}
     assert all(value.equal(before[name]) for name, value in model.state_dict().items())
     wanted = copy.deepcopy(model).merge_and_unload().state_dict()
@@ -88,6 +95,107 @@ def test_weights_one_by_one_are_those_of_the_merged_model(kind: str) -> None:
     assert sum(not found[name].equal(value) for name, value in plain.state_dict().items()) >= 4
     for name, weight in merged_weights(model, base=True):
         assert weight.equal(plain.state_dict()[name]), name
+
+
+def dpo(folder: Path, lora: dict[str, Any]) -> Any:
+    answer = [{"role": "assistant", "content": "Bake it."}]
+    row = {"prompt": [{"role": "user", "content": "How?"}], "chosen": answer, "rejected": answer}
+    return FloorDPOTrainer(
+        model=build_model("llama"), args=DPOConfig(str(folder), use_cpu=True, bf16=False, report_to="none"),
+        peft_config=LoraConfig(task_type="CAUSAL_LM", **lora),
+        train_dataset=datasets.Dataset.from_list([row] * 2), processing_class=build_tokenizer(), floor=build_floor(),
+    )  # fmt: skip
+
+
+def grpo(folder: Path, lora: dict[str, Any]) -> Any:
+    settings = {
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": "none",
+        "num_generations": 2,
+        "per_device_train_batch_size": 2,
+    }
+    tokenizer = build_tokenizer()
+    return FloorGRPOTrainer(
+        model=build_model("llama"), args=GRPOConfig(str(folder), **settings),
+        peft_config=LoraConfig(task_type="CAUSAL_LM", **lora),
+        reward_funcs=[lambda completions, **columns: [0.0] * len(completions)], floor=build_floor(),
+        train_dataset=datasets.Dataset.from_list([{"prompt": [{"role": "user", "content": "How?"}]}] * 2),
+        processing_class=tokenizer, form=ChatFormat(tokenizer),
+    )  # fmt: skip
+
+
+def sft(folder: Path, lora: dict[str, Any]) -> Any:
+    return make_trainer(folder, make_rows(4), lora=lora)
+
+
+def distill(folder: Path, lora: dict[str, Any]) -> Any:
+    return make_trainer(folder, make_rows(4), kind=FloorDistillTrainer, lora=lora)
+
+
+@pytest.mark.parametrize("trainer", [sft, distill, grpo, dpo])
+def test_with_the_adapter_off_every_trainer_has_the_base(tmp_path: Path, trainer: Any) -> None:
+    """PiSSA puts the main part of a weight into the adapter and leaves the rest below it."""
+    config = {"r": 4, "target_modules": ["q_proj"], "lora_dropout": 0.0}
+    with torch.no_grad():
+        wanted = build_model("llama")(input_ids=IDS).logits
+        model = trainer(tmp_path / "plain", config).model.eval()
+        with model.disable_adapter():
+            assert model(input_ids=IDS).logits.equal(wanted)
+    with pytest.raises(UserError, match="init_lora_weights: pissa rewrites"):
+        trainer(tmp_path / "pissa", config | {"init_lora_weights": "pissa"})
+
+
+def qwen2(**changes: Any) -> Any:
+    """A model with biases, and embedding and head in one."""
+    return build_model("qwen2", **{"tie_word_embeddings": True, **changes})
+
+
+# options -> what is said, key and weight
+NOT_THE_BASE: list[tuple[dict[str, Any], str]] = [
+    ({"init_lora_weights": "olora"}, "lora.init_lora_weights: olora rewrites"),
+    ({"init_lora_weights": "pissa_niter_2"}, "lora.init_lora_weights: pissa_niter_2 rewrites"),
+    ({"kasa_config": {"beta": 1e-4}}, "lora.kasa_config"),
+    ({"layer_replication": [[0, 3], [1, 4]]}, "lora.layer_replication"),
+    ({"bias": "all"}, "lora.bias: .*q_proj.base_layer.bias is the base's own"),
+    ({"bias": "lora_only"}, "lora.bias: .*q_proj.base_layer.bias is the base's own"),
+    ({"modules_to_save": ["norm"]}, "lora.modules_to_save: .*norm.modules_to_save"),
+    ({"modules_to_save": ["lm_head"]}, "lora.modules_to_save: the head would be tuned"),
+    ({"modules_to_save": ["embed_tokens"]}, "lora.modules_to_save: this model's embedding and head are one"),
+    ({"target_modules": ["q_proj", "embed_tokens"]}, "lora.target_modules: this model's embedding and head are one"),
+    ({"target_modules": r".*(q_proj|embed_tokens)"}, "lora.target_modules: this model's embedding and head are one"),
+    ({"trainable_token_indices": [5]}, "lora.trainable_token_indices: the head would be tuned.*\n.*remedy.*one weight"),
+    ({"target_modules": ["q_proj"], "layers_to_transform": [0, 9]}, "lora.layers_to_transform: there is no layer 9"),
+]
+
+
+@pytest.mark.parametrize(("options", "said"), NOT_THE_BASE)
+def test_what_the_base_could_not_be_told_from_is_refused(tmp_path: Path, options: dict[str, Any], said: str) -> None:
+    lora = {"r": 4, "target_modules": ["q_proj", "v_proj"], **options}
+    with pytest.raises(UserError, match=said):
+        make_trainer(tmp_path, make_rows(4), model=qwen2(), lora=lora)
+
+
+def test_what_rewrites_weights_is_seen_by_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever it is called: the first weight that is another is named. A change that no weight shows is seen by the logits."""
+    monkeypatch.setattr(base_check, "REWRITING", ())
+    with pytest.raises(UserError, match=r"no longer the base: model\.layers\.0\.self_attn\.q_proj\.weight has changed"):
+        make_trainer(tmp_path, make_rows(4), lora={"r": 4, "target_modules": ["q_proj"], "init_lora_weights": "pissa"})
+    model = build_model("llama")
+    before = base_check.record_base(model)
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"]))
+    base_check.check_base(adapted, before, key="lora", remedy="none")
+    model.model.layers[1].mlp.register_forward_hook(lambda module, inputs, output: 1.5 * output)
+    with pytest.raises(UserError, match="weights are the same, and its logits are not"):
+        base_check.check_base(adapted, before, key="lora", remedy="none")
+
+
+def test_a_name_that_no_module_has_is_told(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logging.getLogger("trimtab"), "propagate", True)
+    lora = {"target_modules": ["q_proj", "v_prj"], "rank_pattern": {"q_proj": 2, "o_proj": 3}}
+    base_check.check_adapters(get_peft_model(build_model("llama"), LoraConfig(**lora)))
+    assert "lora.target_modules: no adapted module is called v_prj" in caplog.text
+    assert "lora.rank_pattern: no adapted module is called o_proj" in caplog.text and "q_proj" not in caplog.text
 
 
 def test_experts_are_sent_as_the_checkpoint_has_them(tmp_path: Path) -> None:

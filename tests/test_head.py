@@ -17,6 +17,7 @@ from transformers import (
     GraniteForCausalLM,
 )
 
+from trimtab.axis import UserError
 from trimtab.axis.head import OutputHead
 
 IDS = torch.randint(3, VOCAB, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -65,3 +66,23 @@ def test_inside_peft_and_with_gradient() -> None:
     assert states[0].requires_grad
     head.logits(states[0][0]).sum().backward()
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for n, p in model.named_parameters() if "lora_B" in n)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"modules_to_save": ["lm_head"]},
+        {"target_modules": ["q_proj", "lm_head"]},
+        {"tie_word_embeddings": True, "trainable_token_indices": [5]},
+    ],
+)
+def test_a_tuned_head_is_refused(changes: dict[str, Any]) -> None:
+    """The base's states would go through it, and a KL of 1 be one of 0."""
+    options = {"r": 2, "target_modules": ["q_proj"], **changes}
+    base = build_model("llama", tie_word_embeddings=options.pop("tie_word_embeddings", False))
+    plain = OutputHead(base)
+    model = get_peft_model(base, LoraConfig(**options))
+    with pytest.raises(UserError, match="the head is tuned"):
+        OutputHead(model)
+    with pytest.raises(UserError, match="the head is tuned"):  # put on later
+        plain.logits(torch.zeros(1, 32))

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 
 from trimtab.axis import ActivationController, Floor, Recording, UserError
+from trimtab.axis.base_check import BaseRecord, check_adapters, check_base, record_base
 from trimtab.axis.files import write_json
 from trimtab.axis.hooks import decoder_layers_of
 from trimtab.losses import axis_floor_terms, projections
@@ -159,6 +161,8 @@ class Figures:
 class FloorTrainer:
     """What the trainers of all methods do alike, beside TRL's class: log the floor's figures, save the floor with the adapter.
 
+    TRL puts the adapter on. Before and after it the base is looked at: with the adapter off it must be what it was.
+
     A step's loss spans several forwards (the method's rows, and the benign ones). Under reentrant checkpointing each gives the
     same weights a gradient of its own, and ZeRO-3, which takes one a backward, stops at an assertion. TRL chooses reentrant for
     adapters under ZeRO-3; so non-reentrant is set again, unless ``gradient_checkpointing_kwargs`` asks for the other.
@@ -170,7 +174,9 @@ class FloorTrainer:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         asked = (getattr(kwargs.get("args"), "gradient_checkpointing_kwargs", None) or {}).get("use_reentrant", False)
+        before = record_base(kwargs.get("model", args[0] if args else None))
         super().__init__(*args, **kwargs)
+        check_trained(self.model, before)  # type: ignore[attr-defined]
         settings = self.args.gradient_checkpointing_kwargs  # type: ignore[attr-defined]
         if settings is not None and "use_reentrant" in settings:
             settings["use_reentrant"] = asked
@@ -235,6 +241,21 @@ class FloorTrainer:
         trainer: Any = self
         if trainer.args.should_save and self.floor is not None:
             self.floor.save(f"{output_dir or trainer.args.output_dir}/{FLOOR_FILE}")
+
+
+def check_trained(model: Any, before: BaseRecord | None) -> None:
+    """Check the adapter of a model in training, and that with it off the base is what it was; whole weights pass.
+
+    Args:
+        model: of the trainer.
+        before: :func:`~trimtab.axis.base_check.record_base` of it, before the adapter was put on.
+
+    Raises:
+        UserError: naming the option or the weight.
+    """
+    if isinstance(model, PeftModel):
+        check_adapters(model)
+        check_base(model, before, key="lora", remedy="take options of lora that leave the base's weights alone")
 
 
 def check_reach(model: Any, floor: Floor) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 
 from trimtab.axis import Axis, Floor, UserError
 from trimtab.axis.analysis import persona_space
+from trimtab.axis.base_check import add_adapters
 from trimtab.axis.calibration import (
     LEAST_POOL,
     calibrate,
@@ -28,7 +29,7 @@ from trimtab.axis.files import file_fingerprint, read_jsonl, write_json
 from trimtab.axis.instruments import load_axis, load_floor
 from trimtab.axis.judge import check_endpoint, role_judge
 from trimtab.axis.layers import shape_of_config
-from trimtab.axis.models import Loaded, generation_ends, load_model, load_tokenizer, model_shape
+from trimtab.axis.models import Loaded, generation_ends, load_model, load_tokenizer, meta_model, model_shape
 from trimtab.axis.sampling import SamplingOptions
 from trimtab.axis.soundness import check_model, mean_states
 from trimtab.recipes import data
@@ -372,8 +373,14 @@ def floor_stage(run: Run, prepared: Prepared | None = None) -> dict[str, Any]:
 
 
 def rollouts_stage(run: Run, prepared: Prepared | None = None) -> None:
-    """Everything that training needs: axis, floor, and DPO's pairs. The other methods' trainers sample as they go on."""
+    """Everything that training needs: axis, floor, and DPO's pairs. The other methods' trainers sample as they go on.
+
+    Raises:
+        UserError: before anything else, if the recipe's adapters can't be trained on this model.
+    """
     check_data(run.recipe)
+    with contextlib.suppress(OSError):  # loading says what is wrong with the model's name
+        add_adapters(meta_model(run.recipe.model.name, run.recipe.model.revision), run.recipe.lora)
     method, longest = run.recipe.method, row_length(run.recipe)
     if isinstance(method, GrpoMethod) and run.stage_record(run.variant(False).stage_name) is None:
         for entry in method.rewards:
