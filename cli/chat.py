@@ -101,8 +101,8 @@ def newest_run(folder: Path = RUNS) -> Path:
     Raises:
         UserError: if there is none.
     """
+    from trimtab.axis.adapter_files import ADAPTER_WEIGHTS
     from trimtab.train.run import MARKER, Variant
-    from trimtab.train.subject import ADAPTER_WEIGHTS
 
     weights = {run.parent: Variant(run.parent, "train").adapter / ADAPTER_WEIGHTS for run in folder.glob(f"*/{MARKER}")}
     trained = {run: path.stat().st_mtime_ns for run, path in weights.items() if path.exists()}
@@ -119,8 +119,8 @@ def newest_run(folder: Path = RUNS) -> Path:
 
 
 def _of_run(folder: Path) -> Sources:
+    from trimtab.axis.adapter_files import ADAPTER_WEIGHTS
     from trimtab.train.run import MARKER, Variant
-    from trimtab.train.subject import ADAPTER_WEIGHTS
 
     marker = folder / MARKER
     if not marker.is_file():

@@ -21,7 +21,7 @@ from trimtab.eval.measure import above_floor, above_floor_by_layer
 from trimtab.eval.weights import Weights, open_subjects
 from trimtab.recipes.schema import ModelSection
 from trimtab.train.prepare import chat_format, load_recipe_model
-from trimtab.train.subject import find_subject
+from trimtab.train.subject import check_subject, find_subject
 
 LIVE_ARMS = ("base", "base+cap", "tuned")
 
@@ -195,6 +195,7 @@ def open_live(
     check_instrument(floor, *model_shape(base.name, base.revision), floor_path)
     floor = floor if layers is None else floor.at(layers)
     subject = find_subject(tuned)
+    check_subject(base, subject)
     chat_format(base).check()
     loaded, form = load_recipe_model(base)
     return LiveArms(open_subjects(base, loaded, {"tuned": subject}), form, floor)

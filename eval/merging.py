@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from peft import PeftModel
 
 from trimtab.axis import Floor, UserError
+from trimtab.axis.adapter_files import ADAPTER_CONFIG, check_adapter_files, load_adapter
+from trimtab.axis.adapters import NotMergeable, merge_in
 from trimtab.axis.files import read_json, write_json
 from trimtab.axis.models import (
     choose_device,
@@ -40,11 +41,12 @@ def merge_adapter(run: Run, target: Path) -> Path:
     """Write the run's model with its adapter merged, a folder that transformers loads by itself.
 
     Raises:
-        UserError: if there is no adapter, or ``target`` holds something else.
+        UserError: if there is no adapter, it is damaged or can't be merged, or ``target`` holds something else.
     """
     adapter = run.variant(control=False).adapter
-    if not (adapter / "adapter_model.safetensors").exists():
+    if not (adapter / ADAPTER_CONFIG).exists():
         raise UserError("there is no adapter to merge", file=adapter, remedy="train it first: trimtab train RECIPE")
+    check_adapter_files(adapter)
     if (target / "config.json").exists():
         log.info("merged already: %s", target)
         return target
@@ -56,7 +58,12 @@ def merge_adapter(run: Run, target: Path) -> Path:
     base = load_weights(
         section.name, **pretrained_arguments(dtype, section.revision, section.attn_implementation, None)
     )
-    model: Any = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
+    try:
+        model = merge_in(load_adapter(base, adapter))
+    except NotMergeable as error:
+        raise UserError(
+            f"this adapter can't be merged: {error}", file=adapter, remedy="load it beside its base, with PEFT"
+        ) from error
     unfinished = target.with_name(f".{target.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     model.save_pretrained(unfinished)

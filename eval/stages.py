@@ -55,7 +55,7 @@ from trimtab.recipes.data import BoundaryProbe
 from trimtab.recipes.schema import EvalSection, deciding
 from trimtab.train.prepare import Prepared, sampling_options
 from trimtab.train.run import STARTS, Run
-from trimtab.train.subject import Subject, trained_subject, tuned_subject
+from trimtab.train.subject import Subject, check_subject, find_subject, trained_subject, tuned_subject
 
 log = logging.getLogger("trimtab")
 
@@ -113,12 +113,14 @@ def _scored_since(run: Run) -> bool:
 
 
 def check_files(run: Run) -> None:
-    """Look at what the evaluation will need, files, keys and packages, so that what is wrong is told before anything heavy.
+    """Look at what the evaluation will need, tuned weights, files, keys and packages: what is wrong is told before anything heavy.
 
     Raises:
         UserError: naming the file and the row, or the key.
     """
     section = run.recipe.eval
+    if section.tuned is not None:
+        check_subject(run.recipe.model, find_subject(section.tuned))
     if section.capability and importlib.util.find_spec("lm_eval") is None:
         raise UserError(
             "capability needs lm-eval", key="eval.capability", remedy="pip install 'trimtab[eval]', or set it to []"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -13,7 +14,7 @@ import yaml
 from conftest import build_model, build_tokenizer, save_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from tiny_recipe import largest_difference, write_recipe
+from tiny_recipe import write_recipe
 from transformers import AutoModelForCausalLM
 
 from trimtab.axis.chat import ChatFormat
@@ -25,8 +26,17 @@ from trimtab.eval.weights import open_subjects
 from trimtab.recipes import data
 from trimtab.recipes.loader import RecipeError, load_recipe
 from trimtab.recipes.schema import FurtherTuning
-from trimtab.train.further import Plan, _tokens, rows_of, train_further
+from trimtab.train.further import (
+    Plan,
+    _tokens,
+    build_trainer,
+    fresh_adapter,
+    rows_of,
+    train_further,
+    training_arguments,
+)
 from trimtab.train.run import Run, open_run
+from trimtab.train.subject import Subject, tuned_subject
 
 ANSWER = [{"role": "assistant", "content": "Aye, captain!"}]
 
@@ -143,29 +153,93 @@ def test_a_conversation_keeps_its_answer_and_loses_its_oldest_turns(caplog: pyte
     assert "1 of 1 rows lose the end of their answer" in caplog.text
 
 
-def test_an_adapter_goes_on_and_whole_weights_get_one(folder: Path, tmp_path: Path) -> None:
-    """From the adapter itself, the untouched base, and whole weights; the sources stay as they were."""
+@pytest.mark.parametrize("tuned", ["adapter", "whole"])
+def test_both_starts_get_the_same_fresh_adapter(folder: Path, tmp_path: Path, tuned: str) -> None:
+    """Upon the tuned weights and upon the base: what is compared differs in the weights alone."""
+    write_jsonl(tmp_path / "rows.jsonl", [{"messages": [{"role": "user", "content": "Hail!"}, *ANSWER]}])
+    tuning = {"name": "mine", "file": str(tmp_path / "rows.jsonl"), "epochs": 1, "batch_size": 1}
+    run = make_run(folder, tmp_path, [tuning], tuned=str(folder / tuned))
+    (entry,), subject = run.recipe.eval.durability, tuned_subject(run)
+    rows, ids = rows_of(run, entry), torch.arange(3, 20)[None]
+    plain: Any = AutoModelForCausalLM.from_pretrained(folder / "base").eval()
+    adapters, wanted = [], {}
+    with torch.no_grad():
+        wanted["base"] = plain(input_ids=ids).logits
+        wanted["tuned"] = PeftModel.from_pretrained(plain, str(folder / "adapter")).eval()(input_ids=ids).logits
+    for start in ("tuned", "base"):
+        variant = run.further(start, "mine")
+        arguments = training_arguments(run, variant, entry, Plan.of(entry, len(rows), run.recipe.train), quiet=True)
+        model = build_trainer(run, arguments, variant, rows, subject, start).model.eval()
+        with torch.no_grad():
+            torch.testing.assert_close(model(input_ids=ids).logits, wanted[start], atol=1e-4, rtol=1e-4)
+        adapters.append({name: p.detach() for name, p in model.named_parameters() if p.requires_grad})
+    one, other = adapters
+    assert one.keys() == other.keys() and any("lora_A" in name for name in one)
+    for name, value in one.items():
+        assert value.equal(other[name]) and ("lora_B" not in name or not value.any()), name
+
+
+def test_a_further_fine_tuning_keeps_the_base_too(folder: Path, tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "rows.jsonl", [{"messages": [{"role": "user", "content": "Hail!"}, *ANSWER]}])
+    run = make_run(
+        folder, tmp_path, [{"name": "mine", "file": str(tmp_path / "rows.jsonl")}], tuned=str(folder / "whole")
+    )
+    lora = {"r": 2, "target_modules": ["q_proj"], "init_lora_weights": "pissa"}  # which a recipe may not say
+    run = dataclasses.replace(run, recipe=run.recipe.model_copy(update={"lora": lora}))
+    with pytest.raises(UserError, match="pissa rewrites"):
+        train_further(run, "mine", "base", quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "shape"),
+    [
+        (
+            {"r": 3, "lora_alpha": 5, "use_dora": True, "target_modules": ["q_proj"]},
+            {"r": 3, "lora_alpha": 5, "use_dora": True},
+        ),
+        # nothing on embedding and head, no whole modules, and no initialisation that looks at weights
+        (
+            {
+                "r": 3,
+                "target_modules": ["q_proj", "embed_tokens"],
+                "modules_to_save": ["lm_head"],
+                "init_lora_weights": "pissa",
+            },
+            {"r": 3, "target_modules": {"q_proj"}, "modules_to_save": None, "init_lora_weights": True},
+        ),
+    ],
+)
+def test_a_fresh_adapter_has_the_shape_of_the_tuned_one(
+    tmp_path: Path, options: dict[str, Any], shape: dict[str, Any]
+) -> None:
+    get_peft_model(build_model("llama"), LoraConfig(**options)).save_pretrained(tmp_path)
+    found = fresh_adapter(build_model("llama"), Subject(str(tmp_path), whole=False), {})
+    assert {name: getattr(found, name) for name in shape} == shape
+    assert fresh_adapter(build_model("llama"), Subject("m", whole=True), {"r": 5}).r == 5
+
+
+def test_an_adapter_is_merged_and_whole_weights_are_taken(folder: Path, tmp_path: Path) -> None:
+    """From the tuned weights, the untouched base, and whole weights; the sources stay as they were."""
     rows = [{"messages": [{"role": "user", "content": f"Hail {i}!"}, *ANSWER]} for i in range(7)]
     write_jsonl(tmp_path / "rows.jsonl", rows)
     rate = 0.02
     tuning = {"name": "mine", "file": str(tmp_path / "rows.jsonl"), "epochs": 6, "batch_size": 3, "learning_rate": rate}
     run = make_run(folder, tmp_path, [tuning], tuned=str(folder / "adapter"))
     before = (folder / "adapter" / "adapter_model.safetensors").read_bytes()
-    went_on = train_further(run, "mine", "tuned", quiet=True)
-    fresh = train_further(run, "mine", "base", quiet=True)
+    upon_tuned = train_further(run, "mine", "tuned", quiet=True)
+    upon_base = train_further(run, "mine", "base", quiet=True)
     assert (folder / "adapter" / "adapter_model.safetensors").read_bytes() == before
     source = load_file(folder / "adapter" / "adapter_model.safetensors")
-    one, other = (load_file(path / "adapter_model.safetensors") for path in (went_on, fresh))
+    one, other = (load_file(path / "adapter_model.safetensors") for path in (upon_tuned, upon_base))
     assert one.keys() == other.keys() == source.keys()
     facts = json.loads((run.folder / "stages" / "durability_tuned_mine.json").read_text(encoding="utf-8"))["facts"]
     # three steps an epoch, the last of one row: six whole epochs
     assert (facts["steps"], facts["rows"], facts["rows_a_step"]) == (18, 7, 3)
-    # Adam moves a number by about the rate a step: one is the source that was moved, the other began at a B of zeros, though
-    # the adapter's own config says otherwise
-    assert 0 < largest_difference(one, source) < 18 * rate * 1.5
-    zeros = {name: tensor for name, tensor in other.items() if "lora_B" in name}
-    assert zeros and all(float(tensor.abs().max()) < 18 * rate * 1.5 for tensor in zeros.values())
-    assert any(float(source[name].abs().max()) > 18 * rate * 1.5 for name in zeros)
+    # Adam moves a number by about the rate a step: both began at a B of zeros, the source's own is far from there
+    for each in (one, other):
+        moved = {name: float(tensor.abs().max()) for name, tensor in each.items() if "lora_B" in name}
+        assert moved and all(0 < value < 18 * rate * 1.5 for value in moved.values())
+    assert any(float(source[name].abs().max()) > 18 * rate * 1.5 for name in moved)
     losses = [row["loss"] for row in read_jsonl(run.further("tuned", "mine").metrics)]
     assert losses[-1] < losses[0]
 
@@ -173,34 +247,37 @@ def test_an_adapter_goes_on_and_whole_weights_get_one(folder: Path, tmp_path: Pa
     with pytest.raises(UserError, match="begun from other weights or rows"):
         train_further(run, "mine", "tuned", quiet=True)
     write_jsonl(tmp_path / "rows.jsonl", rows)
-    assert train_further(run, "mine", "tuned", quiet=True) == went_on  # done already
+    assert train_further(run, "mine", "tuned", quiet=True) == upon_tuned  # done already
 
-    upon = make_run(folder, tmp_path / "second", [tuning], tuned=str(folder / "whole"))
+    second = make_run(folder, tmp_path / "second", [tuning], tuned=str(folder / "whole"))
     for start in ("tuned", "base"):
-        train_further(upon, "mine", start, quiet=True)
-    loaded = Loaded(build_model("llama", max_position_embeddings=2048), build_tokenizer(), {})
-    weights = open_subjects(upon.recipe.model, loaded, _subjects(upon), ["tuned-after-mine"])
+        train_further(second, "mine", start, quiet=True)
     ids = torch.arange(1, 9)[None]
 
     def logits(model: Any) -> torch.Tensor:
         with torch.no_grad():
             return model(input_ids=ids).logits
 
-    def expected(base: Path, start: str | None) -> torch.Tensor:
+    def expected(run: Run, base: Path, start: str | None) -> torch.Tensor:
         model: Any = AutoModelForCausalLM.from_pretrained(base)
         if start is not None:
-            model = PeftModel.from_pretrained(model, str(upon.further(start, "mine").adapter))
+            model = PeftModel.from_pretrained(model, str(run.further(start, "mine").adapter))
         return logits(model.eval())
 
-    for name, reference in {
-        "base": expected(folder / "base", None),
-        "tuned": expected(folder / "whole", None),
-        "tuned-after-mine": expected(folder / "whole", "tuned"),
-        "base-after-mine": expected(folder / "base", "base"),
-    }.items():
-        with weights[name]() as model:
-            assert torch.allclose(logits(model), reference, atol=1e-4), name
-    assert not torch.allclose(expected(folder / "whole", "tuned"), expected(folder / "base", "base"), atol=1e-2)
+    for each in (run, second):  # the same tuned weights, as an adapter and whole
+        loaded = Loaded(build_model("llama", max_position_embeddings=2048), build_tokenizer(), {})
+        weights = open_subjects(each.recipe.model, loaded, _subjects(each), ["tuned-after-mine"])
+        for name, reference in {
+            "base": expected(each, folder / "base", None),
+            "tuned": expected(each, folder / "whole", None),
+            "tuned-after-mine": expected(each, folder / "whole", "tuned"),
+            "base-after-mine": expected(each, folder / "base", "base"),
+        }.items():
+            with weights[name]() as model:
+                assert torch.allclose(logits(model), reference, atol=1e-4), name
+    assert not torch.allclose(
+        expected(second, folder / "whole", "tuned"), expected(second, folder / "base", "base"), atol=1e-2
+    )
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ from trimtab.recipes.loader import RecipeError, recipe_of
 from trimtab.recipes.schema import JudgeSection
 from trimtab.train.prepare import Prepared, floor_stage, load_recipe_model
 from trimtab.train.run import Run, open_run
-from trimtab.train.subject import find_subject
+from trimtab.train.subject import check_subject, find_subject
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -297,16 +297,15 @@ def test_what_is_no_tuned_model_is_refused(base: Path, run: Run, tmp_path: Path)
     with pytest.raises(UserError, match="neither adapter_config"):
         find_subject(str(tmp_path))
     (tmp_path / "adapter_config.json").write_text("{}", encoding="utf-8")
-    with pytest.raises(UserError, match="adapter_model"):
+    with pytest.raises(UserError, match="peft_type"):
         find_subject(str(tmp_path))
-    loaded, _ = load_recipe_model(run.recipe.model)
     deeper, spoken = tmp_path / "deeper", tmp_path / "spoken"
     for folder, changes, template in ((deeper, {"num_hidden_layers": 5}, CHATML), (spoken, {}, "{{ 'other' }}")):
         build_model("llama", max_position_embeddings=2048, **changes).save_pretrained(folder)
         build_tokenizer(template).save_pretrained(folder)
     with pytest.raises(UserError, match="num_hidden_layers is 5"):
-        find_subject(str(deeper)).load_whole(run.recipe.model, loaded)
-    find_subject(str(spoken)).load_whole(run.recipe.model, loaded)  # another template is warned of
+        check_subject(run.recipe.model, find_subject(str(deeper)))
+    check_subject(run.recipe.model, find_subject(str(spoken)))  # another template is warned of
 
 
 def test_a_recipe_of_options_names_its_faults() -> None:

@@ -4,8 +4,10 @@
     accelerate launch train/further.py --config recipes/smollm2-135m/sft.yaml --on persona --start base
 
 Plain supervised fine-tuning by TRL's own trainer, without floor, cap or barrier, on the rows of one entry of ``eval.durability``.
-From ``tuned`` it goes on with a copy of the adapter itself, which may undo what the adapter holds; whole tuned weights, and the
-``base`` as the comparison, get a fresh adapter. Written to ``<run folder>/durability/``; `trimtab eval` does all of them.
+``tuned`` begins from the tuned weights, an adapter merged into them; ``base``, the comparison, from the untouched base. Both get
+a fresh adapter of the same kind, size and initialisation, as large as the tuned one, so that it can take back all that the tuning
+did. (An adapter that simply went on would learn faster than a fresh one, whose B is 0: the two would not compare.) Written to
+``<run folder>/durability/``; `trimtab eval` does all of them.
 """
 
 from __future__ import annotations
@@ -75,7 +77,7 @@ def train_further(run: Any, on: str, start: str, *, quiet: bool = False) -> Path
         )
     tuning, subject = tunings[on], tuned_subject(run)
     rows, variant = rows_of(run, tuning), run.further(start, on)
-    inputs = [tuning.model_dump(), start, subject.fingerprint(), rows]
+    inputs = [tuning.model_dump(), start, subject.fingerprint(), rows, "a fresh adapter upon merged weights"]
     begun = variant.folder / "begun.json"
     if begun.exists() and read_json(begun)["inputs"] != fingerprint(inputs):
         raise UserError(
@@ -229,45 +231,98 @@ def build_trainer(
         start: ``tuned`` or ``base``.
 
     Raises:
-        UserError: if no row has an answer within ``train.max_length``.
+        UserError: if no row has an answer within ``train.max_length``, or the tuned adapter can't be merged.
     """
     import datasets
-    from peft import LoraConfig, PeftConfig, PeftModel
-    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, SFTTrainer
 
+    from trimtab.axis.base_check import record_base
     from trimtab.axis.chat import ChatFormat, ends_of
     from trimtab.axis.models import load_tokenizer
+    from trimtab.train.penalty import check_trained
 
     section = run.recipe.model
-    whole = subject.whole and start == "tuned"
-    weights, device = job.model_to_train(
-        section.model_copy(update={"name": subject.name, "revision": None}) if whole else section
-    )
+    weights, device = _start(section, subject, start)
+    before = record_base(weights)
     tokenizer: Any = load_tokenizer(section.name, section.revision)
-    fresh: Any = None
-    if subject.whole:
-        fresh = LoraConfig(**{"task_type": "CAUSAL_LM", **run.recipe.lora})
-    elif start == "tuned":
-        # as TRL makes its own adapters: float32, but in the weights' dtype under ZeRO-3
-        weights = PeftModel.from_pretrained(
-            weights, subject.name, is_trainable=True, autocast_adapter_dtype=not is_deepspeed_zero3_enabled()
-        )
-    else:
-        fresh = PeftConfig.from_pretrained(subject.name)
-        fresh.inference_mode = False
-        fresh.init_lora_weights = True  # it must begin as the base itself
     form = ChatFormat(tokenizer, section.chat_template_kwargs, ends_of(weights))
     tokens = _tokens(form, rows, arguments.max_length)
-    return SFTTrainer(
+    trainer = SFTTrainer(
         model=weights,
         args=arguments,
         processing_class=tokenizer,
-        peft_config=fresh,
+        peft_config=fresh_adapter(weights, subject, run.recipe.lora),
         train_dataset=datasets.Dataset.from_dict(tokens),
         callbacks=[job.metrics_callback(variant.metrics)],
         data_collator=DataCollatorForLanguageModeling(**job.padding(tokenizer, device)),
     )
+    check_trained(trainer.model, before)
+    return trainer
+
+
+def _start(section: Any, subject: Any, start: str) -> tuple[Any, Any]:
+    """Plain weights to begin from, an adapter merged into them, and the device."""
+    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+    from trimtab.axis.adapter_files import load_adapter
+    from trimtab.axis.adapters import NotMergeable, merge_in
+    from trimtab.axis.errors import UserError
+
+    if start == "base" or subject.whole:
+        named = section if start == "base" else section.model_copy(update={"name": subject.name, "revision": None})
+        return job.model_to_train(named)
+    weights, device = job.model_to_train(section)
+    if section.quantization is not None:
+        log.warning("the adapter is merged into %s weights, which rounds them once more", section.quantization)
+    try:
+        weights = merge_in(load_adapter(weights, subject.folder), _gathered if is_deepspeed_zero3_enabled() else None)
+    except NotMergeable as error:
+        raise UserError(
+            f"this adapter can't be merged, and further fine-tuning takes place upon merged weights: {error}",
+            file=subject.folder,
+            key="eval.durability",
+            remedy="set eval.durability=[]",
+        ) from error
+    return weights, device
+
+
+def _gathered(parameters: Sequence[Any]) -> Any:
+    """Have parameters whole inside the block, and what rank 0 writes there sent to all."""
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters([p for p in parameters if hasattr(p, "ds_id")], modifier_rank=0)
+
+
+# Of a tuned LoRA, what says where its matrices lie and how large they are.
+SHAPE = (
+    "r", "lora_alpha", "lora_dropout", "target_modules", "target_parameters", "exclude_modules", "layers_to_transform",
+    "layers_pattern", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "use_rslora", "use_dora", "lora_bias",
+)  # fmt: skip
+
+
+def fresh_adapter(model: Any, subject: Any, lora: Mapping[str, Any]) -> Any:
+    """The config of the adapter that a further fine-tuning begins with, the same for both starts.
+
+    Where and as large as a tuned LoRA's own, so that it can take back all that the tuning did, but never on embedding or head; of
+    other kinds and of whole weights the recipe's.
+
+    Args:
+        model: that it goes on.
+        subject: the tuned weights.
+        lora: the recipe's ``lora`` section.
+    """
+    from peft import LoraConfig, PeftConfig
+
+    found: Any = None if subject.whole else PeftConfig.from_pretrained(str(subject.folder))
+    if not isinstance(found, LoraConfig):
+        return LoraConfig(**{"task_type": "CAUSAL_LM", "target_modules": "all-linear", **lora})
+    shape = {name: getattr(found, name) for name in SHAPE}
+    if isinstance(found.target_modules, set):
+        ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+        names = [name for name, module in model.named_modules() if any(module is end for end in ends)]
+        within = {t for t in found.target_modules if not any(n == t or n.endswith(f".{t}") for n in names)}
+        shape["target_modules"] = sorted(within)
+    return LoraConfig(task_type="CAUSAL_LM", **shape)
 
 
 def _tokens(form: Any, rows: Sequence[dict[str, Any]], max_length: int | None) -> dict[str, list[list[int]]]:
