@@ -8,6 +8,9 @@ With S the student's and T the teacher's distribution:
     reverse_kl   KL(S || T)       the student keeps to what the teacher would say
     jsd          b KL(T || Q) + (1 - b) KL(S || Q),  Q = b T + (1 - b) S       (generalised Jensen-Shannon, GKD, arXiv 2306.13649)
 
+A logit of -inf is a probability of 0: where p is 0, p log(p/q) is 0 whatever q is, and has no gradient; where q alone is 0, a
+divergence is infinite, but for the JSD, whose mixture is 0 only where both are.
+
 ``top_k`` compares the teacher's K likeliest tokens and, as one further outcome, all others together. That is a divergence of its
 own, never larger than the full one (merging outcomes cannot add information), and 0 where the two agree.
 """
@@ -53,19 +56,30 @@ def divergence_terms(
         return _kl(teacher, student)
     if kind == "reverse_kl":
         return _kl(student, teacher)
-    mixture = torch.logaddexp(teacher + math.log(jsd_beta), student + math.log1p(-jsd_beta))
+    mixture = _mixture(teacher, student, jsd_beta)
     return jsd_beta * _kl(teacher, mixture) + (1 - jsd_beta) * _kl(student, mixture)
 
 
 def _kl(p: Tensor, q: Tensor) -> Tensor:
     """KL(p || q) of log-probabilities, [M]."""
-    return (p.exp() * (p - q)).sum(-1)
+    ratio = (p - q).masked_fill(p == float("-inf"), 0.0)
+    return (p.exp() * ratio).sum(-1)
+
+
+def _mixture(teacher: Tensor, student: Tensor, beta: float) -> Tensor:
+    """Log-probabilities of ``beta T + (1 - beta) S``."""
+    never = (teacher == float("-inf")) & (student == float("-inf"))
+    # filled beforehand: where both are -inf, the gradient of their sum is NaN, whatever becomes of the sum
+    one, other = (part.masked_fill(never, 0.0) for part in (teacher, student))
+    return torch.logaddexp(one + math.log(beta), other + math.log1p(-beta)).masked_fill(never, float("-inf"))
 
 
 def _kept_and_rest(logprobs: Tensor, kept: Tensor) -> Tensor:
     """Log-probabilities [M, V] -> those of the K kept tokens [M, K] and of all others together, [M, K + 1]."""
     # summed over the others: 1 minus the sum of the K would be lost to cancellation where they hold nearly all
-    rest = logprobs.scatter(-1, kept, float("-inf")).logsumexp(-1, keepdim=True)
+    others = logprobs.scatter(-1, kept, float("-inf"))
+    never = (others == float("-inf")).all(-1, keepdim=True)
+    rest = others.masked_fill(never, 0.0).logsumexp(-1, keepdim=True).masked_fill(never, float("-inf"))
     return torch.cat([logprobs.gather(-1, kept), rest], dim=-1)
 
 

@@ -174,6 +174,71 @@ def test_top_k_is_the_divergence_of_merged_outcomes(kind: Any) -> None:
     assert torch.isfinite(divergence_terms(student[:1], peaked, kind, top_k=2)).all()
 
 
+def by_enumeration(
+    student: Tensor, teacher: Tensor, kind: str, beta: float, top_k: int | None
+) -> tuple[Tensor, Tensor]:
+    """Divergence and its gradient by the student's logits, of one token, outcome by outcome in float64.
+
+    With Q the student's probability of an outcome, P the teacher's and d = dD/dQ, an outcome of tokens i has the gradient
+    q_i (d - sum Q d) by their logits, and none where q_i is 0.
+    """
+    q, p = student.double().softmax(-1), teacher.double().softmax(-1)
+    size = len(p)
+    groups = [[i] for i in range(size)]
+    if top_k is not None and top_k < size:
+        kept = teacher.log_softmax(-1).topk(top_k).indices.tolist()
+        groups = [*([i] for i in kept), [i for i in range(size) if i not in kept]]
+    value, slopes = 0.0, []
+    for group in groups:
+        one, other = float(p[group].sum()), float(q[group].sum())
+        mixed = beta * one + (1 - beta) * other
+        if kind == "forward_kl":
+            value += 0.0 if one == 0 else math.inf if other == 0 else one * math.log(one / other)
+            slopes.append(0.0 if other == 0 else -one / other)
+        elif kind == "reverse_kl":
+            value += 0.0 if other == 0 else math.inf if one == 0 else other * math.log(other / one)
+            slopes.append(0.0 if other == 0 else math.inf if one == 0 else math.log(other / one))
+        else:
+            value += beta * one * math.log(one / mixed) if one else 0.0
+            value += (1 - beta) * other * math.log(other / mixed) if other else 0.0
+            slopes.append((1 - beta) * math.log(other / mixed) if other else 0.0)
+    mean = sum(float(q[group].sum()) * slope for group, slope in zip(groups, slopes, strict=True) if q[group].sum() > 0)
+    gradient = torch.zeros(size, dtype=torch.float64)
+    for group, slope in zip(groups, slopes, strict=True):
+        for i in group:
+            gradient[i] = q[i] * (slope - mean) if q[i] > 0 else 0.0
+    return torch.tensor(value, dtype=torch.float64), gradient
+
+
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
+@pytest.mark.parametrize("top_k", [None, 1, 2, 3])
+def test_impossible_tokens(kind: Any, top_k: int | None) -> None:
+    """Logits of -inf in every place of both sides, in both at once, and in all that is not kept."""
+    generator = torch.Generator().manual_seed(3)
+    masks = [mask for mask in itertools.product((False, True), repeat=4) if not all(mask)]
+    pairs = list(itertools.product(masks, masks))
+    student, teacher = (
+        torch.randn(len(pairs), 4, generator=generator).masked_fill(
+            torch.tensor([pair[side] for pair in pairs]), -math.inf
+        )
+        for side in (0, 1)
+    )
+    student.requires_grad_()
+    found = divergence_terms(student, teacher, kind, jsd_beta=0.3, top_k=top_k)
+    wanted = [by_enumeration(s, t, kind, 0.3, top_k) for s, t in zip(student.detach(), teacher, strict=True)]
+    values = torch.stack([value for value, _ in wanted])
+    torch.testing.assert_close(found.double(), values, atol=1e-5, rtol=1e-5)
+    finite = values.isfinite()
+    assert int(finite.sum()) >= len(masks) and (kind != "jsd" or bool(finite.all()))
+    (gradient,) = torch.autograd.grad(found[finite].sum(), student)
+    slopes = torch.stack([slope for _, slope in wanted])
+    torch.testing.assert_close(gradient[finite].double(), slopes[finite], atol=1e-5, rtol=1e-4)
+    hidden = student.detach()[finite].clone().requires_grad_()  # the identity for a head
+    total = chunked_divergence(hidden, teacher[finite], lambda h: h, kind, jsd_beta=0.3, top_k=top_k, chunk=7)
+    torch.testing.assert_close(total, found[finite].sum(), atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(torch.autograd.grad(total, hidden)[0], gradient[finite], atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
 @pytest.mark.parametrize("chunk", [1, 3, 100])
 @pytest.mark.parametrize("top_k", [None, 6])
