@@ -113,7 +113,7 @@ def _scored_since(run: Run) -> bool:
 
 
 def check_files(run: Run) -> None:
-    """Look at what the evaluation will need, tuned weights, files, keys and packages: what is wrong is told before anything heavy.
+    """Look at what the evaluation will need (tuned weights, files, keys, packages): what is wrong is told before anything heavy.
 
     Raises:
         UserError: naming the file and the row, or the key.

@@ -3,14 +3,15 @@
 For frameworks that hide their loss. The forward is left as it is, bit by bit; where the gradient of a floor layer's output comes
 by, the penalty's own is added to it:
 
-    dL/dh += weight / (accumulation * L * n) * mask * g'( (tau - <h, v>)/sigma + margin ) * (-1/sigma) * v
+    dL/dh += weight / (L * n) * mask * g'( (tau - <h, v>)/sigma + margin ) * (-1/sigma) * v
 
-over the n tokens of this forward and the L floor layers. Limits, none of which :class:`~trimtab.losses.axis_floor_loss` has where
-it is added to the loss:
+over the L floor layers and the n tokens of the optimiser step, as a trainer of transformers or TRL divides its own loss: by the
+tokens of all micro-batches and ranks, or, where it doesn't count them, by the tokens of this forward times the number of
+micro-batches. In a loop of one's own n is the latter. Limits, none of which :class:`~trimtab.losses.axis_floor_loss` has where it
+is added to the loss:
 
 * the reported loss does not hold the penalty; see :meth:`FloorInjection.figures` for it;
-* n is that of one forward on one rank: with accumulation over micro-batches of unlike length, or several ranks, the penalty is a
-  mean of means. Give ``accumulation`` where the framework divides its loss by the number of micro-batches;
+* in a loop of one's own, with micro-batches of unlike length or several ranks, the penalty is a mean of means;
 * a scaled loss (float16 with a GradScaler) is not known of: use bfloat16 or float32;
 * every forward with gradient is penalised, the one of another loss term too.
 """
@@ -24,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trimtab.axis import Floor, project
+from trimtab.axis import Floor, UserError, project
 from trimtab.axis.directions import check_fits
 from trimtab.axis.hooks import decoder_layers_of
 from trimtab.axis.layers import base_model_of, stream_of, width_of, with_stream
@@ -41,7 +42,7 @@ class FloorInjection:
         model: any Hugging Face causal model, PEFT-wrapped or not.
         floor: window, directions, tau and sigma.
         weight: weight of the penalty.
-        accumulation: micro-batches an optimiser step.
+        accumulation: micro-batches an optimiser step, by whose number the loop divides its loss; 1 if it steps after each.
         margin: sigma above the floor.
         shape: ``squared`` or ``huber``.
 
@@ -55,7 +56,7 @@ class FloorInjection:
         floor: Floor,
         *,
         weight: float,
-        accumulation: int = 1,
+        accumulation: int,
         margin: float = 0.0,
         shape: Shape = "squared",
     ) -> None:
@@ -64,6 +65,7 @@ class FloorInjection:
         self.accumulation = accumulation
         self.margin = margin
         self.shape: Shape = shape
+        self._tokens: Tensor | None = None
         self._mask: Tensor | None = None
         self._sums = {"penalty": 0.0, "violations": 0.0, "slots": 0.0}
         base, layers = base_model_of(model), decoder_layers_of(model)
@@ -77,6 +79,23 @@ class FloorInjection:
         """Take the hooks off."""
         for handle in self._handles:
             handle.remove()
+
+    def of_step(self, accumulation: int, tokens: Tensor | float | None) -> None:
+        """What the next forwards are divided by.
+
+        Args:
+            accumulation: micro-batches of the step.
+            tokens: labelled tokens of all its micro-batches, over the number of ranks where gradients are averaged over those;
+                None where nobody has counted them.
+        """
+        self.accumulation = accumulation
+        self._tokens = None if tokens is None else torch.as_tensor(tokens).clamp(min=1)
+
+    def divisor(self, own: Tensor) -> Tensor:
+        """What a forward with so many tokens of its own is divided by."""
+        if self._tokens is not None:
+            return self._tokens.to(own.device)
+        return own.clamp(min=1) * self.accumulation
 
     def figures(self) -> dict[str, float]:
         """Mean penalty a token and share of (token, layer) slots below the floor, since the last call."""
@@ -128,8 +147,7 @@ class _AddGradient(torch.autograd.Function):
         ) / sigma + injection.margin
         shortfall = shortfall.masked_fill(~mask, 0.0)
         ctx.save_for_backward(shortfall)
-        count = mask.sum().clamp(min=1)
-        ctx.scale = injection.weight / (injection.accumulation * len(floor.layers) * sigma) / count
+        ctx.scale = injection.weight / (len(floor.layers) * sigma) / injection.divisor(mask.sum())
         ctx.injection, ctx.position = injection, position
         sums = injection._sums
         sums["penalty"] += float(hinge(shortfall, injection.shape).sum())
@@ -150,19 +168,63 @@ class _AddGradient(torch.autograd.Function):
 
 
 @contextlib.contextmanager
-def floor_gradients(model: nn.Module, floor: Floor, *, weight: float, **options: Any) -> Iterator[FloorInjection]:
+def floor_gradients(
+    trained: Any, floor: Floor, *, weight: float, accumulation: int | None = None, **options: Any
+) -> Iterator[FloorInjection]:
     """Penalise every forward with gradient inside the block.
 
-    ``with floor_gradients(model, floor, weight=0.1): trainer.train()`` is all there is to it.
+    ``with floor_gradients(trainer, floor, weight=0.1): trainer.train()`` is all there is to it.
 
     Args:
-        model: the model in training.
+        trained: a trainer of transformers or TRL, which says what a step is divided by; or a model, in a loop of one's own.
         floor: the floor.
         weight: weight of the penalty.
+        accumulation: micro-batches of an optimiser step; of a model alone, and needed there.
         **options: of :class:`FloorInjection`.
+
+    Raises:
+        UserError: if the number of micro-batches is given twice or not at all, or the trainer scales its loss (float16).
     """
-    injection = FloorInjection(model, floor, weight=weight, **options)
+    alone = isinstance(trained, nn.Module)
+    if alone == (accumulation is None):
+        raise UserError(
+            "how many micro-batches make a step is not said"
+            if alone
+            else "the trainer says itself how many micro-batches make a step",
+            key="accumulation",
+            remedy="give accumulation=1, or as many as the loop divides its loss by; or the trainer in the place of the model"
+            if alone
+            else "leave accumulation out",
+        )
+    if not alone and trained.args.fp16:
+        raise UserError(
+            "the trainer scales its loss (fp16), and the penalty would not be scaled with it",
+            key="fp16",
+            remedy="train in bfloat16 or float32",
+        )
+    model = trained if alone else trained.model
+    injection = FloorInjection(model, floor, weight=weight, accumulation=accumulation or 1, **options)
     try:
-        yield injection
+        with contextlib.nullcontext() if alone else _telling(trained, injection):
+            yield injection
     finally:
         injection.remove()
+
+
+@contextlib.contextmanager
+def _telling(trainer: Any, injection: FloorInjection) -> Iterator[None]:
+    """Tell the injection before each micro-batch what the trainer divides the step's loss by."""
+    step = trainer.training_step
+
+    def told(model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
+        tokens = num_items_in_batch
+        if tokens is not None and trainer.args.average_tokens_across_devices:
+            tokens = tokens / trainer.accelerator.num_processes  # those of all ranks; the gradients will be averaged
+        injection.of_step(trainer.current_gradient_accumulation_steps, tokens)
+        return step(model, inputs, num_items_in_batch)
+
+    trainer.training_step = told
+    try:
+        yield
+    finally:
+        del trainer.training_step

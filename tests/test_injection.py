@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from conftest import ARCHITECTURES, VOCAB, build_floor, build_model, build_tokenizer
 from peft import LoraConfig, get_peft_model
+from test_floor_sft import Gradients, make_rows
 from torch import Tensor
+from transformers import Trainer, TrainingArguments
+from trl import SFTConfig, SFTTrainer
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from trimtab.axis import ActivationController
+from trimtab.axis import ActivationController, UserError
 from trimtab.losses import FloorInjection, axis_floor_loss, floor_gradients
 
 FLOOR = build_floor((1, 2), tau=2.0)
@@ -53,7 +59,7 @@ def test_gradient_is_that_of_the_loss(architecture: str, checkpointing: bool | N
         model.train()
         model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
         model.enable_input_require_grads()
-    with floor_gradients(model, FLOOR, weight=0.3) as penalty:
+    with floor_gradients(model, FLOOR, weight=0.3, accumulation=1) as penalty:
         model(input_ids=IDS, labels=LABELS).loss.backward()
     assert_same(gradients(model), wanted)
     figures = penalty.figures()
@@ -66,7 +72,7 @@ def test_gradient_is_that_of_the_loss(architecture: str, checkpointing: bool | N
 def test_shapes_and_margin(shape: Any, margin: float) -> None:
     model = build_model("llama")
     wanted = by_autograd(model, 0.3, LABELS != -100, shape, margin)
-    with floor_gradients(model, FLOOR, weight=0.3, shape=shape, margin=margin):
+    with floor_gradients(model, FLOOR, weight=0.3, accumulation=1, shape=shape, margin=margin):
         model(input_ids=IDS, labels=LABELS).loss.backward()
     assert_same(gradients(model), wanted)
 
@@ -74,7 +80,7 @@ def test_shapes_and_margin(shape: Any, margin: float) -> None:
 def test_the_forward_is_left_alone_bit_by_bit() -> None:
     model = build_model("llama")
     plain = model(input_ids=IDS).logits
-    with floor_gradients(model, FLOOR, weight=5.0):
+    with floor_gradients(model, FLOOR, weight=5.0, accumulation=1):
         assert model(input_ids=IDS).logits.equal(plain)
         with torch.no_grad():
             assert model(input_ids=IDS).logits.equal(plain)
@@ -83,7 +89,7 @@ def test_the_forward_is_left_alone_bit_by_bit() -> None:
 def test_accumulated_micro_batches_and_masks() -> None:
     """Two equal micro-batches of half weight are one; without labels the attention mask counts, without either all tokens."""
     model = build_model("llama")
-    with floor_gradients(model, FLOOR, weight=0.3):
+    with floor_gradients(model, FLOOR, weight=0.3, accumulation=1):
         model(input_ids=IDS, labels=LABELS).loss.backward()
     whole = gradients(model)
     with floor_gradients(model, FLOOR, weight=0.3, accumulation=2):
@@ -97,7 +103,7 @@ def test_accumulated_micro_batches_and_masks() -> None:
         states = {layer: output.hidden_states[layer + 1] for layer in FLOOR.layers}
         (output.logits.sum() * 0 + axis_floor_loss(states, FLOOR, mask)).backward()
         wanted = gradients(model)
-        with floor_gradients(model, FLOOR, weight=1.0):
+        with floor_gradients(model, FLOOR, weight=1.0, accumulation=1):
             (model(input_ids=IDS, **given).logits.sum() * 0).backward()
         assert_same(gradients(model), wanted)
 
@@ -108,10 +114,98 @@ def test_with_an_adapter() -> None:
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.05)
     wanted = by_autograd(model, 0.3, LABELS != -100)
-    injection = FloorInjection(model, FLOOR, weight=0.3)
+    injection = FloorInjection(model, FLOOR, weight=0.3, accumulation=1)
     model(input_ids=IDS, labels=LABELS).loss.backward()
     injection.remove()
     assert_same(gradients(model), wanted)
+
+
+def trainers_gradients(kind: Any, folder: Path, *, size: int, accumulation: int, penalised: bool = True) -> Any:
+    """Gradients of the first optimiser step of a real trainer over the same four rows, of unlike lengths."""
+    rows = make_rows(4, seed=5)
+    settings: dict[str, Any] = {
+        "max_steps": 1, "per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation, "use_cpu": True,
+        "bf16": False, "report_to": "none", "save_strategy": "no", "max_grad_norm": 0.0, "disable_tqdm": True,
+        "train_sampling_strategy": "sequential", "remove_unused_columns": False,
+    }  # fmt: skip
+    gradients = Gradients()
+    common = {
+        "train_dataset": datasets.Dataset.from_list([{k: row[k] for k in ("input_ids", "labels")} for row in rows]),
+        "data_collator": DataCollatorForLanguageModeling(pad_token_id=0),
+        "callbacks": [gradients],
+    }
+    model = build_model("llama")
+    if kind is SFTTrainer:
+        arguments = SFTConfig(
+            str(folder), gradient_checkpointing=False, dataset_kwargs={"skip_prepare_dataset": True}, **settings
+        )
+        trainer = kind(model=model, args=arguments, processing_class=build_tokenizer(), **common)
+    else:
+        trainer = kind(model=model, args=TrainingArguments(str(folder), **settings), **common)
+    with floor_gradients(trainer, FLOOR, weight=0.7) if penalised else contextlib.nullcontext():
+        trainer.train()
+    assert "training_step" not in vars(trainer)
+    return gradients.first
+
+
+class PlainLoss(Trainer):
+    """One whose loss is a mean over each micro-batch, as of models that take no count of tokens."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = False
+
+
+@pytest.mark.parametrize("kind", [SFTTrainer, Trainer])
+def test_accumulation_does_not_change_the_penalty(tmp_path: Path, kind: Any) -> None:
+    """The penalty over all four rows in one forward, or in four, added to the trainer's own loss by autograd."""
+    found = [
+        trainers_gradients(kind, tmp_path, size=size, accumulation=accumulation)
+        for size, accumulation in ((4, 1), (1, 4))
+    ]
+    without = trainers_gradients(kind, tmp_path, size=4, accumulation=1, penalised=False)
+    batch = DataCollatorForLanguageModeling(pad_token_id=0)(
+        [{k: row[k] for k in ("input_ids", "labels")} for row in make_rows(4, seed=5)]
+    )
+    model = build_model("llama")
+    output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], output_hidden_states=True)
+    states = {layer: output.hidden_states[layer + 1] for layer in FLOOR.layers}
+    (0.7 * axis_floor_loss(states, FLOOR, batch["labels"] != -100)).backward()
+    penalty = gradients(model)
+    for each in found:
+        assert_same({name: each[name] - without[name] for name in penalty}, penalty)
+
+
+def test_a_trainer_without_a_count_of_tokens_gets_its_own_mean(tmp_path: Path) -> None:
+    """A mean of the micro-batches' means, as that trainer's loss is one: four times in one forward are four forwards."""
+    whole, parts = (
+        trainers_gradients(PlainLoss, tmp_path, size=1, accumulation=4, penalised=penalised)
+        for penalised in (True, False)
+    )
+    wanted: dict[str, Tensor] = {}
+    for row in make_rows(4, seed=5):
+        model = build_model("llama")
+        ids, labels = torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]])
+        output = model(input_ids=ids, output_hidden_states=True)
+        states = {layer: output.hidden_states[layer + 1] for layer in FLOOR.layers}
+        (0.7 / 4 * axis_floor_loss(states, FLOOR, labels != -100)).backward()
+        wanted = {name: wanted.get(name, 0) + value for name, value in gradients(model).items()}
+    assert_same({name: whole[name] - parts[name] for name in wanted}, wanted)
+
+
+def test_what_a_step_is_must_be_said(tmp_path: Path) -> None:
+    with (
+        pytest.raises(UserError, match="accumulation: how many"),
+        floor_gradients(build_model("llama"), FLOOR, weight=1.0),
+    ):
+        pass
+    trainer = Trainer(model=build_model("llama"), args=TrainingArguments(str(tmp_path), use_cpu=True))
+    twice = floor_gradients(trainer, FLOOR, weight=1.0, accumulation=4)
+    with pytest.raises(UserError, match="the trainer says itself"), twice:
+        pass
+    trainer.args.fp16 = True
+    with pytest.raises(UserError, match="fp16: the trainer scales"), floor_gradients(trainer, FLOOR, weight=1.0):
+        pass
 
 
 def example(name: str) -> Any:

@@ -54,7 +54,7 @@ def train(model: Any, tokenizer: Any, floor: Floor, folder: str, *, steps: int =
         processing_class=tokenizer,
         peft_config=LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"),
     )  # fmt: skip
-    with floor_gradients(trainer.model, floor, weight=0.1) as penalty:
+    with floor_gradients(trainer, floor, weight=0.1) as penalty:
         trainer.train()
     return penalty.figures()
 
