@@ -103,9 +103,10 @@ def check_base(model: Any, record: BaseRecord | None, *, remedy: str, key: str, 
 
 
 def probe_logits(model: Any) -> Tensor | None:
-    """Logits [T, V] of a short text, by one forward without gradient in evaluation mode; None where weights are not whole.
+    """Logits [T, V] of a short text, by one forward without gradient in evaluation mode; None where no forward can be had.
 
-    And none of 4-bit weights on a CPU, which bitsandbytes may pack anew there, in a form that can't be sharded later.
+    That is where weights are not whole; of 4-bit weights on a CPU, which bitsandbytes may pack anew there, in a form that can't
+    be sharded later; and of a model with kernels for a GPU alone that still lies on the CPU.
     """
     parameters = list(model.parameters())
     if any(p.is_meta or hasattr(p, "ds_id") or hasattr(p, "full_tensor") for p in parameters):
@@ -120,6 +121,9 @@ def probe_logits(model: Any) -> Tensor | None:
     try:
         with torch.no_grad():
             logits: Tensor = model(input_ids=ids, use_cache=False).logits[0]
+    except Exception as error:  # each kernel has errors of its own
+        log.info("the base is told by its weights alone, as it can't be run on %s yet: %s", ids.device, error)
+        return None
     finally:
         model.train(training)
     return logits.cpu()

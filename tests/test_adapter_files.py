@@ -272,6 +272,8 @@ def test_the_commands_say_so_before_anything_is_sampled(
     for tuned, said in (
         (tmp_path / "adapter", "12 of its weights have no place"),
         (tmp_path / "nowhere", "no such folder"),
+        ("smollm2-135", "neither an adapter nor a model"),
+        ("someone/no-such-model", "neither an adapter nor a model"),
     ):
         arguments = [
             "eval",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 from pathlib import Path
@@ -188,6 +189,23 @@ def test_what_rewrites_weights_is_seen_by_the_weights(tmp_path: Path, monkeypatc
     model.model.layers[1].mlp.register_forward_hook(lambda module, inputs, output: 1.5 * output)
     with pytest.raises(UserError, match="weights are the same, and its logits are not"):
         base_check.check_base(adapted, before, key="lora", remedy="none")
+
+
+def test_a_model_that_can_not_be_run_yet_is_told_by_its_weights() -> None:
+    """As one with Flash Attention, which lies on the CPU until the trainer places it."""
+
+    def on_a_gpu_alone(module: Any, inputs: Any) -> None:
+        raise RuntimeError("FlashAttention only supports GPUs")
+
+    lora: dict[str, Any] = {"r": 4, "target_modules": ["q_proj"]}
+    for changes, whole in (({}, True), ({"init_lora_weights": "pissa"}, False)):
+        model = build_model("llama")
+        model.model.register_forward_pre_hook(on_a_gpu_alone)
+        before = base_check.record_base(model)
+        assert before is not None and before.logits is None and model.training is False
+        adapted = get_peft_model(model, LoraConfig(**lora, **changes))
+        with contextlib.nullcontext() if whole else pytest.raises(UserError, match=r"q_proj\.weight has changed"):
+            base_check.check_base(adapted, before, key="lora", remedy="none")
 
 
 def test_a_name_that_no_module_has_is_told(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:

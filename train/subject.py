@@ -101,9 +101,10 @@ def _same_model(one: str, other: str) -> bool:
 def _check_whole(section: ModelSection, subject: Subject) -> None:
     try:
         its = load_config(subject.name).get_text_config()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError) as error:  # a UserError too, which speaks of the base
+        said = error.fault if isinstance(error, UserError) else str(error).splitlines()[0]
         raise UserError(
-            f"neither an adapter nor a model can be had under this name: {str(error).splitlines()[0]}",
+            f"neither an adapter nor a model can be had under this name: {said}",
             file=subject.name,
             key=KEY,
             remedy="name a folder, or a hub id that this machine can reach (HF_TOKEN for gated ones)",
