@@ -6,7 +6,6 @@ Importing this module does not import torch: the functions for tensors do, when 
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import io
 import json
@@ -18,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trimtab.axis.errors import UserError
+from trimtab.axis.errors import UserError, disk_full, known_fault
 
 if TYPE_CHECKING:
     import torch
@@ -31,10 +30,10 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; on success it is synced and renamed onto ``path``, else removed.
 
     Raises:
-        UserError: if the disk is full. ``path`` keeps its earlier content.
+        UserError: if the disk is full, or the place may not be written to. ``path`` keeps its earlier content.
     """
     path = Path(path)
-    with _naming_a_full_disk(path):
+    with _naming_the_file(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
         os.close(handle)
@@ -50,22 +49,14 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _naming_a_full_disk(path: Path) -> Iterator[None]:
+def _naming_the_file(path: Path) -> Iterator[None]:
+    """Turn what the system says of a file into the fault that it is, of the file itself rather than of its temporary name."""
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise disk_full(path) from error
+        if isinstance(known := known_fault(error), UserError):
+            raise UserError(known.fault, remedy=known.remedy, file=path) from error
         raise
-
-
-def disk_full(path: str | Path) -> UserError:
-    """The error for a full disk at ``path``; nothing that was written before is lost."""
-    return UserError(
-        "the disk is full; nothing half-written was left behind",
-        file=path,
-        remedy="free some space and run the same command again: finished stages are kept and resumed",
-    )
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -133,7 +124,7 @@ def append_jsonl(path: str | Path, rows: list[dict[str, Any]]) -> None:
     """
     path = Path(path)
     data = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows).encode("utf-8")
-    with _naming_a_full_disk(path):
+    with _naming_the_file(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         # unbuffered: a buffer that could not be flushed would be flushed again by truncate and by close
         with path.open("ab+", buffering=0) as file:
