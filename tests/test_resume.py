@@ -172,6 +172,28 @@ def test_killed_in_every_stage(recipe: Path, unbroken: Job, tmp_path: Path) -> N
     assert {path: path.stat().st_mtime_ns for path in job.folder.rglob("*") if path.is_file()} == before
 
 
+def test_a_resume_takes_the_intervals_of_the_recipe_and_refuses_another_training(
+    recipe: Path, unbroken: Job, tmp_path: Path
+) -> None:
+    """Killed after checkpoint 2: another rate is another training; another interval of checkpoints is the same one."""
+    job = Job(tmp_path / "run", recipe)
+    shutil.copytree(unbroken.folder, job.folder)
+    shutil.rmtree(job.folder / "adapter")
+    (job.folder / "stages" / "train.json").unlink()
+    for step in (4, 6):
+        shutil.rmtree(job.folder / "checkpoints" / f"checkpoint-{step}")
+    job.arguments = [*job.arguments, "train.learning_rate=0.02"]
+    assert job.finish() == 2
+    assert "stage train is begun there: train.learning_rate was 0.01 and is 0.02 now" in job.tail()
+    assert not (job.folder / "adapter").exists()
+    job.arguments = [*job.arguments[:-1], "train.save_steps=5"]
+    assert job.finish() == 0, job.tail()
+    assert job.facts["resumed_from"] == "checkpoint-2"
+    left = {Path(path).name for path in whole_checkpoints(job.folder / "checkpoints")}
+    assert left == {"checkpoint-5", "checkpoint-6"}
+    assert_same_run(job, unbroken)
+
+
 # ---- a full disk ----
 
 
@@ -248,13 +270,14 @@ def test_a_run_folder_that_a_kill_left_half_made_is_taken_up(recipe: Path, tmp_p
 
 def test_a_folder_of_another_recipe_or_of_somebody_else_is_refused(recipe: Path, tmp_path: Path) -> None:
     run = open_run(load_recipe(recipe), output_dir=str(tmp_path / "a"))
+    run.record("train", run.inputs("train"), {}, seconds=0.0)
     before = (run.folder / "run.json").read_bytes()
     for change in ("train.learning_rate=0.5", "eval.control=true"):
         with pytest.raises(UserError, match="another recipe"):
             open_run(load_recipe(recipe, [change]), output_dir=str(tmp_path / "a"))
+    assert (run.folder / "run.json").read_bytes() == before
     # what is measured is no part of it: a trained run may be measured again
     assert open_run(load_recipe(recipe, ["eval.roles=7"]), output_dir=str(tmp_path / "a")).recipe.eval.roles == 7
-    assert (run.folder / "run.json").read_bytes() == before
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "thesis.txt").write_text("mine", encoding="utf-8")
     with pytest.raises(UserError, match="not a run folder"):

@@ -24,14 +24,15 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 # after the environment, which must be set before transformers is imported
-from trimtab.axis.errors import UserError
-from trimtab.axis.files import disk_full
+from trimtab.axis.errors import UserError, disk_full, known_fault
 from trimtab.axis.logs import setup_logging
 from trimtab.recipes.loader import load_recipe
 
 log = logging.getLogger("trimtab")
 
 SPREAD = "spread.json"
+# Variable of the environment: the file in which a training process says what of the user's input is at fault.
+FAULT_FILE = "TRIMTAB_FAULT_FILE"
 # What a checkpoint holds besides the adapter.
 OF_RESUMING = (
     "optimizer*", "scheduler*", "rng_state*", "trainer_state.json", "scaler*", "global_step*", "latest", "zero_to_fp32.py",
@@ -90,10 +91,24 @@ def run_script(
     setup_logging(quiet=arguments.quiet, main_process=int(os.environ.get("RANK", "0")) == 0)
     try:
         work(arguments)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except Exception as error:
+        if (known := known_fault(error)) is None:
+            raise
+        _tell(known)
         return 2
     return 0
+
+
+def _tell(error: UserError) -> None:
+    """Say what is wrong: to the command that started this, which tells it once, or on standard error.
+
+    A launcher makes 1 of every exit code, and each of its ranks may find the same fault.
+    """
+    if (path := os.environ.get(FAULT_FILE)) is None:
+        print(f"error: {error}", file=sys.stderr)
+        return
+    with contextlib.suppress(FileExistsError), open(path, "x", encoding="utf-8") as file:  # the first rank's
+        file.write(str(error))
 
 
 def _check_method(method: Method, loaded: Any) -> None:
@@ -120,25 +135,36 @@ def train(method: Method, loaded_recipe: Any, *, output_dir: str | None, control
     Returns:
         The adapter's folder.
     """
-    from trimtab.train.prepare import rollouts_stage
-    from trimtab.train.run import open_run
-
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
-        run = open_run(loaded_recipe, output_dir=output_dir)
-        rollouts_stage(run)
+        run = _prepare(loaded_recipe, output_dir, control=control, processes=1)
     else:
         # The stages before training run on one process with the plain model; the process group starts afterwards, so that
         # no collective times out meanwhile.
-        run = _prepare_once(method, loaded_recipe, output_dir)
+        run = _prepare_once(method, loaded_recipe, output_dir, control=control, processes=world)
     variant = run.variant(control)
+    inputs = run.inputs("train")
     return train_variant(
         run,
         variant,
         lambda: method.arguments(run, variant, quiet),
         lambda arguments: method.trainer(run, arguments, variant),
-        inputs=[run.loaded.resolved["method"], control],
+        inputs=inputs,
+        begun=inputs,
     )
+
+
+def _prepare(loaded_recipe: Any, output_dir: str | None, *, control: bool, processes: int) -> Any:
+    """Open the run, have the libraries look at the recipe where there is still something to train, make axis and floor."""
+    from trimtab.train.prepare import rollouts_stage
+    from trimtab.train.rehearsal import rehearse
+    from trimtab.train.run import open_run
+
+    run = open_run(loaded_recipe, output_dir=output_dir)
+    if run.stage_record(run.variant(control).stage_name) is None:
+        rehearse(run.loaded, processes=processes)
+    rollouts_stage(run)
+    return run
 
 
 def train_variant(
@@ -148,6 +174,7 @@ def train_variant(
     make_trainer: Callable[[Any], Any],
     *,
     inputs: Any,
+    begun: dict[str, Any] | None = None,
     facts: Mapping[str, Any] | None = None,
 ) -> Path:
     """Train one adapter, or go on where its last checkpoint stopped; nothing is done where it is done already.
@@ -158,12 +185,15 @@ def train_variant(
         make_arguments: gives TRL's config.
         make_trainer: gives the trainer, of that config.
         inputs: what the record is keyed by.
+        begun: what the checkpoints are held by, beside them; None where that is noted elsewhere.
         facts: more for the record.
 
     Returns:
         The adapter's folder.
     """
     from accelerate import PartialState
+
+    from trimtab.train.run import BEGUN, begin
 
     adapter: Path = variant.adapter
     # Looked up before the process group is made, so that there is none to take down.
@@ -176,6 +206,8 @@ def train_variant(
     trainer = make_trainer(arguments)
     checkpoint = last_checkpoint(variant.checkpoints)
     check_spread(variant.checkpoints / SPREAD, trainer, resumed=checkpoint is not None)
+    if begun is not None and state.is_main_process:
+        begin(variant.checkpoints / BEGUN, begun)
     if checkpoint is not None:
         log.info("resuming from %s", checkpoint)
     started = time.monotonic()
@@ -210,15 +242,12 @@ def train_variant(
     return adapter
 
 
-def _prepare_once(method: Method, loaded_recipe: Any, output_dir: str | None) -> Any:
+def _prepare_once(method: Method, loaded_recipe: Any, output_dir: str | None, *, control: bool, processes: int) -> Any:
     """Open the run and make axis and floor on rank 0; the other ranks wait for their records on disk."""
-    from trimtab.train.prepare import rollouts_stage
     from trimtab.train.run import MARKER, open_run, run_folder
 
     if int(os.environ.get("RANK", "0")) == 0:
-        run = open_run(loaded_recipe, output_dir=output_dir)
-        rollouts_stage(run)
-        return run
+        return _prepare(loaded_recipe, output_dir, control=control, processes=processes)
     launcher = os.getppid()
     folder = run_folder(loaded_recipe, output_dir)
     said, started = False, time.monotonic()
@@ -248,6 +277,8 @@ def common_arguments(run: Any, variant: Any, quiet: bool) -> dict[str, Any]:
     given = {key: value for key, value in recipe.train.items() if key != "output_dir"}
     if recipe.model.device == "cpu" and "use_cpu" not in given:
         given["use_cpu"] = True
+    if "learning_rate" not in given:
+        given["learning_rate"] = usual_learning_rate(recipe)
     return {
         "report_to": "none",
         "save_total_limit": 2,
@@ -258,6 +289,24 @@ def common_arguments(run: Any, variant: Any, quiet: bool) -> dict[str, Any]:
         **given,
         "output_dir": str(variant.checkpoints),
     }
+
+
+# Of SmolLM2 and of the larger models: what the shipped recipes say, by the size that a hidden state has.
+SMALL = 1024
+LEARNING_RATES = {"sft": (1e-3, 1e-4), "distill": (1e-3, 1e-4), "grpo": (1e-3, 2e-5), "dpo": (3e-4, 2e-5)}
+
+
+def usual_learning_rate(recipe: Any) -> float:
+    """The learning rate of a recipe that says none: small models take, and need, up to fifty times that of large ones."""
+    from trimtab.axis.models import load_config
+
+    hidden = int(load_config(recipe.model.name, recipe.model.revision).get_text_config().hidden_size)
+    small, large = LEARNING_RATES[recipe.method.name]
+    rate = small if hidden < SMALL else large
+    log.info(
+        "learning rate %g (the recipe says none; %s is usual for a hidden size of %d)", rate, recipe.method.name, hidden
+    )
+    return rate
 
 
 @dataclass(frozen=True)
@@ -441,6 +490,8 @@ def metrics_callback(path: Path) -> Any:
 
     class Metrics(TrainerCallback):
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            # a resume takes the intervals of the checkpoint, whatever the recipe says by now
+            state.compute_steps(args, state.max_steps)
             if state.is_world_process_zero and path.exists():
                 write_jsonl(path, [row for row in read_jsonl(path) if row["step"] <= state.global_step])
 

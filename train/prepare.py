@@ -25,7 +25,7 @@ from trimtab.axis.chat import ChatFormat, chat, ends_of
 from trimtab.axis.directions import check_fits, unit
 from trimtab.axis.errors import one_line
 from trimtab.axis.extraction import DEFAULT, Extraction, extract
-from trimtab.axis.files import file_fingerprint, read_jsonl, write_json
+from trimtab.axis.files import read_jsonl, write_json
 from trimtab.axis.instruments import load_axis, load_floor
 from trimtab.axis.judge import check_endpoint, role_judge
 from trimtab.axis.layers import shape_of_config
@@ -34,7 +34,7 @@ from trimtab.axis.sampling import SamplingOptions
 from trimtab.axis.soundness import check_model, mean_states
 from trimtab.recipes import data
 from trimtab.recipes.rules import row_length
-from trimtab.recipes.schema import DpoMethod, GrpoMethod, ModelSection, Recipe, Sampling, deciding
+from trimtab.recipes.schema import DpoMethod, GrpoMethod, ModelSection, Recipe, Sampling
 from trimtab.train.conversations import check_prompts
 from trimtab.train.pairs import make_pairs
 from trimtab.train.rollouts import check_lengths
@@ -223,6 +223,8 @@ def axis_stage(run: Run, prepared: Prepared | None = None) -> dict[str, Any]:
         shape = model_shape(recipe.model.name, recipe.model.revision)
         given = given_axis(recipe, shape)
         given_floor(recipe, shape)
+        if not run.rollouts_path.exists():  # an extraction that has sampled nothing yet holds to nothing
+            (run.rollouts_path.parent / "state.safetensors").unlink(missing_ok=True)
         section = recipe.axis
         judged = section.judge.model_dump() if section.judge else None
         check_endpoint(judged, "axis.judge")  # before a model is loaded
@@ -259,7 +261,7 @@ def axis_stage(run: Run, prepared: Prepared | None = None) -> dict[str, Any]:
             facts["cosine_held_out"] = [round(float(c), 4) for c in cosine]
         return facts
 
-    return run.stage("axis", deciding([recipe.model.model_dump(), recipe.axis.model_dump()]), work)
+    return run.stage("axis", run.inputs("axis"), work)
 
 
 def _check_no_mean(axis: Axis, loaded: Loaded, form: ChatFormat, path: str | None) -> None:
@@ -368,8 +370,7 @@ def floor_stage(run: Run, prepared: Prepared | None = None) -> dict[str, Any]:
         write_json(run.folder / "floor.json", facts)
         return facts
 
-    inputs = [file_fingerprint(run.axis_path), section.model_dump(), recipe.eval.control]
-    return run.stage("floor", inputs, work)
+    return run.stage("floor", run.inputs("floor"), work, made_from=[run.axis_path])
 
 
 def rollouts_stage(run: Run, prepared: Prepared | None = None) -> None:
@@ -413,9 +414,7 @@ def rollouts_stage(run: Run, prepared: Prepared | None = None) -> None:
             )
         return found
 
-    floor = file_fingerprint(run.variant(False).floor_path)
-    inputs = [floor, method.model_dump(), run.recipe.data.model_dump(), longest]
-    facts = run.stage("pairs", inputs, work)
+    facts = run.stage("pairs", run.inputs("pairs"), work, made_from=[run.variant(False).floor_path])
     if facts["pairs"]["pairs"] == 0:
         raise UserError(
             "no pair is left to train on: the cap changes none of the answers",

@@ -1,27 +1,35 @@
-"""The run folder: resolved recipe, versions, git revision, stage records, metrics; resumed or refused, never overwritten."""
+"""The run folder: resolved recipe, versions, git revision, stage records, metrics; resumed or refused, never overwritten.
+
+``run.json`` and ``recipe.yaml`` hold the recipe as it was last opened, and what was changed since the folder was made. Each
+stage's record holds what that stage was made from, which is what it holds the run to: see :mod:`trimtab.train.identity`.
+"""
 
 from __future__ import annotations
 
 import datetime
+import functools
 import importlib.metadata
 import logging
+import os
 import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from trimtab.axis.errors import UserError
-from trimtab.axis.files import fingerprint, read_json, write_json, write_text
+from trimtab.axis.files import file_fingerprint, fingerprint, read_json, write_json, write_text
 from trimtab.recipes.loader import LoadedRecipe
-from trimtab.recipes.schema import Recipe, deciding
+from trimtab.recipes.schema import Recipe
+from trimtab.train.identity import READS, Inputs, differences, flat, stage_inputs
 
 log = logging.getLogger("trimtab")
 
 MARKER = "run.json"
+BEGUN = "begun.json"  # beside what a stage has made so far: what it is made from
 STARTS = ("tuned", "base")  # what a further fine-tuning may begin from
 PACKAGES = (
     "torch",
@@ -47,6 +55,7 @@ def versions() -> dict[str, str]:
     return found
 
 
+@functools.cache
 def git_revision() -> str:
     """Revision of the checkout that trimtab runs from, with ``-dirty`` for local changes; "not a checkout" for a wheel."""
     folder = Path(__file__).resolve().parent
@@ -102,43 +111,55 @@ class Run:
         """
         return Variant(self.folder / "durability" / f"{start}-{tuning}", f"durability_{start}_{tuning}")
 
+    def inputs(self, stage: str) -> Inputs:
+        """What a stage depends on: dotted key -> value."""
+        return stage_inputs(self.loaded.resolved, stage)
+
     def stage(
         self,
         name: str,
         inputs: Any,
         work: Callable[[], dict[str, Any]],
         *,
+        made_from: Sequence[Path] = (),
         remedy: str = "choose another --output-dir, or delete the run folder if it is not needed",
     ) -> dict[str, Any]:
         """Run ``work`` unless it is recorded as done with these very inputs; record what it returns.
 
         Args:
             name: stage.
-            inputs: everything the stage depends on, JSON-able; its hash is the key of the record.
+            inputs: everything the stage depends on, JSON-able; of the stages before training, :meth:`inputs`.
             work: returns JSON-able facts.
+            made_from: files of the run that the stage reads, whose content counts too.
             remedy: for when it was done with other inputs.
         """
         path = self.folder / "stages" / f"{name}.json"
+        files = {file.name: file_fingerprint(file) for file in made_from}
         if path.exists():
             record = read_json(path)
-            if record["key"] == fingerprint(inputs):
+            if (other := _other_inputs(record, inputs, files)) is None:
                 log.info("%s: done already, %s", name, path)
                 facts: dict[str, Any] = record["facts"]
                 return facts
-            raise UserError(
-                f"stage {name} was done with other inputs",
-                file=path,
-                remedy=remedy,
-            )
+            raise UserError(f"stage {name} was done with other inputs{other}", file=path, remedy=remedy)
+        if name == "axis":  # training notes it beside its checkpoints; no other stage leaves half of itself
+            begin(self.rollouts_path.parent / BEGUN, stage_inputs(self.loaded.resolved, name, portions=True))
         started = time.monotonic()
-        return self.record(name, inputs, work(), seconds=time.monotonic() - started)
+        return self.record(name, inputs, work(), files=files, seconds=time.monotonic() - started)
 
-    def record(self, name: str, inputs: Any, facts: dict[str, Any], *, seconds: float) -> dict[str, Any]:
+    def record(
+        self, name: str, inputs: Any, facts: dict[str, Any], *, seconds: float, files: Mapping[str, str] | None = None
+    ) -> dict[str, Any]:
         """Record a stage as done with these inputs; returns ``facts``."""
         write_json(self.folder / "stages" / f"{name}.json", {
             "key": fingerprint(inputs),
+            "inputs": inputs if isinstance(inputs, dict) else None,
+            "files": files or {},
+            "recipe": self.loaded.name,
+            "git": git_revision(),
+            "versions": versions(),
             "seconds": round(seconds, 1),
-            "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "finished": _now(),
             "facts": facts,
         })  # fmt: skip
         return facts
@@ -193,26 +214,58 @@ class Variant:
         return self.folder / "metrics.jsonl"
 
 
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def begin(note: Path, inputs: Inputs) -> None:
+    """Note what a stage is made from, before it has made anything that a kill would leave behind."""
+    if not note.exists() or read_json(note)["inputs"] != inputs:
+        write_json(note, {"inputs": inputs})
+
+
+def _other_inputs(record: Mapping[str, Any], inputs: Any, files: Mapping[str, str]) -> str | None:
+    """What differs of the inputs that a stage was done with, as words to end a sentence with; None where nothing does."""
+    made_from = record.get("files") or {}
+    replaced = [name for name, content in files.items() if made_from.get(name, content) != content]
+    if replaced:
+        return f": {', '.join(replaced)} was made again, or replaced"
+    if isinstance(inputs, dict) and isinstance(made := record.get("inputs"), dict):
+        return _named(found) if (found := differences(made, inputs)) else None
+    return None if record["key"] == fingerprint(inputs) else ""
+
+
+def _named(found: Sequence[tuple[str, Any, Any]]) -> str:
+    shown = [f"{key} was {_short(then)} and is {_short(now)} now" for key, then, now in found[:3]]
+    more = f", and {len(found) - 3} more" if len(found) > 3 else ""
+    return f": {', '.join(shown)}{more}"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
 def open_run(loaded: LoadedRecipe, *, output_dir: str | None = None) -> Run:
     """Open or make the run folder of a recipe.
 
     The folder is ``output_dir``, else ``train.output_dir`` of the recipe, else ``runs/<recipe name>`` below the working
-    directory.
+    directory. Of several processes the first one writes.
 
     Raises:
-        UserError: if the folder was made from another recipe, or is not empty and not a run folder.
+        UserError: if a stage that is done or begun there depends on something that the recipe says otherwise, or the folder is
+            not empty and not a run folder.
     """
     folder = run_folder(loaded, output_dir)
-    identity = recipe_identity(loaded)
     marker = folder / MARKER
+    run = Run(folder, loaded.recipe, loaded)
     if marker.exists():
-        found = read_json(marker)
-        if found.get("recipe_hash") != identity:
-            raise UserError(
-                "this run folder was made from another recipe",
-                file=folder,
-                remedy="choose another --output-dir, or delete the folder if it is not needed",
-            )
+        made = read_json(marker)
+        if not isinstance(made, dict) or not isinstance(made.get("resolved"), dict):
+            raise UserError("this is no run folder's", file=marker, remedy="choose a new folder with --output-dir")
+        _refuse_another_recipe(run, made["resolved"])
+        if os.environ.get("RANK", "0") == "0":
+            _take_up(run, made)
     elif folder.exists() and any(not path.name.startswith(f".{MARKER}.") for path in folder.iterdir()):
         raise UserError(
             "this folder is not empty and is not a run folder",
@@ -224,35 +277,90 @@ def open_run(loaded: LoadedRecipe, *, output_dir: str | None = None) -> Run:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(marker, {
             "recipe": loaded.name,
-            "recipe_hash": identity,
             "resolved": loaded.resolved,
             "command": " ".join(sys.argv),
             "versions": versions(),
             "git": git_revision(),
-            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "created": _now(),
+            "changes": [],
         })  # fmt: skip
-    if not (folder / "recipe.yaml").exists():
-        write_text(folder / "recipe.yaml", loaded.text)
-    return Run(folder, loaded.recipe, loaded)
+        _write_recipe(run)
+    return run
+
+
+def _write_recipe(run: Run) -> None:
+    path = run.folder / "recipe.yaml"
+    if not path.exists() or path.read_text(encoding="utf-8") != run.loaded.text:
+        write_text(path, run.loaded.text)
+
+
+def _take_up(run: Run, made: dict[str, Any]) -> None:
+    """Have the folder say what the recipe is by now, after each record says what it was when the stage was done."""
+    for path, stage in _records(run.folder).items():
+        if path.exists() and (record := read_json(path)).get("inputs") is None:  # of a version that did not note it
+            write_json(path, record | {"inputs": stage_inputs(made["resolved"], stage)})
+    if made["resolved"] != run.loaded.resolved:
+        changed = [key for key, _, _ in differences(flat(made["resolved"]), flat(run.loaded.resolved))]
+        change = {"at": _now(), "recipe": run.loaded.name, "keys": changed}
+        changes = [*made.get("changes", []), change]
+        kept = {key: value for key, value in made.items() if key != "recipe_hash"}
+        write_json(run.folder / MARKER, kept | {"resolved": run.loaded.resolved, "changes": changes})
+    _write_recipe(run)
+
+
+def _records(folder: Path) -> dict[Path, str]:
+    """Where each stage's record lies -> what it reads, a key of :data:`READS`; the control is trained as the run's own is."""
+    return {
+        folder / "stages" / f"{name}.json": stage
+        for name, stage in (*((s, s) for s in READS), ("train_control", "train"))
+    }
+
+
+def _refuse_another_recipe(run: Run, resolved: Mapping[str, Any]) -> None:
+    """Hold the recipe against each stage that is done, and each that is begun.
+
+    Args:
+        run: the run.
+        resolved: what the folder's last recipe said, for records that say nothing themselves.
+    """
+    for path, stage in _records(run.folder).items():
+        portions, anew = False, ""
+        if path.exists():
+            made = read_json(path).get("inputs") or stage_inputs(resolved, stage)
+        elif (begun := _begun(run, path.stem)) is not None:
+            note, anew = begun
+            portions = stage == "axis"
+            made = read_json(note)["inputs"] if note.exists() else stage_inputs(resolved, stage, portions=portions)
+        else:
+            continue
+        if found := differences(made, stage_inputs(run.loaded.resolved, stage, portions=portions)):
+            what = "begun" if anew else "done"
+            raise UserError(
+                f"this run folder was made from another recipe: stage {path.stem} is {what} there{_named(found)}",
+                file=run.folder,
+                key=found[0][0],
+                remedy=f"set it back, or choose another --output-dir{anew}",
+            )
+
+
+def _begun(run: Run, name: str) -> tuple[Path, str] | None:
+    """Where a stage that has made a part of what it makes notes what it is made from, and how to begin it anew; else None."""
+    if name == "axis":
+        folder = run.rollouts_path.parent
+        return (folder / BEGUN, f", or delete {folder} to begin it anew") if run.rollouts_path.exists() else None
+    if name not in ("train", "train_control"):
+        return None
+    variant = run.variant(name == "train_control")
+    if not any(variant.checkpoints.glob("*.json")):
+        return None
+    return variant.checkpoints / BEGUN, (
+        f", or delete {variant.checkpoints}, {variant.rollouts} and {variant.metrics} to begin it anew"
+    )
 
 
 def run_folder(loaded: LoadedRecipe, output_dir: str | None) -> Path:
     """The run folder of a recipe, whether it is there or not."""
     chosen = output_dir or loaded.recipe.train.get("output_dir") or f"runs/{loaded.name.replace('/', '-')}"
-    return Path(chosen).expanduser().resolve()
-
-
-ELSEWHERE = ("output_dir", "per_device_train_batch_size", "gradient_accumulation_steps")
-
-
-def recipe_identity(loaded: LoadedRecipe) -> str:
-    """Hash of what makes a run: the resolved recipe without the place it writes to and without what is measured.
-
-    Measuring has a record of its own, and a trained run may be measured again in another way; whether there is a control decides
-    what is trained. How the rows of a step are spread over processes and micro-batches is no part of it: training itself holds
-    their number, see :func:`trimtab.train.job.check_spread`.
-    """
-    resolved = dict(deciding(loaded.resolved))
-    resolved["train"] = {key: value for key, value in resolved.get("train", {}).items() if key not in ELSEWHERE}
-    resolved["eval"] = {"control": resolved["eval"]["control"]}
-    return fingerprint(resolved)
+    if (path := os.path.expanduser(chosen)).startswith("~"):
+        raise UserError("there is no such home folder", file=chosen, key="--output-dir", remedy="name another folder")
+    return Path(path).resolve()
