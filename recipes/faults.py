@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from trimtab.axis.errors import UserError
@@ -51,6 +52,37 @@ class RecipeError(UserError):
         else:
             listed = "\n".join(f"{number}. {fault}" for number, fault in enumerate(self.faults, start=1))
             self.args = (f"the recipe has {len(self.faults)} faults:\n{listed}",)
+
+
+class Findings:
+    """Faults of checks that don't depend on each other: each check is run, and all that they find is told at once."""
+
+    def __init__(self) -> None:
+        self.faults: list[Fault] = []
+
+    @contextlib.contextmanager
+    def of_a_check(self) -> Iterator[None]:
+        """Take the faults that a check raises; what comes after it in the block is left out."""
+        try:
+            yield
+        except RecipeError as error:
+            self.add(error.faults)
+        except UserError as error:
+            self.add([Fault(error.fault, error.remedy, error.key or "", error.file or "")])
+
+    def add(self, faults: Sequence[Fault]) -> None:
+        """Take faults that were not told already."""
+        told = {(fault.key, fault.fault) for fault in self.faults}
+        self.faults += [fault for fault in faults if (fault.key, fault.fault) not in told]
+
+    def tell(self) -> None:
+        """Raise what was found, if anything was.
+
+        Raises:
+            RecipeError: with every fault.
+        """
+        if self.faults:
+            raise RecipeError(self.faults)
 
 
 def did_you_mean(word: str, known: Iterable[str], otherwise: str) -> str:

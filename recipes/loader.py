@@ -21,7 +21,7 @@ from trimtab.recipes.faults import Fault, RecipeError, did_you_mean
 from trimtab.recipes.library_fields import Fields, accepts, describe, lora_fields, train_config, train_fields
 from trimtab.recipes.rules import impossible
 from trimtab.recipes.schema import METHODS, Recipe
-from trimtab.recipes.yaml_lines import parse_yaml
+from trimtab.recipes.yaml_lines import LONGEST, parse_yaml
 
 FOLDER = Path(__file__).parent
 COMMAND_LINE = "command line"
@@ -44,6 +44,7 @@ DATA_KEYS = (
     "eval.durability.file",
 )
 HUB_KEYS = ("axis.path", "floor.path", *DATA_KEYS)
+FOLDER_KEYS = ("eval.capability_folder",)
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,13 @@ class LoadedRecipe:
     name: str
     overrides: tuple[str, ...] = ()
 
+    def placed(self, fault: Fault) -> Fault:
+        """The fault with the place of its key: a line of the recipe, or the command line; with its own file, as it is."""
+        if fault.file or not fault.key:
+            return fault
+        overridden = {override.partition("=")[0].strip() for override in self.overrides}
+        return _Draft(str(self.path), {}, parse_yaml(self.text).lines, overridden).placed(fault)
+
 
 @dataclass
 class _Draft:
@@ -84,12 +92,13 @@ class _Draft:
 
     def add(self, fault: Fault) -> None:
         """Add a fault with the place of its key."""
-        if self.from_command_line(fault.key):
-            placed = replace(fault, file=COMMAND_LINE)
-        else:
-            line = fault.line if fault.line is not None else self._line_of(fault.key)
-            placed = replace(fault, file=self.file, line=line)
-        self.faults.append(placed)
+        self.faults.append(self.placed(fault))
+
+    def placed(self, fault: Fault) -> Fault:
+        """The fault with the place of its key."""
+        if self.from_command_line(fault.key) or self.file == COMMAND_LINE:
+            return replace(fault, file=COMMAND_LINE)
+        return replace(fault, file=self.file, line=fault.line if fault.line is not None else self._line_of(fault.key))
 
     def _line_of(self, key: str) -> int | None:
         while key:
@@ -118,7 +127,8 @@ def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Load
     """
     path, name = _find(str(path_or_name))
     try:
-        text = path.read_bytes().decode("utf-8")
+        with path.open("rb") as file:  # a recipe that is none may be of any size
+            text = file.read(LONGEST + 1).decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise RecipeError(
@@ -141,7 +151,7 @@ def recipe_of(sections: Mapping[str, Any], name: str, overrides: Sequence[str] =
     content = {section: dict(keys) for section, keys in sections.items()}
     for _, values, option, value in _paths(content):
         # the text is kept in the run folder and read there again
-        values[option] = os.path.abspath(Path(value).expanduser())
+        values[option] = os.path.abspath(os.path.expanduser(value))
     return _load(yaml.safe_dump(content, sort_keys=False), Path(COMMAND_LINE), name, overrides)
 
 
@@ -167,11 +177,11 @@ def _load(text: str, path: Path, name: str, overrides: Sequence[str]) -> LoadedR
 
 def _find(asked: str) -> tuple[Path, str]:
     shipped = shipped_recipes()
-    path = Path(asked).expanduser()
-    if not path.is_file():
+    path = Path(os.path.expanduser(asked))
+    if not os.path.isfile(path):  # unlike Path's own, it takes names that no file can have
         if asked in shipped:
             return shipped[asked], asked
-        if path.is_dir():
+        if os.path.isdir(path):
             raise RecipeError([Fault("this is a folder", "name a YAML file in it", file=asked)])
         if path.suffix in (".yaml", ".yml"):
             remedy = f"check the path, from {Path.cwd()}; `trimtab recipes` lists those that ship"
@@ -232,39 +242,52 @@ def _paths(content: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any], st
 
 def _resolved(draft: _Draft, folder: Path, key: str, value: str) -> str:
     base = Path.cwd() if draft.from_command_line(key) else folder
-    path = base / Path(value).expanduser()
-    if not path.exists():
+    path = base / os.path.expanduser(value)
+    wants_folder = key in FOLDER_KEYS
+    if not os.path.exists(path):
         if key in DATA_KEYS and is_hub_name(value):
             return value
         remedy = "check the path; one in a recipe is relative to the recipe's own folder"
-        draft.add(Fault(f"no such file: {path}", remedy, key))
+        draft.add(Fault(f"no such {'folder' if wants_folder else 'file'}: {path}", remedy, key))
+    elif os.path.isdir(path) != wants_folder:
+        kinds = ("a file", "a folder") if wants_folder else ("a folder", "a file")
+        draft.add(Fault(f"this is {kinds[0]}: {path}", f"name {kinds[1]}", key))
+    elif not os.access(path, os.R_OK):
+        draft.add(Fault(f"this may not be read: {path}", "give yourself the right to read it", key))
     return os.path.normpath(path)
 
 
 def _validate(draft: _Draft) -> Recipe | None:
     """Check the sections, then the combinations on what remains when faulty keys are left at their defaults."""
     method = _method_of(draft.data)
-    _check_library_section(draft, "lora", lora_fields(), "peft.LoraConfig")
-    _check_library_section(draft, "train", train_fields(method), train_config(method))
-    data = {key: {} if value is None else value for key, value in draft.data.items()}
+    sound = {
+        "lora": _sound_values(draft, "lora", lora_fields(), "peft.LoraConfig"),
+        "train": _sound_values(draft, "train", train_fields(method), train_config(method)),
+    }
+    data = {key: {} if value is None else value for key, value in (draft.data | sound).items()}
     told = {fault.key for fault in draft.faults}
     while True:
         try:
             recipe = Recipe.model_validate(data, strict=True)
             break
         except ValidationError as error:
-            before, problem = data, error
+            problem, before = error, data
         for fault, path in _schema_faults(problem, METHODS[method]):
             if fault.key not in told:
                 told.add(fault.key)
                 draft.add(fault)
             data = _without(data, path)
-        if data == before:  # a fault that leaving out its key does not mend
-            raise problem
+        if data == before:  # nothing is left that could be left out
+            return None
     for fault in impossible(recipe, set(_dotted(draft.data))):
-        if fault.key not in told:
+        if not any(_nested(fault.key, key) for key in told):
             draft.add(fault)
     return recipe
+
+
+def _nested(key: str, other: str) -> bool:
+    """Whether the keys are one, or one lies in the other: where a section was left out as faulty, nothing is to be said of it."""
+    return f"{key}.".startswith(f"{other}.") or f"{other}.".startswith(f"{key}.")
 
 
 def _method_of(data: Mapping[str, Any]) -> str:
@@ -274,28 +297,42 @@ def _method_of(data: Mapping[str, Any]) -> str:
     return name if isinstance(name, str) and name in METHODS else "sft"
 
 
-def _check_library_section(draft: _Draft, section: str, known: Fields, owner: str) -> None:
+def _sound_values(draft: _Draft, section: str, known: Fields, owner: str) -> Any:
+    """A library's section without what is wrong by its name or its kind, which is told."""
     values = draft.data.get(section)
     if not isinstance(values, dict):
-        return
+        return values
+    sound = {}
     for name, value in values.items():
         key = f"{section}.{name}"
         if name not in known:
             draft.add(Fault(f"{owner} has no such key", did_you_mean(name, known, f"see the keys of {owner}"), key))
         elif not accepts(known[name], value):
             draft.add(Fault(f"expected {describe(known[name])}, got {_show(value)}", _type_remedy(value), key))
+        else:
+            sound[name] = value
+    return sound
 
 
-def _schema_faults(error: ValidationError, method: type[BaseModel]) -> Iterator[tuple[Fault, tuple[str, ...]]]:
+# Keys whose values have a form of their own: what is wrong with another, and how they are written.
+_FORMS = {
+    "floor.layers": ("these are not layers", "write auto, a range such as 46-53, or a list such as [46, 47]"),
+    "model.device": ("this is not a device", "write auto, cpu, cuda, or one GPU of several: cuda:1"),
+}
+# Where a key lies: names, and numbers in lists.
+_Place = tuple[str | int, ...]
+
+
+def _schema_faults(error: ValidationError, method: type[BaseModel]) -> Iterator[tuple[Fault, _Place]]:
     """Each fault with the path of the key at fault."""
     for entry in error.errors():
         if entry["type"] == "union_tag_invalid":
             name = entry.get("ctx", {}).get("tag")
             remedy = did_you_mean(str(name), METHODS, f"choose one of {', '.join(METHODS)}")
-            yield Fault(f"no such method: {name!r}", remedy, "method.name"), ("method", "name")
+            yield Fault(f"no such method: {_show(name)}", remedy, "method.name"), ("method", "name")
             continue
         path, section = _path_of(entry["loc"], method)
-        key = ".".join(path)
+        key = _dotted_key(path)
         kind, value, context = entry["type"], entry.get("input"), entry.get("ctx", {})
         known = list(section.model_fields)
         if kind == "extra_forbidden":
@@ -304,13 +341,15 @@ def _schema_faults(error: ValidationError, method: type[BaseModel]) -> Iterator[
             yield Fault("is missing", f"add it: {key}={'smollm2-135m' if key == 'model.name' else '...'}", key), path
         elif kind == "value_error":
             fault, _, remedy = str(context.get("error")).partition(": ")
-            named = fault.split()[0]
-            inner = section if path[-1].isdigit() else _section_type(section.model_fields[path[-1]].annotation)
+            named = fault.partition(" ")[0]
+            inner = section if isinstance(path[-1], int) else _inner_section(section, path[-1])
             path = (*path, named) if inner is not None and named in inner.model_fields else path
-            yield Fault(fault, remedy, ".".join(path)), path
-        elif key == "floor.layers":
-            remedy = "write auto, a range such as 46-53, or a list such as [46, 47]"
-            yield Fault(f"these are not layers: {_show(value)}", remedy, key), path
+            yield Fault(fault, remedy or "give another value", _dotted_key(path)), path
+        elif key in _FORMS:
+            fault, remedy = _FORMS[key]
+            yield Fault(f"{fault}: {_show(value)}", remedy, key), path
+        elif kind == "string_pattern_mismatch" and not str(value).strip():
+            yield Fault("must not be empty", "write a value, or remove the key", key), path
         elif kind == "literal_error":
             choices = str(context.get("expected"))
             words = choices.replace("'", "").replace(" or ", ", ").split(", ")
@@ -325,8 +364,12 @@ def _schema_faults(error: ValidationError, method: type[BaseModel]) -> Iterator[
             yield Fault(f"expected {wanted}, got {_show(value)}", remedy, key), path
 
 
-def _unknown(path: tuple[str, ...], known: Sequence[str]) -> Fault:
-    key, word = ".".join(path), path[-1]
+def _dotted_key(path: _Place) -> str:
+    return ".".join(map(str, path))
+
+
+def _unknown(path: _Place, known: Sequence[str]) -> Fault:
+    key, word = _dotted_key(path), str(path[-1])
     first = word.partition(".")[0]
     if "." in word and first in known:  # `train.learning_rate: 1` written flat in the file
         return Fault("a dotted key in the file", f"nest it under `{first}:`; dots are for the command line", key)
@@ -334,19 +377,18 @@ def _unknown(path: tuple[str, ...], known: Sequence[str]) -> Fault:
     return Fault(f"unknown {what}", did_you_mean(word, known, f"known here: {', '.join(known)}"), key)
 
 
-def _path_of(location: Sequence[int | str], method: type[BaseModel]) -> tuple[tuple[str, ...], type[BaseModel]]:
+def _path_of(location: Sequence[int | str], method: type[BaseModel]) -> tuple[_Place, type[BaseModel]]:
     """The path of pydantic's location, without the branches of a union, and the section that holds the key."""
     model: type[BaseModel] = Recipe
-    parts: list[str] = []
+    parts: list[str | int] = []
     location = list(location)
     if len(location) > 1 and location[0] == "method":
         del location[1]  # the branch, which is the method's name
     for place in location:
-        part = str(place)
-        parts.append(part)
+        parts.append(place)
         if isinstance(place, int):  # an entry of a list of sections
             continue
-        info = model.model_fields.get(part)
+        info = model.model_fields.get(place)
         if info is None:
             break
         inner = method if parts == ["method"] else _section_type(info.annotation)
@@ -357,6 +399,12 @@ def _path_of(location: Sequence[int | str], method: type[BaseModel]) -> tuple[tu
     return tuple(parts), model
 
 
+def _inner_section(section: type[BaseModel], name: str) -> type[BaseModel] | None:
+    """The section that a key of a section holds, or None."""
+    info = section.model_fields.get(name)
+    return None if info is None else _section_type(info.annotation)
+
+
 def _section_type(annotation: Any) -> type[BaseModel] | None:
     for each in (annotation, *get_args(annotation)):
         if isinstance(each, type) and issubclass(each, BaseModel):
@@ -365,25 +413,30 @@ def _section_type(annotation: Any) -> type[BaseModel] | None:
 
 
 # What has no default gets a stand-in when it is missing or wrong, so that the other checks can go on.
-_STAND_INS: dict[tuple[str, ...], Any] = {
-    ("model",): {"name": "?"},
-    ("model", "name"): "?",
-    ("axis", "judge", "model"): "?",
-}
+_STAND_INS: dict[_Place, Any] = {("model",): {"name": "?"}, ("model", "name"): "?"}
 
 
-def _without(data: Mapping[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
-    """A copy in which the key at ``path`` has its default; of a fault in a list's entry, the whole list."""
-    path = tuple(itertools.takewhile(lambda part: not part.isdigit(), path))
+def _without(data: Mapping[str, Any], path: _Place) -> dict[str, Any]:
+    """A copy in which the key at ``path`` has its default; of a fault in a list's entry, the whole list.
+
+    Where there is no such key, as of one that is missing, the section goes that it is missing from.
+    """
+    names = [str(part) for part in itertools.takewhile(lambda part: isinstance(part, str), path)]
     copied = copy.deepcopy(dict(data))
-    place: Any = copied
-    for part in path[:-1]:
-        place = place.get(part)
-        if not isinstance(place, dict):  # an earlier fault took the whole section away
-            return copied
-    place.pop(path[-1], None)
-    if path in _STAND_INS:
-        place[path[-1]] = copy.deepcopy(_STAND_INS[path])
+    if (stand_in := _STAND_INS.get(path)) is not None:
+        owner = copied
+        for name in names[:-1]:
+            owner = owner[name]
+        owner[names[-1]] = copy.deepcopy(stand_in)
+        return copied
+    while names:
+        place: Any = copied
+        for name in names[:-1]:
+            place = place.get(name) if isinstance(place, dict) else {}
+        if isinstance(place, dict) and names[-1] in place:
+            del place[names[-1]]
+            break
+        names.pop()
     return copied
 
 

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import math
 import re
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
+from typing import Any
 
-from trimtab.recipes.faults import Fault
-from trimtab.recipes.schema import MOST_LAYERS, DataSection, DistillMethod, DpoMethod, GrpoMethod, Recipe, RowMethod
+from trimtab.recipes.faults import Fault, did_you_mean
+from trimtab.recipes.schema import (
+    MOST_LAYERS,
+    DataSection,
+    DistillMethod,
+    DpoMethod,
+    GrpoMethod,
+    Recipe,
+    RowMethod,
+    SftMethod,
+)
 
 DATA = Path(__file__).parent / "data"
 
@@ -22,6 +33,12 @@ NOT_YOURS_IN_ROWS = {
     "assistant_only_loss": "remove it: only the answer is ever trained on",
     "completion_only_loss": "remove it: only the answer is ever trained on",
     "train_sampling_strategy": "remove it: the order of prompts is fixed by data.seed",
+    "packing_strategy": "remove it: rows can't be packed",
+    "eval_packing": "remove it: rows can't be packed",
+    "pad_to_multiple_of": "remove it: trimtab pads its rows as the machine likes it",
+    "eos_token": "remove it: the chat template's own end of an answer is used",
+    "pad_token": "remove it: the tokenizer's own is used",
+    "dataset_num_proc": "remove it: rows come as tokens, and nothing is left to prepare",
 }
 NOT_YOURS_IN_DISTILLATION = {
     "loss_type": "remove it: method.divergence is the loss",
@@ -33,6 +50,8 @@ NOT_YOURS_IN_GRPO = {
     "generation_kwargs": "remove it: what shapes the samples beyond temperature would make the importance ratio wrong",
     "chat_template_kwargs": "set model.chat_template_kwargs instead",
     "use_transformers_continuous_batching": "remove it: trimtab samples the rollouts, or vLLM (train.use_vllm)",
+    "use_transformers_paged": "remove it: trimtab samples the rollouts, or vLLM (train.use_vllm)",
+    "transformers_continuous_batching_config": "remove it: trimtab samples the rollouts, or vLLM (train.use_vllm)",
     "cache_implementation": "remove it: trimtab samples the rollouts, or vLLM (train.use_vllm)",
 }
 NOT_YOURS = {
@@ -48,6 +67,10 @@ NOT_YOURS = {
     "deepspeed": "remove it and choose a strategy when launching: --accelerate zero3",
     "fsdp": "remove it and choose a strategy when launching: --accelerate fsdp2",
     "fsdp_config": "remove it and choose a strategy when launching: --accelerate fsdp2",
+    "parallelism_config": "remove it and choose a strategy when launching: --accelerate fsdp2",
+    "resume_from_checkpoint": "remove it: a run goes on from its own last whole checkpoint",
+    "trust_remote_code": "remove it: the code of a model's folder is never run",
+    "enable_jit_checkpoint": "remove it: a run is killed and goes on from its last whole checkpoint",
 }
 
 # Keys of `train` that may have but one value: (the value, why, what to do instead).
@@ -104,8 +127,6 @@ LORA_ONLY: dict[str, tuple[tuple[object, ...], str, str]] = {
     ),
 }  # fmt: skip
 
-# Keys of `train` that must be whole numbers above 0; the library's own annotation says only int.
-POSITIVE = ("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps")
 # TRL's own longest row, tokens, where train.max_length says nothing.
 ROW_LENGTH = 1024
 # How texts are taken for tokens without a tokenizer: characters a token, as in English, and what a template writes around a turn
@@ -113,6 +134,35 @@ ROW_LENGTH = 1024
 CHARACTERS, TURN, HEAD = 4, 12, 32
 REWARDS = ("capped_self_llr", "capped_self", "persona_llr", "above_floor", "judge")
 NEED_SYSTEM = {"persona_llr"}  # rewards that score no answer without a system prompt
+# Keys of `train` and `lora` whose library takes any number, though not all of them mean something. Any other number must not be
+# below 0, but for those of which the library's own default, or its formula, may be.
+ABOVE_ZERO = (
+    "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps", "max_length",
+    "max_completion_length", "num_iterations", "steps_per_generation", "generation_batch_size", "num_generations",
+    "temperature", "adam_epsilon", "ddp_timeout", "dataset_num_proc", "precompute_ref_batch_size", "ref_model_sync_steps",
+    "r", "lora_alpha", "qalora_group_size",
+)  # fmt: skip
+SHARES = (
+    "adam_beta1", "adam_beta2", "label_smoothing_factor", "label_smoothing", "ld_alpha", "ref_model_mixup_alpha",
+    "top_entropy_quantile", "vllm_gpu_memory_utilization", "lora_dropout",
+)  # fmt: skip
+BELOW_ZERO = ("local_rank", "entropy_coef", "f_alpha_divergence_coef", "top_k")
+# The largest that mean something; of all others a number beyond MOST is a slip of the finger.
+AT_MOST = {"learning_rate": 10, "weight_decay": 10, "adam_epsilon": 1, "neftune_noise_alpha": 1000, "temperature": 100}
+MOST, OF_ANY_SIZE = 1_000_000_000, ("seed", "data_seed")
+# Values that the libraries look at when training begins, or never.
+_LEVELS = ("passive", "detail", "debug", "info", "warning", "error", "critical")
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "ddp_backend": ("nccl", "gloo", "mpi", "ccl", "xccl", "hccl", "cncl", "mccl"),
+    "log_level": _LEVELS,
+    "log_level_replica": _LEVELS,
+    "include_num_input_tokens_seen": ("all", "non_padding", "no", True, False),
+    "torch_compile_mode": ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
+}
+# Which row belongs to which step is laid out beforehand: these many take about 1 GB.
+MOST_ROWS = 10_000_000
+SHORT_TRIAL = 10  # steps: a trial run of a recipe may end within its warm-up
+SUCH_AS = {"r": 16, "lora_alpha": 32}
 
 # key -> (file, split, what): how many there are is known, so asking for more is told before anything is loaded.
 SHIPPED = {
@@ -137,7 +187,7 @@ def impossible(recipe: Recipe, given: Set[str]) -> Iterator[Fault]:
         recipe: the recipe, each section valid by itself.
         given: dotted keys that stand in the file or on the command line, as against defaults.
     """
-    yield from _train(recipe)
+    yield from _train(recipe, given)
     yield from _lengths(recipe)
     yield from _floor(recipe, given)
     yield from _lora(recipe)
@@ -146,20 +196,22 @@ def impossible(recipe: Recipe, given: Set[str]) -> Iterator[Fault]:
     yield from _evaluation(recipe)
 
 
+@functools.cache
+def _lines(name: str) -> list[str]:
+    """The lines of a file that ships."""
+    return (DATA / name).read_text(encoding="utf-8").splitlines()
+
+
 def _evaluation(recipe: Recipe) -> Iterator[Fault]:
     section = recipe.eval
-    rows = (DATA / "boundary_probes.jsonl").read_text(encoding="utf-8").splitlines()
-    there = sum(json.loads(line)["kind"] == "boundary" for line in rows)
+    there = sum(json.loads(line)["kind"] == "boundary" for line in _lines("boundary_probes.jsonl"))
     if section.boundary_file is None and section.boundary_probes > there:
         yield Fault(
             f"{section.boundary_probes} boundary probes asked for; there are {there}",
             f"ask for at most {there}, or name a file of your own: eval.boundary_file",
             "eval.boundary_probes",
         )
-    users = sum(
-        len(json.loads(line)["topics"])
-        for line in (DATA / "simulated_users.jsonl").read_text(encoding="utf-8").splitlines()
-    )
+    users = sum(len(json.loads(line)["topics"]) for line in _lines("simulated_users.jsonl"))
     if section.simulated_users > users:
         yield Fault(
             f"{section.simulated_users} simulated users asked for; there are {users}",
@@ -193,7 +245,7 @@ def _evaluation(recipe: Recipe) -> Iterator[Fault]:
         )
 
 
-def _train(recipe: Recipe) -> Iterator[Fault]:
+def _train(recipe: Recipe, given: Set[str]) -> Iterator[Fault]:
     rows = isinstance(recipe.method, RowMethod)
     own = NOT_YOURS_IN_ROWS if rows else NOT_YOURS_IN_GRPO if isinstance(recipe.method, GrpoMethod) else {}
     if isinstance(recipe.method, DistillMethod):
@@ -201,10 +253,12 @@ def _train(recipe: Recipe) -> Iterator[Fault]:
     for key, remedy in {**NOT_YOURS, **own}.items():
         if key in recipe.train and not (key == "eval_strategy" and recipe.train[key] == "no"):
             yield Fault("this key can't be set in a recipe", remedy, f"train.{key}")
-    for key in POSITIVE:
-        value = recipe.train.get(key)
-        if isinstance(value, int) and not isinstance(value, bool) and value < 1:
-            yield Fault(f"must be at least 1, got {value}", f"give a positive number: train.{key}=1", f"train.{key}")
+    yield from _numbers("train", recipe.train)
+    for key, choices in CHOICES.items():
+        if (value := recipe.train.get(key)) is not None and value not in choices:
+            words = [str(choice) for choice in choices]
+            remedy = did_you_mean(str(value), words, f"choose one of {', '.join(words)}")
+            yield Fault(f"there is no {value!r} to choose here", remedy, f"train.{key}")
     for key, (only, why) in ONLY.items():
         if recipe.train.get(key, only) != only:
             yield Fault(f"is {recipe.train[key]}: {why}", f"set train.{key}={str(only).lower()}", f"train.{key}")
@@ -215,14 +269,8 @@ def _train(recipe: Recipe) -> Iterator[Fault]:
                 f"remove it, or set train.{key}={neutral[0]}",
                 f"train.{key}",
             )
-    rate = recipe.train.get("learning_rate")
-    if isinstance(rate, int | float) and rate < 0:
-        yield Fault(
-            f"must not be below 0, got {rate}",
-            "give a positive number: train.learning_rate=1e-4",
-            "train.learning_rate",
-        )
-    trained = recipe.eval.tuned is None
+    yield from _size_of_training(recipe.train)
+    trained = recipe.eval.tuned is None and "eval.tuned" not in given
     if trained and "max_steps" not in recipe.train and "num_train_epochs" not in recipe.train:
         yield Fault("is missing", "say how many optimiser steps to train: train.max_steps=100", "train.max_steps")
     for key in ("packing", "padding_free"):
@@ -234,13 +282,9 @@ def _train(recipe: Recipe) -> Iterator[Fault]:
             yield Fault(
                 "has no effect: vLLM samples nothing", "set train.use_vllm=true, or remove this key", f"train.{key}"
             )
+    yield from _numbers("lora", recipe.lora)
     dropout = recipe.lora.get("lora_dropout", 0)
-    if isinstance(dropout, int | float) and not 0 <= dropout < 1:
-        yield Fault(f"must be at least 0 and below 1, got {dropout}", "set lora.lora_dropout=0.0", "lora.lora_dropout")
-    rank = recipe.lora.get("r")
-    if isinstance(rank, int) and not isinstance(rank, bool) and rank < 1:
-        yield Fault(f"must be at least 1, got {rank}", "give a positive number: lora.r=16", "lora.r")
-    if isinstance(recipe.method, GrpoMethod) and isinstance(dropout, int | float) and dropout > 0:
+    if isinstance(recipe.method, GrpoMethod) and isinstance(dropout, int | float) and 0 < dropout < 1:
         yield Fault(
             "GRPO compares log-probabilities of several forwards, and dropout makes each another",
             "set lora.lora_dropout=0.0",
@@ -259,7 +303,7 @@ def row_length(recipe: Recipe) -> int | None:
 def _lengths(recipe: Recipe) -> Iterator[Fault]:
     """Rows too short for an answer, or for the deepest turn of the shipped conversations with answers as long as they may be."""
     longest, method = row_length(recipe), recipe.method
-    if isinstance(method, GrpoMethod) or not isinstance(longest, int) or recipe.eval.tuned is not None:
+    if isinstance(method, GrpoMethod) or not isinstance(longest, int) or longest < 1 or recipe.eval.tuned is not None:
         return
     answer = method.sampling.max_new_tokens
     if longest <= answer + TURN:
@@ -285,7 +329,7 @@ def _lengths(recipe: Recipe) -> Iterator[Fault]:
 
 def _conversation_lengths(answer: int) -> list[int]:
     """About how many tokens the longest shipped conversation has after 1, 2, ... turns, each answered with ``answer`` tokens."""
-    rows = map(json.loads, (DATA / "drift_conversations.jsonl").read_text(encoding="utf-8").splitlines())
+    rows = map(json.loads, _lines("drift_conversations.jsonl"))
     asked: list[list[str]] = [row["turns"] for row in rows if row["split"] == "train"]
     lengths = [
         list(itertools.accumulate((math.ceil(len(turn) / CHARACTERS) + TURN + answer for turn in turns), initial=HEAD))
@@ -296,6 +340,46 @@ def _conversation_lengths(answer: int) -> list[int]:
 
 def _rounded(tokens: int) -> int:
     return math.ceil(tokens / 64) * 64
+
+
+def _numbers(section: str, values: Mapping[str, Any]) -> Iterator[Fault]:
+    """Numbers of a library's section that lie outside of what means something."""
+    for name, value in values.items():
+        key = f"{section}.{name}"
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            continue
+        if name in SHARES:
+            if not 0 <= value <= 1 or (value == 1 and name in ("adam_beta1", "adam_beta2", "lora_dropout")):
+                yield Fault(f"must be at least 0 and below 1, got {value}", f"give a share, such as {key}=0.0", key)
+        elif name in ABOVE_ZERO:
+            if value <= 0 or (isinstance(value, float) and value < 1e-30):
+                yield Fault(
+                    f"must be above 0, got {value}", f"give a positive number: {key}={SUCH_AS.get(name, 1)}", key
+                )
+        elif value < 0 and name not in BELOW_ZERO:
+            yield Fault(f"must not be below 0, got {value}", f"give a positive number, such as {key}=1", key)
+        if value > (most := AT_MOST.get(name, MOST)) and name not in (*SHARES, *OF_ANY_SIZE, "max_steps"):
+            yield Fault(f"must be at most {most:,}, got {value:g}", "give a smaller number", key)
+
+
+def _size_of_training(train: Mapping[str, Any]) -> Iterator[Fault]:
+    """More rows than can be laid out, and a warm-up that never ends."""
+    sizes = [train.get(key, 1) for key in ("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps")]
+    if not all(isinstance(size, int) and size > 0 for size in sizes):
+        return
+    steps, rows = sizes[0], sizes[0] * sizes[1] * sizes[2]
+    if rows > MOST_ROWS:
+        yield Fault(
+            f"{rows:,} rows a process are more than can be laid out beforehand, which is at most {MOST_ROWS:,}",
+            "lower it, or the rows of a step; SmolLM2's recipes take 30 steps, those of larger models 200",
+            "train.max_steps",
+        )
+    elif train.get("warmup_steps", 0) > max(steps, SHORT_TRIAL) and "max_steps" in train:
+        yield Fault(
+            f"the learning rate would rise for {train['warmup_steps']:g} steps, and training ends after {steps}",
+            "set it below train.max_steps; a number below 1 is a share of them",
+            "train.warmup_steps",
+        )
 
 
 def floor_layers(recipe: Recipe) -> list[int] | None:
@@ -343,7 +427,7 @@ def _lora(recipe: Recipe) -> Iterator[Fault]:
     if isinstance(targets, str) and targets != "all-linear":
         try:
             hit = re.fullmatch(targets, "lm_head") is not None
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             yield Fault(
                 f"not a regular expression: {error}", "mend it, or write a list of names", "lora.target_modules"
             )
@@ -394,6 +478,7 @@ def _method_and_data(recipe: Recipe, given: Set[str]) -> Iterator[Fault]:
             "method.jsd_beta",
         )
     yield from _files(recipe)
+    yield from _weights(recipe)
     if data.drift_file is None and data.drift_prompts + data.role_questions + data.conversation_turns == 0:
         yield Fault(
             "there is nothing to train on: every source of drift prompts is 0",
@@ -418,6 +503,25 @@ def _files(recipe: Recipe) -> Iterator[Fault]:
             "set data.benign_share above 0, or remove data.benign_file",
             "data.benign_file",
         )
+
+
+def _weights(recipe: Recipe) -> Iterator[Fault]:
+    """A loss whose every weight is 0 trains nothing, after axis and floor were made for it."""
+    method = recipe.method
+    barrier = recipe.data.benign_share > 0 and (method.benign_kl_weight > 0 or method.benign_axis_weight > 0)
+    if barrier or method.floor_weight > 0 or isinstance(method, DpoMethod):
+        return
+    own = {SftMethod: "ce_weight", DistillMethod: "distill_weight"}.get(type(method))
+    if isinstance(method, GrpoMethod):
+        if recipe.train.get("beta", 0) or any(entry.weight for entry in method.rewards):
+            return
+    elif own is not None and getattr(method, own) > 0:
+        return
+    yield Fault(
+        "every weight of the loss is 0: nothing would be trained",
+        f"set method.floor_weight above 0, or {'the weight of a reward' if own is None else f'method.{own}'}",
+        "method.floor_weight",
+    )
 
 
 def _rows(method: RowMethod, given: Set[str]) -> Iterator[Fault]:
@@ -503,12 +607,18 @@ def _rewards(method: GrpoMethod, data: DataSection) -> Iterator[Fault]:
 
 
 def _shipped_data(recipe: Recipe) -> Iterator[Fault]:
+    asked = sum(json.loads(line)["split"] == "train" for line in _lines("questions.jsonl"))
+    if recipe.data.role_questions > asked:
+        yield Fault(
+            f"{recipe.data.role_questions} questions a role asked for; there are {asked}",
+            f"ask for at most {asked}",
+            "data.role_questions",
+        )
     for key, (file, split, what) in SHIPPED.items():
         section, _, name = key.partition(".")
         if key == "eval.conversations" and recipe.eval.conversations_file is not None:
             continue
         asked = getattr(getattr(recipe, section), name)
-        lines = (DATA / file).read_text(encoding="utf-8").splitlines()
-        there = sum(1 for line in lines if split is None or json.loads(line)["split"] == split)
+        there = sum(1 for line in _lines(file) if split is None or json.loads(line)["split"] == split)
         if asked > there:
             yield Fault(f"{asked} {what} asked for; there are {there}", f"ask for at most {there}", key)

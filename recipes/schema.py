@@ -2,11 +2,14 @@
 
 ``train`` goes verbatim to the TRL config of the method and ``lora`` to PEFT's LoraConfig, so their keys are those libraries'
 own; the loader checks them against those classes' fields without importing the heavy libraries.
+
+A key that a recipe leaves out has the value that the shipped recipes give it, which is the one that was measured: defaults differ
+by method (:data:`BENIGN_SHARES`, :data:`TRAIN_DEFAULTS`). What depends on the model, such as its window, is chosen by a rule.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -20,9 +23,16 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+# Beyond these a slip of the finger fills the memory, or makes a number that no float32 holds.
+MOST, HEAVIEST = 1_000_000, 1e6
+
 Share = Annotated[float, Field(ge=0, lt=1)]
-Positive = Annotated[int, Field(gt=0)]
-NotNegative = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(gt=0, le=MOST)]
+NotNegative = Annotated[int, Field(ge=0, le=MOST)]
+Weight = Annotated[float, Field(ge=0, le=HEAVIEST)]
+Strength = Annotated[float, Field(ge=0, le=100)]
+Seed = Annotated[int, Field(ge=0, lt=1 << 32)]
+Name = Annotated[str, Field(pattern=r"\S")]
 Annealing = Literal["constant", "linear", "cosine"]
 MOST_LAYERS = 10_000  # more than any model has: a slip in a range must not fill the memory
 
@@ -53,19 +63,33 @@ class Sampling(Section):
     """How answers are sampled."""
 
     max_new_tokens: Positive = 64
-    temperature: float = Field(default=0.7, ge=0)
+    temperature: float = Field(default=0.7, ge=0, le=100)
     top_p: float = Field(default=0.9, gt=0, le=1)
     batch_size: Positive = 64
+
+    @field_validator("temperature")
+    @classmethod
+    def _divides(cls, value: float) -> float:
+        """Logits are divided by it: so small a number makes infinities of them."""
+        if 0 < value < 1e-3:
+            raise ValueError(f"{value} is too small to divide logits by: write 0 for greedy answers")
+        return value
+
+
+class AnswerSampling(Sampling):
+    """How answers to train on and to evaluate are sampled: shorter than those behind the axis."""
+
+    max_new_tokens: Positive = 48
 
 
 class ModelSection(Section):
     """Which chat model, and how it is loaded."""
 
-    name: str
-    revision: str | None = None
+    name: Name
+    revision: Name | None = None
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    device: str = "auto"
-    attn_implementation: str | None = None
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|(cuda|mps|xpu|npu|hpu)(:[0-9]{1,3})?)$")] = "auto"
+    attn_implementation: Name | None = None
     quantization: Literal["nf4", "int8"] | None = None
     chat_template_kwargs: dict[str, Any] = {}
 
@@ -145,13 +169,13 @@ def _told(value: str | None, look: Callable[[str], tuple[str, str] | None]) -> s
 class AxisSection(Section):
     """Where the axis comes from: a file, or extraction by role rollouts."""
 
-    path: str | None = None
+    path: Name | None = None
     roles: Positive = 40
     held_out_roles: NotNegative = 20
     questions: Positive = 8
-    default_repeats: Positive = 8
+    default_repeats: Annotated[int, Field(gt=0, le=1000)] = 8
     min_per_role: Positive = 1
-    seed: int = 0
+    seed: Seed = 0
     sampling: Sampling = Sampling()
     judge: JudgeSection | None = None
 
@@ -159,8 +183,8 @@ class AxisSection(Section):
 class FloorSection(Section):
     """Where the floor comes from: a file, or calibration on the axis rollouts."""
 
-    path: str | None = None
-    experiment: str | None = None
+    path: Name | None = None
+    experiment: Name | None = None
     layers: list[NotNegative] | Literal["auto"] = "auto"
     percentile: float = Field(default=75.0, gt=0, lt=100)
     pool: Positive = 256
@@ -168,7 +192,7 @@ class FloorSection(Section):
     min_firing: float = Field(default=0.15, ge=0, le=1)
     allow_inert: bool = False
     batch_size: Positive = 16
-    control_seed: int = 17
+    control_seed: Seed = 17
 
     @field_validator("layers", mode="before")
     @classmethod
@@ -184,15 +208,18 @@ class FloorSection(Section):
 
 
 class DataSection(Section):
-    """What the model is trained on. A ``drift_file`` stands in the place of the prompts that ship."""
+    """What the model is trained on. A ``drift_file`` stands in the place of the prompts that ship.
+
+    ``benign_share`` differs by method: see :data:`BENIGN_SHARES`.
+    """
 
     drift_prompts: NotNegative = 220
     role_questions: NotNegative = 0
     conversation_turns: NotNegative = 0
-    drift_file: str | None = None
-    benign_file: str | None = None
-    benign_share: Share = 0.25
-    seed: int = 0
+    drift_file: Name | None = None
+    benign_file: Name | None = None
+    benign_share: Share = 0.5
+    seed: Seed = 0
 
     @model_validator(mode="before")
     @classmethod
@@ -202,16 +229,20 @@ class DataSection(Section):
         return {"drift_prompts": 0, **value} if alone else value
 
 
-class MethodSection(Section):
-    """What every method has: the floor penalty and the benign barrier."""
+# Of the methods whose benign rows stand beside their own; the default is that of methods that mix them into their rows.
+BENIGN_SHARES = {"grpo": 0.25, "dpo": 0.33}
 
-    floor_weight: float = Field(default=0.5, ge=0)
+
+class MethodSection(Section):
+    """What every method has: the floor penalty and the benign barrier. Weights differ by method, as losses do in size."""
+
+    floor_weight: Weight = 0.7
     floor_schedule: Annealing = "constant"
     floor_target: Literal["absolute", "base"] = "absolute"
-    floor_margin: float = 0.0
+    floor_margin: float = Field(default=0.0, ge=-100, le=100)
     floor_shape: Literal["squared", "huber"] = "squared"
-    benign_kl_weight: float = Field(default=1.0, ge=0)
-    benign_axis_weight: float = Field(default=0.0, ge=0)
+    benign_kl_weight: Weight = 8.0
+    benign_axis_weight: Weight = 10.0
 
 
 class RowMethod(MethodSection):
@@ -219,7 +250,7 @@ class RowMethod(MethodSection):
 
     rollouts: Literal["on_the_fly", "stored"] = "on_the_fly"
     regenerate_every: Positive = 20
-    sampling: Sampling = Sampling()
+    sampling: AnswerSampling = AnswerSampling()
     benign_student_share: float = Field(default=0.0, ge=0, le=1)
 
 
@@ -227,27 +258,28 @@ class SftMethod(RowMethod):
     """SFT on capped rollouts."""
 
     name: Literal["sft"] = "sft"
-    cap_strength: float = Field(default=1.0, ge=0)
+    cap_strength: Strength = 1.0
     cap_schedule: Annealing = "constant"
-    ce_weight: float = Field(default=1.0, ge=0)
+    ce_weight: Weight = 1.0
 
 
 class DistillMethod(RowMethod):
     """On-policy distillation from the capped self."""
 
     name: Literal["distill"]
+    regenerate_every: Positive = 6
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "reverse_kl"
     jsd_beta: float = Field(default=0.5, gt=0, lt=1)
     top_k: Positive | None = None
-    distill_weight: float = Field(default=1.0, ge=0)
-    student_share: float = Field(default=1.0, ge=0, le=1)
+    distill_weight: Weight = 3.0
+    student_share: float = Field(default=0.5, ge=0, le=1)
 
 
 class RewardSection(Section):
     """One reward: a shipped one, or ``package.module:function``; ``judge`` needs the section of that name."""
 
-    name: str
-    weight: float = Field(default=1.0, allow_inf_nan=False)
+    name: Name
+    weight: float = Field(default=1.0, ge=-HEAVIEST, le=HEAVIEST)
     judge: JudgeSection | None = None
 
 
@@ -255,12 +287,15 @@ class GrpoMethod(MethodSection):
     """GRPO on capped rollouts."""
 
     name: Literal["grpo"]
-    cap_strength: float = Field(default=1.0, ge=0)
+    floor_weight: Weight = 0.1
+    benign_kl_weight: Weight = 1.0
+    benign_axis_weight: Weight = 1.0
+    cap_strength: Strength = 1.0
     cap_schedule: Annealing = "linear"
     correct_ratio: bool = True
     ratio_level: Literal["token", "sequence"] = "token"
     ratio_beyond: Literal["truncate", "mask"] = "truncate"
-    ratio_limit: float = Field(default=2.0, ge=1)
+    ratio_limit: float = Field(default=2.0, ge=1, le=HEAVIEST)
     rewards: list[RewardSection] = [RewardSection(name="capped_self_llr")]
     sampling_batch: Positive = 64
 
@@ -269,8 +304,11 @@ class DpoMethod(MethodSection):
     """DPO on pairs of the capped against the uncapped self."""
 
     name: Literal["dpo"]
-    cap_strength: float = Field(default=1.0, gt=0)
-    sampling: Sampling = Sampling()
+    floor_weight: Weight = 0.1
+    benign_kl_weight: Weight = 2.0
+    benign_axis_weight: Weight = 2.0
+    cap_strength: float = Field(default=1.0, gt=0, le=100)
+    sampling: AnswerSampling = AnswerSampling()
 
 
 AnyMethod = SftMethod | DistillMethod | GrpoMethod | DpoMethod
@@ -280,6 +318,37 @@ METHODS: dict[str, type[AnyMethod]] = {
     "grpo": GrpoMethod,
     "dpo": DpoMethod,
 }
+
+
+# What `train` says where the recipe doesn't: TRL's own defaults are those of full fine-tuning on a fixed data set. The learning
+# rate depends on the model's size, see `trimtab.train.job.usual_learning_rate`. Rows a step go by two keys, as memory allows.
+_TRAIN: dict[str, Any] = {"lr_scheduler_type": "cosine", "warmup_steps": 0.05, "save_steps": 50}
+TRAIN_DEFAULTS: dict[str, dict[str, Any]] = {
+    "sft": _TRAIN,
+    "distill": _TRAIN,
+    "grpo": {**_TRAIN, "num_generations": 4, "max_completion_length": 48, "beta": 0.05},
+    "dpo": {**_TRAIN, "beta": 0.1},
+}
+ROWS_A_STEP: dict[str, dict[str, int]] = {
+    "sft": {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2},
+    "distill": {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2},
+    "grpo": {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2},
+    "dpo": {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1},
+}
+LORA_DEFAULTS: dict[str, Any] = {"r": 16, "lora_dropout": 0.0, "target_modules": "all-linear"}
+
+
+def with_train_defaults(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The ``train`` section of a method, whole. Rows a step are only filled in where neither of their keys is given."""
+    rows = ROWS_A_STEP[method]
+    return {**(rows if not rows.keys() & given.keys() else {}), **TRAIN_DEFAULTS[method], **given}
+
+
+def with_lora_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The ``lora`` section, whole; ``lora_alpha`` is twice the rank, so that another rank leaves the scale as it is."""
+    found = {**LORA_DEFAULTS, **given}
+    rank = found["r"]
+    return {"lora_alpha": 2 * rank, **found} if isinstance(rank, int) and rank > 0 else found
 
 
 # Further fine-tunings that bring their rows, and what they set.
@@ -297,11 +366,11 @@ class FurtherTuning(Section):
     """
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
-    file: str | None = None
+    file: Name | None = None
     rows: Positive = 214
     epochs: Positive = 1
     batch_size: Positive = 16
-    learning_rate: float = Field(default=2e-4, gt=0)
+    learning_rate: float = Field(default=2e-4, gt=0, le=HEAVIEST)
     adversarial: bool = False
 
     @model_validator(mode="before")
@@ -324,15 +393,15 @@ class FurtherTuning(Section):
 class EvalSection(Section):
     """What is measured, and how much. ``tuned`` stands in the place of the run's own adapter: any adapter or model."""
 
-    tuned: str | None = None
+    tuned: Name | None = None
     roles: Positive = 20
     questions: Positive = 6
     conversations: NotNegative = 16
     turns: Positive = 8
-    conversations_file: str | None = None
+    conversations_file: Name | None = None
     benign: Positive = 64
     professional: NotNegative = 36
-    sampling: Sampling = Sampling()
+    sampling: AnswerSampling = AnswerSampling()
     reextract_roles: NotNegative = 20
     reextract_questions: Positive = 4
     probe_rows: NotNegative = 128
@@ -342,18 +411,18 @@ class EvalSection(Section):
     user: JudgeSection | None = None
     susceptibility_roles: NotNegative = 0
     boundary_probes: NotNegative = 0
-    boundary_file: str | None = None
-    capability: list[str] = []
+    boundary_file: Name | None = None
+    capability: list[Name] = []
     capability_limit: Positive | None = None
-    capability_folder: str | None = None
+    capability_folder: Name | None = None
     capability_batch: Positive = 16
     durability: list[FurtherTuning] = []
     control: bool = False
     tuned_cap: bool = True
-    bootstrap: Positive = 5000
+    bootstrap: Annotated[int, Field(gt=0, le=100_000)] = 5000
     transcripts: NotNegative = 12
     case_studies: NotNegative = 0
-    seed: int = 1000
+    seed: Seed = 1000
 
 
 class Recipe(Section):
@@ -373,3 +442,22 @@ class Recipe(Section):
     def _default_method(cls, value: Any) -> Any:
         """A method section without a name is SFT's."""
         return {"name": "sft", **value} if isinstance(value, dict) else value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_the_method(cls, value: Any) -> Any:
+        """Fill in what the recipe leaves out and the method decides."""
+        if not isinstance(value, dict):
+            return value
+        section = value.get("method", {})
+        method = section.get("name", "sft") if isinstance(section, dict) else None
+        if not isinstance(method, str) or method not in METHODS:
+            return value
+        share = {"benign_share": BENIGN_SHARES[method]} if method in BENIGN_SHARES else {}
+        whole: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+            "train": lambda given: with_train_defaults(method, given),
+            "lora": with_lora_defaults,
+            "data": lambda given: {**share, **given},
+        }
+        sections = {name: value.get(name, {}) for name in whole}
+        return value | {name: whole[name](given) for name, given in sections.items() if isinstance(given, dict)}

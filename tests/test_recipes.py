@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
+import math
+import random
 import re
 import subprocess
 import sys
+import time
 import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from trimtab.recipes.faults import Fault, RecipeError
 from trimtab.recipes.library_fields import VLLM_KEYS, accepts, lora_fields, train_config, train_fields
 from trimtab.recipes.loader import load_recipe, shipped_recipes
 from trimtab.recipes.rules import floor_layers
-from trimtab.recipes.schema import METHODS
+from trimtab.recipes.schema import BENIGN_SHARES, METHODS, DataSection
 from trimtab.recipes.yaml_lines import parse_yaml
+from trimtab.train.identity import differences, flat
 
 GOOD = """\
 model:
@@ -76,7 +83,7 @@ def test_a_good_recipe_and_the_scalars_people_mean(tmp_path: Path) -> None:
     assert loaded.text == GOOD
     assert loaded.recipe.train["learning_rate"] == pytest.approx(1e-4)
     assert loaded.recipe.train["save_strategy"] == "no"
-    assert loaded.resolved["method"]["floor_weight"] == 0.5
+    assert loaded.resolved["method"]["floor_weight"] == 0.7
     assert parse_yaml("a: 46:54\nb: 010\nc: yes\nd: 1.5e-3\ne:").value == {
         "a": "46:54",
         "b": 10,
@@ -134,6 +141,26 @@ SCHEMA_FAULTS = {
     "axis.roles": ("axis: {roles: '40'}", "expected a valid integer", "quotes"),
     "axis.seed": ("axis: {seed: true}", "expected a valid integer", "kind"),
     "axis.judge.model": ("axis: {judge: {endpoint: 'http://localhost/v1'}}", "missing", "axis.judge.model="),
+    "eval.judge.model": ("eval: {judge: {endpoint: 'http://x'}, boundary_probes: 4}", "missing", "eval.judge.model="),
+    "eval.user.model": ("eval: {simulated_users: 2, user: {endpoint: 'http://x'}}", "missing", "eval.user.model="),
+    "method.rewards.0.judge.model": (
+        "method: {name: grpo, rewards: [{name: judge, judge: {endpoint: 'http://x'}}]}",
+        "missing",
+        "method.rewards.0.judge.model=",
+    ),
+    "5": ("5: {a: b}", "unknown section", "known here"),
+    "data.5": ("data: {5: {a: b}}", "unknown key", "known here"),
+    "eval.durability": ("eval: {durability: 3}", "expected a valid list", "kind"),
+    "axis.sampling.temperature": ("axis: {sampling: {temperature: 1e-9}}", "too small", "write 0"),
+    "data.benign_file": ("data: {benign_file: .}", "this is a folder", "name a file"),
+    "eval.tuned": ("eval: {tuned: ''}", "must not be empty", "remove the key"),
+    "data.role_questions": ("data: {role_questions: 900}", "900 questions a role", "at most"),
+    "axis.default_repeats": ("axis: {default_repeats: 1000000000}", "less than or equal to 1000", "range"),
+    "method.floor_weight": (
+        "data: {benign_share: 0}\nmethod: {floor_weight: 0, ce_weight: 0}",
+        "nothing would be trained",
+        "method.ce_weight",
+    ),
     "floor.percentile": ("floor: {percentile: 100}", "less than 100", "range"),
     "floor.layers": ("floor: {layers: 9-3}", "not layers", "46-53"),
     "floor.experiment": ("floor: {experiment: 'layers_46:54-p0.25'}", "capping_config", "floor.path"),
@@ -185,7 +212,7 @@ def test_faults_of_sections(tmp_path: Path, key: str) -> None:
 
 # override -> (key, part of the remedy)
 COMBINATIONS = {
-    "method.benign_kl_weight=0": ("data.benign_share", "data.benign_share=0"),
+    "method.benign_kl_weight=0 method.benign_axis_weight=0": ("data.benign_share", "data.benign_share=0"),
     "train.packing=true": ("train.packing", "train.packing=false"),
     "lora.target_modules=[q_proj, lm_head]": ("lora.target_modules", "leave lm_head out"),
     "lora.target_modules=.*head": ("lora.target_modules", "leave lm_head out"),
@@ -195,8 +222,7 @@ COMBINATIONS = {
     "train.deepspeed=ds.json": ("train.deepspeed", "--accelerate"),
     "train.num_train_epochs=3": ("train.num_train_epochs", "train.max_steps"),
     "train.truncation_mode=keep_start": ("train.truncation_mode", "never its answer"),
-    "train.max_length=64": ("train.max_length", "train.max_length=256"),
-    "train.max_length=-5": ("train.max_length", "train.max_length=256"),
+    "train.max_length=60": ("train.max_length", "train.max_length=256"),
     "train.max_steps=0": ("train.max_steps", "positive"),
     "train.max_steps=-1": ("train.max_steps", "positive"),
     "train.per_device_train_batch_size=4.0": ("train.per_device_train_batch_size", "kind"),
@@ -215,6 +241,31 @@ COMBINATIONS = {
     "train.ignore_data_skip=true": ("train.ignore_data_skip", "remove it"),
     "lora.r=0": ("lora.r", "lora.r=16"),
     "lora.lora_dropout=5": ("lora.lora_dropout", "0.0"),
+    "lora.lora_alpha=-8": ("lora.lora_alpha", "lora.lora_alpha=32"),
+    "lora.lora_alpha=0": ("lora.lora_alpha", "positive"),
+    "lora.target_modules=a{99999999999}": ("lora.target_modules", "list of names"),
+    "model.device=gpu": ("model.device", "cuda:1"),
+    'model.revision="a\\0b"': ("model.revision", "another value"),
+    "data.benign_file=~nobody/x": ("data.benign_file", "check the path"),
+    "train.warmup_steps=-1": ("train.warmup_steps", "positive"),
+    "train.warmup_steps=4000": ("train.warmup_steps", "below train.max_steps"),
+    "train.save_steps=-1": ("train.save_steps", "positive"),
+    "train.max_length=-5": ("train.max_length", "positive"),
+    "train.max_length=0": ("train.max_length", "positive"),
+    "train.max_steps=1000000000000": ("train.max_steps", "200"),
+    "train.per_device_train_batch_size=100000000": ("train.max_steps", "rows of a step"),
+    "train.learning_rate=1e300": ("train.learning_rate", "smaller"),
+    "train.learning_rate=1e999": ("train.learning_rate", "another value"),
+    "train.max_steps=99999999999999999999": ("train.max_steps", "another value"),
+    "train.weight_decay=-0.1": ("train.weight_decay", "positive"),
+    "train.adam_beta1=1": ("train.adam_beta1", "share"),
+    "train.label_smoothing_factor=2": ("train.label_smoothing_factor", "share"),
+    "train.max_grad_norm=1e30": ("train.max_grad_norm", "smaller"),
+    "train.ddp_backend=ncll": ("train.ddp_backend", "did you mean 'nccl'"),
+    "train.log_level=loud": ("train.log_level", "passive"),
+    "train.torch_compile_mode=fast": ("train.torch_compile_mode", "default"),
+    "train.trust_remote_code=true": ("train.trust_remote_code", "remove it"),
+    "train.resume_from_checkpoint=x": ("train.resume_from_checkpoint", "goes on"),
 }
 # method, override -> (key, part of the remedy)
 OF_METHODS = {
@@ -253,7 +304,7 @@ def test_a_conversation_that_rows_do_not_hold_is_told_with_what_would(method: st
     load_recipe(name)
     changes = [
         "train.max_length=1024", "data.conversation_turns=5", "method.sampling.max_new_tokens=300",
-        "data.conversation_turns=1000000000", "train.max_length=1300",
+        "data.conversation_turns=1000000", "train.max_length=1300",
     ]  # fmt: skip
     for change in changes:
         with pytest.raises(RecipeError) as caught:
@@ -286,7 +337,7 @@ def test_rewards_of_the_rules_are_those_that_ship() -> None:
 @pytest.mark.parametrize("override", COMBINATIONS)
 def test_impossible_combinations(tmp_path: Path, override: str) -> None:
     key, remedy = COMBINATIONS[override]
-    found = faults_of(write(tmp_path, GOOD), [override])
+    found = faults_of(write(tmp_path, GOOD), re.split(r" (?=method)", override))
     assert set(found) == {key}
     assert remedy in found[key].remedy
 
@@ -328,7 +379,7 @@ def test_all_faults_at_once_in_order_of_lines(tmp_path: Path) -> None:
         "  learning_rate: 2e-4\n"
         "  epochs: 3\n"
         "  packing: true\n"
-        "method: {benign_kl_weight: 0}\n",
+        "method: {benign_kl_weight: 0, benign_axis_weight: 0}\n",
     )
     with pytest.raises(RecipeError) as caught:
         load_recipe(path, ["eval.turn=3", "lora.rank=8"])
@@ -352,6 +403,12 @@ def test_all_faults_at_once_in_order_of_lines(tmp_path: Path) -> None:
     assert "first on line 9" in text
 
 
+# Each line ten times the one before: a hundred million values, if they were built.
+ALIASES = "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
+    f"{name}: &{name} [{', '.join([f'*{before}'] * 10)}]\n" for before, name in zip("abcdefg", "bcdefgh", strict=True)
+)
+
+
 @pytest.mark.parametrize(
     ("content", "line", "fault"),
     [
@@ -362,6 +419,12 @@ def test_all_faults_at_once_in_order_of_lines(tmp_path: Path) -> None:
         ("a: 1\n---\nb: 2\n", 2, "not readable as YAML"),
         ("model:\n  name: !!python/object:os.system x\n", 2, "not a plain value"),
         ("model: &a\n  name: *a\n", 1, "alias"),
+        ("[" * 3000 + "]" * 3000, 1, "nested deeper than 50 levels"),
+        ("model: " + "{a: " * 3000 + "}" * 3000, 1, "nested deeper than 50 levels"),
+        (ALIASES, 4, "more than 10,000 values"),
+        ("model: {name: x, dtype: !!timestamp x}", 1, "tag"),
+        ("model: {name: x, revision: !!int x}", 1, "not a plain value"),
+        ("x" * (2 << 20), None, "are no recipe"),
     ],
 )
 def test_unreadable_yaml(tmp_path: Path, content: str, line: int | None, fault: str) -> None:
@@ -464,3 +527,111 @@ def test_nothing_heavy_is_imported(tmp_path: Path) -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
+
+
+# ---- any file at all ----
+
+ODD: list[Any] = [
+    None, 0, -1, 3.5, 10**12, 1e300, "", "x", "1e-4", "auto", True, [], {}, [1, 2], ["a"], {"a": 1}, [None], [[]], [{}],
+    "x" * 5000, "~nobody/x", "/", "\t", {5: 1}, {"model": None}, ".inf", [3, 2], "0-3", "hf://x", "a\nb", "lm_head", "(a+)+$",
+]  # fmt: skip
+ODD_KEYS = [
+    "x", "judge", "user", "5", "name", "rewards", "layers", "path", "durability", "tuned", "r", "a.b", "optim", "method",
+]  # fmt: skip
+ODD_LETTERS = ["", "[", "{", ":", "-", " ", "\n", "&a", "*a", "!", "'", "#", "\t"]
+
+
+def odd(chance: random.Random, text: str) -> str:
+    """A recipe with up to six of its values, keys or letters changed into something that nobody means."""
+    data = yaml.safe_load(text)
+    for _ in range(chance.choice([1, 1, 2, 6])):
+        place = data
+        while place and isinstance(inner := place[chance.choice(list(place))], dict) and chance.random() < 0.8:
+            place = inner
+        key = chance.choice([*place, *ODD_KEYS, ""])
+        if chance.random() < 0.2:
+            place.pop(key, None)
+        else:
+            place[key] = copy.deepcopy(chance.choice(ODD))
+    letters = list(yaml.safe_dump(data))
+    for _ in range(chance.choice([0, 0, 0, 3])):
+        letters[chance.randrange(len(letters))] = chance.choice(ODD_LETTERS)
+    return "".join(letters)
+
+
+def test_an_odd_recipe_loads_or_says_why_not(tmp_path: Path) -> None:
+    """Nothing but a RecipeError, and at once."""
+    chance = random.Random(0)
+    texts = [load_recipe(f"smollm2-135m/{method}").text for method in METHODS]
+    faults: list[Fault] = []
+    for number in range(60):
+        path = write(tmp_path, odd(chance, texts[number % len(texts)]))
+        began = time.process_time()
+        try:
+            load_recipe(path)
+        except RecipeError as error:
+            faults += error.faults
+        assert time.process_time() - began < 1
+    assert len(faults) > 100 and all(fault.remedy and fault.file for fault in faults)
+
+
+# ---- defaults ----
+
+# Where a recipe of two lines differs from the one that was measured, and why.
+OF_THE_MODEL = {"floor.layers"}  # a rule chooses the window; SmolLM2's recipes name a wider one
+OF_ACCURACY = {"floor.pool"}  # more rows for the floor's percentiles and sigmas
+OF_THE_MACHINE = {
+    "lora.target_modules",  # all of them; SmolLM2's recipes save time on a CPU
+    "train.gradient_checkpointing", "train.max_length", "train.logging_steps", "train.save_strategy", "train.save_steps",
+}  # fmt: skip
+OF_SPREADING = {"train.per_device_train_batch_size", "train.gradient_accumulation_steps"}  # 16 rows a step either way
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_recipe_of_two_lines_trains_what_was_measured(method: str, tmp_path: Path) -> None:
+    from trimtab.train.job import LEARNING_RATES
+
+    measured = load_recipe(f"smollm2-135m/{method}")
+    steps = measured.recipe.train["max_steps"]
+    lines = [f"model: {{name: smollm2-135m}}\nmethod: {{name: {method}}}\n", f"train: {{max_steps: {steps}}}\n"]
+    plain = load_recipe(write(tmp_path, "".join(lines)))
+    differ = {
+        key
+        for key, then, now in differences(flat(measured.resolved), flat(plain.resolved))
+        if then != now and not key.startswith("eval.")
+    }
+    allowed = OF_THE_MODEL | OF_ACCURACY | OF_THE_MACHINE | OF_SPREADING | {"train.learning_rate", "train.warmup_steps"}
+    assert differ <= allowed | ({"train.temperature"} if method == "grpo" else set())  # which is TRL's own default
+    rows = [train["per_device_train_batch_size"] * train.get("gradient_accumulation_steps", 1) for train in (
+        measured.recipe.train, plain.recipe.train)]  # fmt: skip
+    assert rows[0] == rows[1]
+    assert measured.recipe.train["learning_rate"] == LEARNING_RATES[method][0]
+    warm = plain.recipe.train["warmup_steps"] * steps  # a share of the steps
+    assert abs(math.ceil(warm) - measured.recipe.train["warmup_steps"]) <= 1
+
+
+def test_the_recipes_of_larger_models_say_what_a_recipe_of_two_lines_does() -> None:
+    """Weights and shares: those that make what is trained. And the learning rate of their size."""
+    from trimtab.train.job import LEARNING_RATES
+
+    for name, path in shipped_recipes().items():
+        content = parse_yaml(path.read_text(encoding="utf-8")).value
+        method = content["method"].pop("name")
+        plain = METHODS[method](name=method)  # type: ignore[arg-type]
+        for key in ("floor_weight", "benign_kl_weight", "benign_axis_weight", "student_share"):
+            if key in content["method"]:
+                assert content["method"][key] == getattr(plain, key), f"{name}: {key}"
+        assert content["data"]["benign_share"] == BENIGN_SHARES.get(method, DataSection().benign_share)
+        if not name.startswith("smollm2"):
+            assert content["train"]["learning_rate"] == LEARNING_RATES[method][1]
+        assert content["lora"]["lora_alpha"] == 2 * content["lora"]["r"]
+
+
+def test_a_section_in_part_has_its_other_defaults(tmp_path: Path) -> None:
+    text = "model: {name: x}\nmethod: {name: distill, sampling: {batch_size: 4}}\nlora: {r: 8}\n"
+    recipe = load_recipe(write(tmp_path, text + "train: {max_steps: 5, per_device_train_batch_size: 4}\n")).recipe
+    assert recipe.method.sampling.max_new_tokens == 48  # type: ignore[union-attr]
+    assert recipe.axis.sampling.max_new_tokens == 64
+    assert recipe.lora == {"lora_alpha": 16, "r": 8, "lora_dropout": 0.0, "target_modules": "all-linear"}
+    # rows a step are the recipe's own where it names one of their keys
+    assert "gradient_accumulation_steps" not in recipe.train

@@ -57,7 +57,7 @@ class FloorDPOTrainer(HeldToBase, FloorTrainer, DPOTrainer):
         self.form = form  # which the datasets are prepared with
         super().__init__(*args, **kwargs)
         self.floor = floor
-        self.penalty = FloorPenalty(self.model, floor, penalty or PenaltyOptions())
+        self.penalty = FloorPenalty(self.model, floor, penalty or PenaltyOptions(weight=0.1))
         self._figures = Figures()
         refuse_base_target(self.penalty.options, "dpo")
         self.hold_to_base(floor, barrier or BarrierOptions(), benign_rows)

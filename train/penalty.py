@@ -42,7 +42,7 @@ class PenaltyOptions:
         shape: ``squared`` or ``huber``.
     """
 
-    weight: float = 0.5
+    weight: float = 0.7
     schedule: Schedule = "constant"
     target: Literal["absolute", "base"] = "absolute"
     margin: float = 0.0
