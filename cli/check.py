@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -24,15 +25,17 @@ from trimtab.axis.base_check import add_adapters
 from trimtab.axis.calibration import check_window, window_by_rule
 from trimtab.axis.errors import UserError
 from trimtab.axis.layers import find_decoder_layers, shape_of, text_config_of
-from trimtab.axis.models import choose_device, choose_dtype, meta_model, resolve_name
+from trimtab.axis.models import choose_device, choose_dtype, resolve_name
 from trimtab.cli.calls import Call, Counted, count
 from trimtab.cli.launch import default_accelerate, read_accelerate_config, resolve_accelerate_config
+from trimtab.cli.verify import find_faults
 from trimtab.cli.work import QUANTIZED, Work, estimate_work
 from trimtab.losses.divergence import CHUNK
 from trimtab.recipes.loader import LoadedRecipe
 from trimtab.recipes.rules import floor_layers
-from trimtab.recipes.schema import GrpoMethod, Recipe
+from trimtab.recipes.schema import Recipe
 from trimtab.train.prepare import check_counts, given_axis, given_floor
+from trimtab.train.rehearsal import meta_model_of
 
 log = logging.getLogger("trimtab")
 
@@ -127,7 +130,8 @@ def build_meta_model(recipe: Recipe) -> nn.Module:
     Raises:
         UserError: see :func:`trimtab.axis.models.load_config`.
     """
-    return meta_model(recipe.model.name, recipe.model.revision)
+    model: nn.Module = meta_model_of(recipe.model)
+    return model
 
 
 def find_structure(recipe: Recipe, model: nn.Module) -> Structure:
@@ -417,22 +421,6 @@ def advice(recipe: Recipe, plan: MemoryPlan, strategy: Strategy, counted: Counte
     return found or ["a GPU with more memory"]
 
 
-def _check_files(recipe: Recipe) -> None:
-    """Read the user's own files of conversations, where the recipe names some; for GRPO, see that each prompt has a reward."""
-    data, section = recipe.data, recipe.eval
-    named = [data.drift_file, data.benign_file, section.conversations_file, section.boundary_file]
-    if any(name is not None for name in [*named, *(tuning.file for tuning in section.durability)]):
-        from trimtab.eval.inputs import check_inputs
-        from trimtab.train.sources import check_data
-
-        check_data(recipe)
-        check_inputs(recipe)
-    if isinstance(recipe.method, GrpoMethod) and recipe.eval.tuned is None:
-        from trimtab.train.conversations import check_prompts
-
-        check_prompts(recipe)
-
-
 def _check_template(recipe: Recipe) -> None:
     """Hold the chat template against the recipe; a folder that has no tokenizer yet is told."""
     from trimtab.train.prepare import check_template  # which takes a second to import
@@ -465,13 +453,20 @@ def check_recipe(
         UserError: if something can't work, or does not fit.
     """
     recipe = loaded.recipe
+    planned = (accelerate, num_processes, gpu_memory) != (None, None, None)
+    here = not planned and (recipe.model.device == "cpu" or torch.cuda.is_available())
+    findings = find_faults(loaded, accelerate=accelerate, num_processes=num_processes, here=here)
+    with findings.of_a_check():
+        _check_template(recipe)
+    if not any(fault.key.partition(".")[0] == "lora" for fault in findings.faults):
+        with findings.of_a_check():
+            model = build_meta_model(recipe)
+            config = text_config_of(model)
+            structure = find_structure(recipe, model)
+    findings.faults = [loaded.placed(fault) for fault in findings.faults]
+    findings.tell()
     path = resolve_accelerate_config(accelerate or default_accelerate(recipe.model.device)[0])
     strategy = strategy_of(path, num_processes)
-    _check_files(recipe)
-    model = build_meta_model(recipe)
-    config = text_config_of(model)
-    structure = find_structure(recipe, model)
-    _check_template(recipe)
     counted = count(recipe, strategy.processes)
     plan = plan_memory(recipe, structure, config, strategy, counted, gpu_memory)
     console = Console()

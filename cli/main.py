@@ -9,10 +9,11 @@ import argparse
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from trimtab.axis.errors import UserError
+from trimtab.axis.errors import UserError, known_fault
 
 EXAMPLES = """\
 examples:
@@ -279,13 +280,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     try:
         handlers.get(arguments.command, _stage)(arguments)
-    except UserError as error:
-        _print_error(str(error))
-        return 2
     except KeyboardInterrupt:
         _print_error("interrupted; run the same command again to resume")
         return 130
     except Exception as error:
+        if (known := known_fault(error)) is not None:
+            _print_error(str(known))
+            return 2
         _print_fault(error)
         return 1
     return 0
@@ -312,7 +313,25 @@ def _print_fault(error: Exception) -> None:
 
 
 def _open(arguments: argparse.Namespace, *, make: bool = True) -> Any:
-    """The run of a recipe; ``make`` False refuses where there is none yet."""
+    """The run of a recipe; ``make`` False refuses where there is none yet. What is left to do is looked at beforehand."""
+    from trimtab.recipes.faults import RecipeError
+
+    try:
+        return _opened(arguments, make=make)
+    except RecipeError as error:
+        if getattr(arguments, "base", None) is None:
+            raise
+        # keys of a recipe that the command has made itself: the user knows them as options
+        raise RecipeError([replace(fault, key=OPTIONS.get(fault.key, fault.key)) for fault in error.faults]) from error
+
+
+# Keys that the options of `trimtab eval` without a recipe stand for.
+OPTIONS = {"model.name": "--base", "eval.tuned": "--tuned", "floor.path": "--floor", "axis.path": "--axis"}
+# Commands that do something heavy -> the record by which it is done.
+HEAVY = {"run": "eval", "axis": "axis", "floor": "floor", "rollouts": "floor", "train": "train", "eval": "eval"}
+
+
+def _opened(arguments: argparse.Namespace, *, make: bool) -> Any:
     from trimtab.recipes.loader import load_recipe
 
     loaded = (
@@ -320,20 +339,29 @@ def _open(arguments: argparse.Namespace, *, make: bool = True) -> Any:
         if getattr(arguments, "base", None) is None
         else _subject_recipe(arguments)
     )
-    # A slip in this name is told before the first stage, not after hours.
-    if getattr(arguments, "accelerate", None) is not None:
-        from trimtab.cli.launch import resolve_accelerate_config
-
-        resolve_accelerate_config(arguments.accelerate)
-    from trimtab.train.run import MARKER, open_run, run_folder
+    from trimtab.train.run import MARKER, Run, open_run, run_folder
 
     folder = run_folder(loaded, arguments.output_dir)
-    if not make and not (folder / MARKER).exists():
+    if not make and loaded.recipe.eval.tuned is None and not (folder / MARKER).exists():
         raise UserError(
             "there is no run of this recipe here",
             file=folder,
             remedy="name its folder with --output-dir, or make it: trimtab run RECIPE",
         )
+    if (folder / MARKER).exists():  # a folder of another recipe is refused at once
+        open_run(loaded, output_dir=arguments.output_dir)
+    record = HEAVY.get(arguments.command)
+    if record is not None and Run(folder, loaded.recipe, loaded).stage_record(record) is None:
+        from trimtab.cli.verify import find_faults
+
+        find_faults(
+            loaded,
+            accelerate=getattr(arguments, "accelerate", None),
+            num_processes=getattr(arguments, "num_processes", None),
+            # what the machine has is looked at by the process that trains: here it would hold on to the GPU meanwhile
+            here=arguments.command != "train",
+            training=arguments.command != "eval",
+        ).tell()
     return open_run(loaded, output_dir=arguments.output_dir)
 
 
@@ -396,10 +424,9 @@ def _compare(arguments: argparse.Namespace) -> None:
 
 def _run(arguments: argparse.Namespace) -> None:
     run = _open(arguments)
-    from trimtab.eval.stages import check_files, eval_stage, report_stage
+    from trimtab.eval.stages import eval_stage, report_stage
     from trimtab.train.prepare import rollouts_stage
 
-    check_files(run)
     rollouts_stage(run)
     _free_memory()
     _train(run, arguments)
@@ -424,17 +451,14 @@ def _stage(arguments: argparse.Namespace) -> None:
         )
     if arguments.recipe is None and getattr(arguments, "base", None) is None:
         raise UserError("no recipe is named", key="RECIPE", remedy="name one, or finished runs: --compare RUN RUN")
-    run = _open(arguments, make=arguments.command != "report")
+    made = arguments.command == "report" or (arguments.command == "eval" and arguments.base is None)
+    run = _open(arguments, make=not made)
     if arguments.command == "train":
-        from trimtab.train.sources import check_data
-
-        check_data(run.recipe)
         _train(run, arguments)
     elif arguments.command in ("eval", "report"):
         from trimtab.eval import stages
 
         if arguments.command == "eval":
-            stages.check_files(run)
             if run.recipe.eval.tuned is not None:
                 from trimtab.train.prepare import floor_stage
 

@@ -127,6 +127,27 @@ def tasks_of(names: Sequence[str], limit: int | None) -> list[Task]:
     return list({task.name: task for task in found}.values())
 
 
+def check_tasks(names: Sequence[str], folder: Path | None) -> None:
+    """Look up the tasks that are neither our own nor the paper's in lm-eval's index, which takes some seconds.
+
+    Args:
+        names: of ``eval.capability``.
+        folder: lm-eval task files of the user's own.
+
+    Raises:
+        UserError: for a name that lm-eval doesn't know.
+    """
+    foreign = [task.name for task in tasks_of(names, None) if task.name not in {**OWN, **PAPER}]
+    for name in foreign:
+        index = _task_manager(folder, False)
+        if not index.match_tasks([name]):
+            raise UserError(
+                f"lm-eval has no task {name!r}",
+                key="eval.capability",
+                remedy=f"name a task that `lm-eval ls tasks` lists, `paper`, or {', '.join(OWN)}",
+            )
+
+
 def measure_capability(arms: Arms, tasks: Sequence[Task], *, batch_size: int, task_folder: Path | None) -> list[Scores]:
     """Run every task in every arm; what is done is kept in the evaluation's folder.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import subprocess
@@ -11,13 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from conftest import build_model, build_tokenizer
 from tiny_recipe import write_recipe
 
-from trimtab.axis.errors import UserError
+from trimtab.axis.errors import UserError, known_fault
 from trimtab.cli import launch
-from trimtab.cli.launch import accelerate_configs, launch_training, resolve_accelerate_config, training_command
+from trimtab.cli.launch import (
+    accelerate_configs,
+    launch_training,
+    processes_of,
+    resolve_accelerate_config,
+    training_command,
+)
 from trimtab.cli.main import STAGES, build_parser, main, parse
 from trimtab.recipes.loader import load_recipe
 
@@ -466,3 +474,169 @@ def test_a_wrong_option_is_told_how_it_is_written(
     with pytest.raises(SystemExit) as ended:
         main(command)
     assert ended.value.code == 2 and told in capsys.readouterr().err
+
+
+# ---- whose fault it is ----
+
+REFUSED = """
+import sys
+from trimtab.axis.errors import UserError
+from trimtab.train.job import argument_parser, run_script
+
+def work(_):
+    {raises}
+
+assert run_script(argument_parser(""), ["--config", "x"], work) == 2
+sys.exit(1)  # as launchers do, whatever the exit code of their ranks
+"""
+
+
+@pytest.mark.parametrize(
+    ("raises", "said"),
+    [
+        ("raise UserError('the sea is dry', remedy='sail elsewhere', key='data.drift_file')", "data.drift_file: the sea is dry"),
+        ("open('/proc/none/x', 'w')", "/proc/none/x: no such file or folder"),
+        ("raise MemoryError", "the memory of this machine is full"),
+    ],
+)  # fmt: skip
+def test_a_fault_of_the_user_that_training_finds_is_told_once(
+    raises: str,
+    said: str,
+    recipe: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """The launcher's exit code 1 is 2 again, whichever of its ranks it was, and the words are those of the process."""
+    code = REFUSED.format(raises=raises)
+    # as many as two ranks that find the same fault
+    both = f"import subprocess, sys\nfor _ in range(2): subprocess.run([sys.executable, '-c', {code!r}])\nsys.exit(1)"
+    monkeypatch.setattr(launch, "training_command", lambda *_, **__: [sys.executable, "-c", both])
+    assert main(["train", str(recipe), "--output-dir", str(tmp_path / "run"), "--accelerate", "cpu"]) == 2
+    told = capfd.readouterr().err
+    assert told.count(said) == 1 and "remedy:" in told and "Traceback" not in told and "fault of trimtab" not in told
+
+
+# exception -> what is said of it; None is a fault of ours
+SYSTEM: list[tuple[BaseException, str | None]] = [
+    (OSError(errno.ENOSPC, "No space left on device", "/runs/x"), "/runs/x: the disk is full"),
+    (PermissionError(errno.EACCES, "Permission denied", "/runs/x"), "/runs/x: this process may not read or write it"),
+    (OSError(errno.EROFS, "Read-only file system", "/runs/x"), "read-only"),
+    (NotADirectoryError(errno.ENOTDIR, "Not a directory", "a/b"), "a/b: a part of this path is a file"),
+    (IsADirectoryError(errno.EISDIR, "Is a directory", "a"), "a: this is a folder"),
+    (OSError(errno.ENAMETOOLONG, "File name too long", "a"), "this path can't be used"),
+    (ValueError("embedded null byte"), "embedded null byte"),
+    (OSError(errno.EMFILE, "Too many open files"), "ulimit"),
+    (OSError("We couldn't connect to the hub\nlook there"), "We couldn't connect to the hub"),
+    (RuntimeError("Error while serializing: I/O error: Read-only file system (os error 30)"), "read-only"),
+    (
+        RuntimeError("[enforce fail at alloc_cpu.cpp] . DefaultCPUAllocator: can't allocate memory"),
+        "memory of this machine",
+    ),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), "the memory of the GPU is full"),
+    (ModuleNotFoundError("No module named 'sentencepiece'", name="sentencepiece"), "pip install sentencepiece"),
+    (ModuleNotFoundError("No module named 'trimtab.nowhere'", name="trimtab.nowhere"), None),
+    (BrokenPipeError(errno.EPIPE, "Broken pipe"), None),
+    (KeyError("tau"), None),
+    (RuntimeError("the size of tensor a (3) must match"), None),
+    (AssertionError(), None),
+]
+
+
+@pytest.mark.parametrize(("error", "said"), SYSTEM, ids=lambda value: str(value)[:30])
+def test_whose_fault_an_exception_is(error: BaseException, said: str | None) -> None:
+    found = known_fault(error)
+    assert (found is None) == (said is None)
+    if found is not None:
+        assert str(said) in str(found) and found.remedy
+    wrapped = RuntimeError("while saving")
+    wrapped.__cause__ = error
+    assert (known_fault(wrapped) is None) == (said is None)
+
+
+@pytest.mark.parametrize("place", ["file/run", "\0", "a" * 300, "/proc/none", "~no-such-user/run"])
+def test_a_place_that_can_t_be_written_to_is_told_before_anything_heavy(
+    place: str, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("mine", encoding="utf-8")
+    assert main(["axis", str(recipe), "--output-dir", place]) == 2
+    told = capsys.readouterr().err
+    assert "remedy:" in told and "Traceback" not in told
+    assert (tmp_path / "file").read_text(encoding="utf-8") == "mine"
+
+
+# content of an accelerate file -> part of what is said
+ACCELERATE: dict[str, str] = {
+    "distributed_type: FOO": "'FOO' is not a valid DistributedType",
+    "distributed_type: 'NO'\nmixed_precision: fp17": "did you mean 'fp16'",
+    "distributed_type: 'NO'\nnum_processes: many": "num_processes: must be a whole number",
+    "distributed_type: 'NO'\nspeed: 1": "unknown keys (['speed'])",
+    "distributed_type: MULTI_CPU\nnum_processes: 4": "accelerate starts one where distributed_type is MULTI_CPU",
+    "distributed_type: DEEPSPEED\ndeepspeed_config: {deepspeed_config_file: ds.json}": "ds.json: not valid JSON",
+    "distributed_type: DEEPSPEED\ndeepspeed_config: {zero_stage: 7}": "no such ZeRO stage: 7",
+    "distributed_type: DEEPSPEED\ndeepspeed_config: 3": "deepspeed_config: must hold keys",
+    "- 1": "no distributed_type",
+    "[" * 5000: "nested deeper than 50 levels",
+}
+
+
+@pytest.mark.parametrize("content", ACCELERATE, ids=lambda content: content[:40])
+def test_an_accelerate_file_that_can_t_be_used_is_told(content: str, tmp_path: Path) -> None:
+    (tmp_path / "ds.json").write_text("{broken", encoding="utf-8")
+    path = tmp_path / "accelerate.yaml"
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(UserError) as caught:
+        processes_of(resolve_accelerate_config(str(path)), None)
+    assert ACCELERATE[content] in str(caught.value) and caught.value.remedy
+
+
+def test_several_processes_need_a_strategy_of_several(recipe: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="accelerate starts one"):
+        launch_training(load_recipe(recipe), tmp_path, "sft", accelerate="cpu", num_processes=4)
+    assert processes_of(resolve_accelerate_config("ddp-cpu"), 4) == 4
+
+
+def test_check_tells_all_that_is_wrong_at_once(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What the libraries refuse, the accelerate file, the user's rows and the window: each with its place."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": 5}\n', encoding="utf-8")
+    overrides = [
+        "train.lr_scheduler_type=cosin",
+        "lora.target_modules=[query]",
+        f"data.drift_file={rows}",
+        "floor.layers=8-12",
+    ]
+    assert main(["check", str(recipe), *overrides, "--accelerate", "zeroo3", "eval.capability=[everyday_choice]"]) == 2
+    told = " ".join(capsys.readouterr().err.split())
+    for said in ("did you mean 'zero3'", "did you mean 'cosine'", "PEFT refuses it", str(rows), "beyond the model"):
+        assert said in told
+    assert "the recipe has 5 faults" in told
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--base", "MODEL", "--tuned", "/nowhere"], "--tuned: no such folder"),
+        (["--base", "MODEL", "--tuned", "."], "--tuned: neither adapter_config.json nor config.json"),
+        (["--base", "/nowhere", "--tuned", "MODEL"], "--base: no such folder"),
+        (["--base", "MODEL", "--tuned", "MODEL", "--axis", "."], "--axis: this is a folder"),
+    ],
+)
+def test_what_an_evaluation_lacks_is_told_of_its_option_before_anything_is_made(
+    options: list[str],
+    said: str,
+    recipe: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    words = [str(tmp_path / "model") if word == "MODEL" else word for word in options]
+    assert main(["eval", *words, "model.device=cpu"]) == 2
+    assert said in " ".join(capsys.readouterr().err.split())
+    assert not list(work.iterdir())

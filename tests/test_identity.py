@@ -162,12 +162,13 @@ def test_a_file_counts_by_its_content(recipe: Path, tmp_path: Path) -> None:
     for name in ("here", "there"):
         (tmp_path / name).mkdir()
         write_jsonl(tmp_path / name / "mine.jsonl", rows)
-    run = opened(recipe, f"data.drift_file={tmp_path}/here/mine.jsonl")
+    here, there = (f"data.benign_file={tmp_path}/{name}/mine.jsonl" for name in ("here", "there"))
+    run = opened(recipe, here)
     made(run, "axis", "floor", "train")
-    assert opened(recipe, f"data.drift_file={tmp_path}/there/mine.jsonl").folder == run.folder  # a moved project
+    assert opened(recipe, there).folder == run.folder  # a moved project
     write_jsonl(tmp_path / "there" / "mine.jsonl", rows * 2)
-    with pytest.raises(UserError, match=r"data\.drift_file was 'mine\.jsonl \("):
-        opened(recipe, f"data.drift_file={tmp_path}/there/mine.jsonl")
+    with pytest.raises(UserError, match=r"data\.benign_file was 'mine\.jsonl \("):
+        opened(recipe, there)
 
 
 def as_before(run: Run) -> None:

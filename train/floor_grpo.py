@@ -186,7 +186,7 @@ class FloorGRPOTrainer(HeldToBase, FloorTrainer, GRPOTrainer):
         self.floor = floor
         self.form = form
         self.eos_token_ids = form.ends_with(self.model)  # by which TRL tells what was cut
-        self.penalty = FloorPenalty(self.model, floor, penalty or PenaltyOptions())
+        self.penalty = FloorPenalty(self.model, floor, penalty or PenaltyOptions(weight=0.1))
         self.controller = ActivationController.of(self.model)
         self.cap_strength = cap_strength
         self.cap_schedule: Schedule = cap_schedule
@@ -539,7 +539,7 @@ def _check_settings(arguments: Any, penalty: FloorPenalty, ratio_level: RatioLev
             remedy="set method.ratio_level=sequence, or train.importance_sampling_level=token",
         )
     refuse_base_target(penalty.options, "grpo")
-    _check_checkpoints(arguments)
+    check_checkpoints(arguments)
 
 
 def _check_enough(arguments: Any, dataset: Any) -> None:
@@ -553,7 +553,7 @@ def _check_enough(arguments: Any, dataset: Any) -> None:
         )
 
 
-def _check_checkpoints(arguments: Any) -> None:
+def check_checkpoints(arguments: Any) -> None:
     """A generation may serve several optimiser steps; TRL begins one anew after a resume, and would then be out of step."""
     if arguments.save_strategy != "steps" or arguments.save_steps <= 0:
         return

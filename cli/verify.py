@@ -1,0 +1,76 @@
+"""Everything about a recipe that can be known to be wrong before anything heavy, told at once."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from trimtab.axis.errors import UserError
+from trimtab.axis.models import load_config
+from trimtab.cli.launch import check_machine, default_accelerate, processes_of, resolve_accelerate_config
+from trimtab.eval.capability import check_tasks
+from trimtab.eval.stages import check_files
+from trimtab.recipes.faults import Findings
+from trimtab.recipes.loader import LoadedRecipe
+from trimtab.train.rehearsal import attention_faults, had, judge_faults, rehearse
+from trimtab.train.run import Run
+from trimtab.train.subject import find_subject
+
+
+def find_faults(
+    loaded: LoadedRecipe,
+    *,
+    accelerate: str | None = None,
+    num_processes: int | None = None,
+    here: bool = True,
+    training: bool = True,
+) -> Findings:
+    """Look at all that a recipe needs; what is wrong lies in the findings.
+
+    Args:
+        loaded: the recipe.
+        accelerate: accelerate config, by name or file; None chooses as training would.
+        num_processes: replaces the file's own number.
+        here: whether this machine runs the recipe, so that it must have what the recipe asks for.
+        training: whether there is something left to train.
+    """
+    recipe, findings, processes = loaded.recipe, Findings(), 1
+    training = training and recipe.eval.tuned is None
+    if training or recipe.eval.durability:
+        with findings.of_a_check(), tempfile.TemporaryDirectory(prefix="trimtab-") as folder:
+            config = resolve_accelerate_config(
+                accelerate or default_accelerate(recipe.model.device)[0], into=Path(folder)
+            )
+            processes = processes_of(config, num_processes)
+            if here:
+                check_machine(config, num_processes)
+    if training:
+        with findings.of_a_check():
+            rehearse(loaded, processes=processes, here=here)
+    else:
+        with findings.of_a_check():
+            had(lambda: load_config(recipe.model.name, recipe.model.revision), recipe.model.name, "model.name")
+            findings.add(attention_faults(recipe.model, here=here))
+    with findings.of_a_check():
+        check_files(Run(Path(), recipe, loaded))
+    with findings.of_a_check():
+        of_the_user = recipe.eval.capability_folder
+        check_tasks(recipe.eval.capability, None if of_the_user is None else Path(of_the_user))
+    if recipe.eval.tuned is not None:
+        with findings.of_a_check():
+            _find_tuned(recipe.eval.tuned)
+    if here:
+        findings.add(judge_faults({"eval.judge": recipe.eval.judge, "eval.user": recipe.eval.user}))
+    findings.faults = [loaded.placed(fault) for fault in findings.faults]
+    return findings
+
+
+def _find_tuned(name: str) -> None:
+    """Whether there are weights of this name: a folder that holds some, or what the hub knows."""
+    try:
+        subject = find_subject(name)
+        if subject.whole and not os.path.isdir(subject.name):
+            had(lambda: load_config(subject.name), subject.name, "eval.tuned")
+    except UserError as error:
+        raise UserError(error.fault, remedy=error.remedy, file=error.file, key="eval.tuned") from error

@@ -1,0 +1,134 @@
+"""What the libraries refuse of a recipe is told by key, before anything heavy, by those libraries themselves."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_recipe import write_recipe
+
+from trimtab.recipes.faults import Fault, RecipeError
+from trimtab.recipes.loader import load_recipe
+from trimtab.recipes.schema import METHODS
+from trimtab.train.rehearsal import rehearse
+
+CONFIG = {
+    "model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 300,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe of each method, whose model is a configuration alone."""
+    found = tmp_path_factory.mktemp("rehearsal")
+    (found / "config.json").write_text(json.dumps(CONFIG), encoding="utf-8")
+    for method in METHODS:
+        write_recipe(found / f"{method}.yaml", found, method)
+    return found
+
+
+def faults_of(folder: Path, method: str, *overrides: str, processes: int = 1, here: bool = True) -> dict[str, Fault]:
+    with pytest.raises(RecipeError) as caught:
+        rehearse(load_recipe(folder / f"{method}.yaml", list(overrides)), processes=processes, here=here)
+    return {fault.key: fault for fault in caught.value.faults}
+
+
+def test_all_that_the_libraries_refuse_is_told_at_once_by_key(folder: Path) -> None:
+    found = faults_of(
+        folder,
+        "sft",
+        "train.lr_scheduler_type=cosin",
+        "train.optim=adamwww",
+        "train.gradient_checkpointing_kwargs={speed: 1}",
+        "train.seed=4294967296",
+        "train.report_to=[wandbb, tensorboard]",
+        "lora.target_modules=[query]",
+        "lora.r=4096",
+    )
+    assert set(found) == {
+        "train.lr_scheduler_type", "train.optim", "train.gradient_checkpointing_kwargs", "train.seed", "train.report_to",
+        "lora.target_modules", "lora.r",
+    }  # fmt: skip
+    assert "did you mean 'cosine'" in found["train.lr_scheduler_type"].remedy
+    assert "trl.SFTConfig refuses it" in found["train.optim"].fault
+    assert "PEFT refuses it" in found["lora.target_modules"].fault and "query" in found["lora.target_modules"].fault
+    assert "hidden size, 32" in found["lora.r"].fault
+    assert {fault.file for fault in found.values()} == {"command line"}
+
+
+@pytest.mark.parametrize(
+    ("method", "overrides", "key", "said"),
+    [
+        # names that only a step finds out
+        ("sft", ["train.loss_type=mse"], "train.loss_type", "nll"),
+        ("grpo", ["train.importance_sampling_level=word"], "train.importance_sampling_level", "sequence"),
+        ("dpo", ["train.f_divergence_type=x"], "train.f_divergence_type", "Unknown"),
+        # what an optimiser and a schedule are made of
+        ("sft", ["train.optim_args=fast"], "train.optim_args", "unpack"),
+        ("sft", ["train.lr_scheduler_type=cosine", "train.lr_scheduler_kwargs={ends: 1}"], "train.lr_scheduler_kwargs", "ends"),
+        ("sft", ["train.optim=lomo"], "train.optim", "pip install lomo-optim"),
+        # keys that don't go together: the one without which it would go
+        ("sft", ["train.load_best_model_at_end=true"], "train.load_best_model_at_end", "eval strategy"),
+        ("grpo", ["train.num_generations=3"], "train.num_generations", "divisible"),
+        ("grpo", ["train.steps_per_generation=4", "train.save_steps=3"], "train.save_steps", "inside a generation"),
+        ("dpo", ["train.sync_ref_model=true"], "train.sync_ref_model", "PEFT"),
+        # what is ours
+        ("grpo", ["method.rewards=[{name: 'no_such_module:reward'}]"], "method.rewards", "no_such_module"),
+        ("sft", ["axis.judge={endpoint: 'http://x', model: m, api_key_env: NONE}"], "axis.judge.api_key_env", "not set"),
+    ],
+)  # fmt: skip
+def test_a_fault_is_told_of_its_key(method: str, overrides: list[str], key: str, said: str, folder: Path) -> None:
+    (found,) = faults_of(folder, method, *overrides).values()
+    assert found.key == key and said in f"{found.fault} {found.remedy}", found
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_good_recipe_passes_and_leaves_the_process_as_it_was(
+    method: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # as a launcher sets them: a process group of two would wait for the other for ever
+    for name, value in {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist(), dict(os.environ)
+    rehearse(load_recipe(folder / f"{method}.yaml"), processes=2)
+    assert (
+        random.getstate(),
+        np.random.get_state()[1].tolist(),
+        torch.get_rng_state().tolist(),
+        dict(os.environ),
+    ) == before
+    assert not torch.distributed.is_initialized()
+    assert sorted(path.name for path in folder.iterdir()) == sorted(
+        ["config.json", *(f"{name}.yaml" for name in METHODS)]
+    )
+
+
+def test_completions_are_counted_over_all_processes(folder: Path) -> None:
+    overrides = [
+        "train.per_device_train_batch_size=1",
+        "train.gradient_accumulation_steps=1",
+        "train.num_generations=4",
+    ]
+    assert set(faults_of(folder, "grpo", *overrides, processes=2)) == {"train.num_generations"}
+    rehearse(load_recipe(folder / "grpo.yaml", overrides), processes=4)
+
+
+def test_what_a_machine_hasnt_got_is_told_where_it_is_this_one(folder: Path) -> None:
+    overrides = ["train.tf32=true", "model.device=cuda:7", "train.torch_compile_backend=fastest"]
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    assert set(faults_of(folder, "sft", *overrides)) == {key.partition("=")[0] for key in overrides}
+    rehearse(load_recipe(folder / "sft.yaml", overrides), here=False)  # for planning on another
