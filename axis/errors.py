@@ -68,6 +68,10 @@ _SYSTEM = {
     **dict.fromkeys(
         (errno.EMFILE, errno.ENFILE), ("too many files are open", f"raise the limit (ulimit -n 4096), {_RERUN}")
     ),
+    errno.EFBIG: (
+        "this file may not grow any further: a limit of the system forbids it",
+        f"raise it (ulimit -f), {_RERUN}",
+    ),
     errno.ENOMEM: ("the memory of this machine is full", f"end other programs, or take a smaller model, {_RERUN}"),
     errno.EIO: ("the disk could not be read or written", f"look at the disk, {_RERUN}"),
 }

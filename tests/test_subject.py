@@ -18,7 +18,7 @@ from conftest import CHATML, build_model, build_tokenizer, capped_by_hand, save_
 from judge_endpoint import KEY, Endpoint
 from peft import LoraConfig, get_peft_model
 
-from trimtab.axis import Floor, UserError
+from trimtab.axis import Axis, Floor, UserError
 from trimtab.axis.files import read_jsonl
 from trimtab.axis.judge import scoring_judge
 from trimtab.axis.replies import Missing
@@ -30,9 +30,10 @@ from trimtab.eval.report import load_report
 from trimtab.eval.schema import Report
 from trimtab.eval.stages import evaluate
 from trimtab.eval.weights import open_weights
+from trimtab.recipes import data
 from trimtab.recipes.loader import RecipeError, recipe_of
 from trimtab.recipes.schema import JudgeSection
-from trimtab.train.prepare import Prepared, floor_stage, load_recipe_model
+from trimtab.train.prepare import Prepared, axis_stage, floor_stage, load_recipe_model
 from trimtab.train.run import Run, open_run
 from trimtab.train.subject import check_subject, find_subject
 
@@ -284,7 +285,7 @@ def test_the_command_takes_an_adapter_and_the_same_weights_whole(base: Path, run
         (["tiny/sft", "--base", "M", "--tuned", "N"], "both a recipe"),
         ([], "nothing to evaluate"),
         (["--base", "M", "--tuned", "N", "eval.control=true"], "eval.control"),
-        (["--base", "M", "--tuned", "N", "--floor", "nowhere.safetensors"], "floor.path"),
+        (["--base", "M", "--tuned", "N", "--floor", "nowhere.safetensors"], "--floor: no such"),
     ],
 )
 def test_half_a_subject_is_refused(given: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -311,3 +312,47 @@ def test_what_is_no_tuned_model_is_refused(base: Path, run: Run, tmp_path: Path)
 def test_a_recipe_of_options_names_its_faults() -> None:
     with pytest.raises(RecipeError, match=r"eval\.rols"):
         recipe_of({"model": {"name": "m"}, "eval": {"tuned": "t", "rols": 3}}, "x")
+
+
+@pytest.mark.parametrize(
+    ("axis", "durability", "kinds"),
+    [
+        ({}, [], {"default", "held_out"}),
+        ({"held_out_roles": 0}, [], set()),
+        ({}, ["persona"], {"default", "train", "held_out"}),  # whose rows are what the training roles said
+    ],
+)
+def test_an_evaluation_that_is_given_axis_and_floor_samples_what_it_needs(
+    axis: dict[str, Any], durability: list[str], kinds: set[str], base: Path, run: Run, tmp_path: Path
+) -> None:
+    given = {
+        "axis": {**SECTIONS["axis"], "path": str(run.axis_path), **axis},
+        "floor": {"path": str(run.variant(control=False).floor_path)},
+        "eval": {**SECTIONS["eval"], "tuned": str(base), "durability": durability},
+    }
+    model = {"name": str(base), "dtype": "float32", "device": "cpu"}
+    made = open_run(recipe_of({"model": model, **given}, "given"), output_dir=str(tmp_path / "run"))
+    floor_stage(made)
+    splits = {role.name: split for split in ("train", "held_out") for role in data.roles(split)}
+    rows = read_jsonl(made.rollouts_path) if made.rollouts_path.exists() else []
+    assert {splits.get(row["role"], row["role"]) for row in rows} == kinds
+    assert len(rows) == 3 * (2 * len(kinds - {"train"}) + 3 * ("train" in kinds))
+    assert made.held_out_axis_path.exists() == ("held_out" in kinds)
+    if "held_out" in kinds:
+        assert Axis.load(made.held_out_axis_path).metadata["split"] == "held_out"
+    assert torch.equal(Axis.load(made.axis_path).directions, Axis.load(run.axis_path).directions)
+    floors = [Floor.load(each.variant(control=False).floor_path) for each in (made, run)]
+    assert torch.equal(floors[0].tau, floors[1].tau)
+
+
+def test_rollouts_that_were_left_out_are_missed_before_they_are_read(base: Path, run: Run, tmp_path: Path) -> None:
+    """A folder whose axis stage played no training role is not gone on with where their answers are needed."""
+    sections = {
+        "model": {"name": str(base), "dtype": "float32", "device": "cpu"},
+        "axis": {**SECTIONS["axis"], "path": str(run.axis_path), "held_out_roles": 0},
+        "floor": {"path": str(run.variant(control=False).floor_path)},
+        "eval": {**SECTIONS["eval"], "tuned": str(base)},
+    }
+    axis_stage(open_run(recipe_of(sections, "given"), output_dir=str(tmp_path / "run")))
+    with pytest.raises(UserError, match="axis rollouts was 'of held-out roles'"):
+        open_run(recipe_of({**sections, "floor": SECTIONS["floor"]}, "given"), output_dir=str(tmp_path / "run"))

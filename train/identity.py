@@ -84,11 +84,23 @@ def stage_inputs(resolved: Mapping[str, Any], stage: str, *, portions: bool = Fa
     """
     stages = list(READS)
     read = [section for each in stages[: stages.index(stage) + 1] for section in READS[each]]
-    return {
+    found = {
         key: _content(value) if key in FILES else value
         for key, value in _flat(resolved)
         if any(key == section or key.startswith(f"{section}.") for section in read) and _counts(key, portions)
     }
+    return found if plays_training_roles(resolved) else {**found, "axis rollouts": "of held-out roles"}
+
+
+def plays_training_roles(resolved: Mapping[str, Any]) -> bool:
+    """Whether the axis stage plays the training roles: for an axis or a floor of its own, or whatever else reads their answers.
+
+    An evaluation of weights from elsewhere needs none of them where it is given both as finished files.
+    """
+    section = resolved["eval"]
+    given = resolved["axis"]["path"] is not None and str(resolved["floor"]["path"] or "").endswith(".safetensors")
+    persona = any(tuning["name"] == "persona" and tuning["file"] is None for tuning in section["durability"])
+    return persona or section["tuned"] is None or not given
 
 
 def _counts(key: str, portions: bool) -> bool:

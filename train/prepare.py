@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from trimtab.axis.calibration import (
 from trimtab.axis.chat import ChatFormat, chat, ends_of
 from trimtab.axis.directions import check_fits, unit
 from trimtab.axis.errors import one_line
-from trimtab.axis.extraction import DEFAULT, Extraction, extract
+from trimtab.axis.extraction import DEFAULT, Extraction, Role, extract
 from trimtab.axis.files import read_jsonl, write_json
 from trimtab.axis.instruments import load_axis, load_floor
 from trimtab.axis.judge import check_endpoint, role_judge
@@ -36,6 +37,7 @@ from trimtab.recipes import data
 from trimtab.recipes.rules import row_length
 from trimtab.recipes.schema import DpoMethod, GrpoMethod, ModelSection, Recipe, Sampling
 from trimtab.train.conversations import check_prompts
+from trimtab.train.identity import plays_training_roles
 from trimtab.train.pairs import make_pairs
 from trimtab.train.rollouts import check_lengths
 from trimtab.train.run import Run
@@ -232,19 +234,10 @@ def axis_stage(run: Run, prepared: Prepared | None = None) -> dict[str, Any]:
         judge = role_judge(judged, run.rollouts_path.parent / "judge.jsonl") if judged else None
         if given is not None:
             _check_no_mean(given, loaded, form, section.path)
-        found = extract(
-            loaded,
-            form,
-            data.roles("train", section.roles),
-            data.roles("held_out", section.held_out_roles),
-            data.questions("train", section.questions),
-            data.default_prompts(),
-            run.rollouts_path.parent,
-            options=sampling_options(section.sampling),
-            default_repeats=section.default_repeats,
-            seed=section.seed,
-            judge=judge,
-            min_per_role=section.min_per_role,
+        if given is not None and not plays_training_roles(run.loaded.resolved):
+            return _held_out_alone(run, loaded, form, given, judge)
+        found = _extraction(
+            run, loaded, form, data.roles("train", section.roles), data.roles("held_out", section.held_out_roles), judge
         )
         axis = found.axis
         facts: dict[str, Any] = {"split_half": found.split_half, "roles": len(found.axis.roles)}
@@ -262,6 +255,51 @@ def axis_stage(run: Run, prepared: Prepared | None = None) -> dict[str, Any]:
         return facts
 
     return run.stage("axis", run.inputs("axis"), work)
+
+
+def _extraction(
+    run: Run,
+    loaded: Loaded,
+    form: ChatFormat,
+    roles: Sequence[Role],
+    held_out_roles: Sequence[Role],
+    judge: RoleJudge | None,
+) -> Extraction:
+    """Play these roles and the default Assistant, as the recipe's ``axis`` section says."""
+    section = run.recipe.axis
+    return extract(
+        loaded,
+        form,
+        roles,
+        held_out_roles,
+        data.questions("train", section.questions),
+        data.default_prompts(),
+        run.rollouts_path.parent,
+        options=sampling_options(section.sampling),
+        default_repeats=section.default_repeats,
+        seed=section.seed,
+        judge=judge,
+        min_per_role=section.min_per_role,
+    )
+
+
+def _held_out_alone(run: Run, loaded: Loaded, form: ChatFormat, axis: Axis, judge: RoleJudge | None) -> dict[str, Any]:
+    """Where axis and floor are given: the axis of held-out roles, which every report measures on as well, or nothing."""
+    axis.save(run.axis_path)
+    section = run.recipe.axis
+    roles = data.roles("held_out", section.held_out_roles)
+    count = (len(roles) + section.default_repeats) * section.questions if roles else 0
+    log.info(
+        "axis and floor are given: %d rollouts are sampled, for the axis of held-out roles and the probe that reads personas; "
+        "axis.held_out_roles=0 leaves both out",
+        count,
+    )
+    if not roles:
+        return {}
+    held_out = _extraction(run, loaded, form, roles, [], judge).axis
+    dataclasses.replace(held_out, metadata={**held_out.metadata, "split": "held_out"}).save(run.held_out_axis_path)
+    cosine = (axis.directions * held_out.directions).sum(-1)
+    return {"cosine_held_out": [round(float(c), 4) for c in cosine]}
 
 
 def _check_no_mean(axis: Axis, loaded: Loaded, form: ChatFormat, path: str | None) -> None:
@@ -329,11 +367,16 @@ def floor_stage(run: Run, prepared: Prepared | None = None) -> dict[str, Any]:
         given = given_floor(recipe, model_shape(recipe.model.name, recipe.model.revision))
         loaded, form = prepared()
         axis = Axis.load(run.axis_path)
-        train_roles = [role.name for role in data.roles("train", recipe.axis.roles)]
-        rows = calibration_rows(run, train_roles)
+        # Where axis and floor are given and nothing is trained, the held-out roles alone are played, or none.
+        played = "train" if plays_training_roles(run.loaded.resolved) else "held_out"
+        count = recipe.axis.roles if played == "train" else recipe.axis.held_out_roles
+        rows = calibration_rows(run, [role.name for role in data.roles(played, count)]) if count else []
         pool = spread(rows, section.pool)
         drift = spread([row for row in rows if row["role"] != DEFAULT], section.drift_rows)
-        if given is not None:
+        if given is not None and not count:
+            log.warning("%s: nothing was sampled, so how often it fires was not measured", section.path)
+            floor = given
+        elif given is not None:
             floor = gate(
                 loaded,
                 form,
