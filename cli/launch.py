@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -251,6 +251,43 @@ def launch_training(
             f"training ended with exit code {code}; its own message stands above, and the same command goes on from the last "
             "whole checkpoint"
         )
+
+
+# What DeepSpeed's configuration says again of `train`: its key, the recipe's, and what that is where the recipe says nothing.
+SAID_TWICE: tuple[tuple[str, str, Any], ...] = (
+    ("gradient_accumulation_steps", "gradient_accumulation_steps", 1),
+    ("gradient_clipping", "max_grad_norm", 1.0),
+    ("train_micro_batch_size_per_gpu", "per_device_train_batch_size", 8),
+    ("bf16.enabled", "bf16", False),
+    ("fp16.enabled", "fp16", False),
+)
+
+
+def check_pair(config: Path, train: Mapping[str, Any]) -> None:
+    """Hold an accelerate file's DeepSpeed settings against the recipe's: two that differ are refused when training begins.
+
+    Args:
+        config: a resolved accelerate file.
+        train: the recipe's section.
+
+    Raises:
+        UserError: naming both.
+    """
+    section = read_accelerate_config(config).get("deepspeed_config") or {}
+    named = section.get("deepspeed_config_file")
+    settings, where = (section, config) if named is None else (read_json(named), Path(named))
+    for theirs, ours, default in SAID_TWICE:
+        value: Any = settings
+        for part in theirs.split("."):
+            value = value.get(part, "auto") if isinstance(value, dict) else "auto"
+        recipe = train.get(ours, default)
+        if value not in ("auto", None) and value != recipe:
+            raise UserError(
+                f"{theirs} is {value} here, and train.{ours} of the recipe is {recipe}",
+                file=where,
+                key=theirs,
+                remedy=f"write {theirs}: auto, or set train.{ours}={value}",
+            )
 
 
 def processes_of(config: Path, num_processes: int | None) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from trimtab.axis.errors import UserError
 from trimtab.axis.models import load_config
-from trimtab.cli.launch import check_machine, default_accelerate, processes_of, resolve_accelerate_config
+from trimtab.cli.launch import check_machine, check_pair, default_accelerate, processes_of, resolve_accelerate_config
 from trimtab.eval.capability import check_tasks
 from trimtab.eval.stages import check_files
 from trimtab.recipes.faults import Findings
@@ -43,6 +43,7 @@ def find_faults(
                 accelerate or default_accelerate(recipe.model.device)[0], into=Path(folder)
             )
             processes = processes_of(config, num_processes)
+            check_pair(config, recipe.train)
             if here:
                 check_machine(config, num_processes)
     if training:

@@ -21,6 +21,7 @@ from trimtab.axis.errors import UserError, known_fault
 from trimtab.cli import launch
 from trimtab.cli.launch import (
     accelerate_configs,
+    check_pair,
     launch_training,
     processes_of,
     resolve_accelerate_config,
@@ -589,6 +590,26 @@ def test_an_accelerate_file_that_can_t_be_used_is_told(content: str, tmp_path: P
     with pytest.raises(UserError) as caught:
         processes_of(resolve_accelerate_config(str(path)), None)
     assert ACCELERATE[content] in str(caught.value) and caught.value.remedy
+
+
+@pytest.mark.parametrize("by_file", [True, False])
+def test_deepspeed_s_settings_are_held_against_the_recipe_s(by_file: bool, tmp_path: Path) -> None:
+    settings = {"gradient_accumulation_steps": 4, "gradient_clipping": "auto", "bf16": {"enabled": False}}
+    (tmp_path / "ds.json").write_text(json.dumps(settings), encoding="utf-8")
+    section = {"deepspeed_config_file": "ds.json"} if by_file else {"zero_stage": 2, "gradient_accumulation_steps": 4}
+    path = tmp_path / "accelerate.yaml"
+    path.write_text(yaml.safe_dump({"distributed_type": "DEEPSPEED", "deepspeed_config": section}), encoding="utf-8")
+    config = resolve_accelerate_config(str(path), into=tmp_path)
+    check_pair(config, {"gradient_accumulation_steps": 4})
+    with pytest.raises(
+        UserError, match=r"gradient_accumulation_steps is 4 here, and train\.\w+ of the recipe is 2"
+    ) as caught:
+        check_pair(config, {"gradient_accumulation_steps": 2})
+    assert caught.value.file == str(tmp_path / "ds.json" if by_file else config)
+    for name in accelerate_configs():
+        check_pair(
+            resolve_accelerate_config(name, into=tmp_path), {"gradient_accumulation_steps": 16, "max_grad_norm": 0.5}
+        )
 
 
 def test_several_processes_need_a_strategy_of_several(recipe: Path, tmp_path: Path) -> None:
