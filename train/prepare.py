@@ -25,7 +25,7 @@ from trimtab.axis.calibration import (
 from trimtab.axis.chat import ChatFormat, chat, ends_of
 from trimtab.axis.directions import check_fits, unit
 from trimtab.axis.errors import one_line
-from trimtab.axis.extraction import DEFAULT, Extraction, Role, extract
+from trimtab.axis.extraction import DEFAULT, Extraction, Role, RoleJudge, extract
 from trimtab.axis.files import read_jsonl, write_json
 from trimtab.axis.instruments import load_axis, load_floor
 from trimtab.axis.judge import check_endpoint, role_judge
@@ -368,12 +368,14 @@ def floor_stage(run: Run, prepared: Prepared | None = None) -> dict[str, Any]:
         loaded, form = prepared()
         axis = Axis.load(run.axis_path)
         # Where axis and floor are given and nothing is trained, the held-out roles alone are played, or none.
-        played = "train" if plays_training_roles(run.loaded.resolved) else "held_out"
-        count = recipe.axis.roles if played == "train" else recipe.axis.held_out_roles
-        rows = calibration_rows(run, [role.name for role in data.roles(played, count)]) if count else []
+        if plays_training_roles(run.loaded.resolved):
+            played = data.roles("train", recipe.axis.roles)
+        else:
+            played = data.roles("held_out", recipe.axis.held_out_roles) if recipe.axis.held_out_roles else []
+        rows = calibration_rows(run, [role.name for role in played]) if played else []
         pool = spread(rows, section.pool)
         drift = spread([row for row in rows if row["role"] != DEFAULT], section.drift_rows)
-        if given is not None and not count:
+        if given is not None and not played:
             log.warning("%s: nothing was sampled, so how often it fires was not measured", section.path)
             floor = given
         elif given is not None:
