@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import build_model, build_tokenizer, save_model
+from conftest import build_floor, build_model, build_tokenizer, save_model
 from peft import PeftModel, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors.torch import load_file, save_file
@@ -286,9 +286,8 @@ def test_the_commands_say_so_before_anything_is_sampled(
         ]
         assert main([*arguments, "model.device=cpu", "--quiet"]) == 2
         printed = capsys.readouterr().err
-        assert said in printed and "eval.tuned" in printed and not (tmp_path / "run" / "axis").exists()
-    (tmp_path / "floor.safetensors").touch()
-    monkeypatch.setattr("trimtab.eval.live.Floor.load", lambda path: None)
+        assert said in printed and "--tuned" in printed and not (tmp_path / "run" / "axis").exists()
+    build_floor((0, 1)).save(tmp_path / "floor.safetensors")
     monkeypatch.setattr("trimtab.eval.live.load_recipe_model", pytest.fail)
     with pytest.raises(UserError, match="12 of its weights have no place"):
         open_live(ModelSection(name=str(place / "base")), str(tmp_path / "adapter"), tmp_path / "floor.safetensors")
