@@ -551,10 +551,9 @@ def _benign(recipe: Recipe, given: Set[str]) -> Iterator[Fault]:
 
 
 def _completions(recipe: Recipe) -> Iterator[Fault]:
-    length = recipe.train.get("max_completion_length", 1)
-    if length is None or (isinstance(length, int) and length < 1):
+    if recipe.train.get("max_completion_length", 1) is None:
         yield Fault(
-            f"is {'null' if length is None else length}: an answer has a longest length, as rollouts are sampled in batches",
+            "is null: an answer has a longest length, as rollouts are sampled in batches",
             "set train.max_completion_length=256",
             "train.max_completion_length",
         )

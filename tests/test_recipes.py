@@ -285,7 +285,7 @@ OF_METHODS = {
         "method.ratio_level=sequence",
     ),
     ("grpo", "train.max_completion_length=null"): ("train.max_completion_length", "=256"),
-    ("grpo", "train.max_completion_length=0"): ("train.max_completion_length", "=256"),
+    ("grpo", "train.max_completion_length=0"): ("train.max_completion_length", "=1"),
 }
 
 
