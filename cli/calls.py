@@ -281,9 +281,7 @@ def _rows(arguments: Any) -> int:
 
 def _grpo(recipe: Recipe, method: GrpoMethod, arguments: Any) -> tuple[list[Call], Trained]:
     answer, batch = arguments.max_completion_length, method.sampling_batch
-    prompts = conversation_prompts(recipe)
-    needed = prompts_a_generation(arguments)
-    prompts = prompts * math.ceil(needed / len(prompts))  # as the training set is repeated
+    prompts = conversation_prompts(recipe, prompts_a_generation(arguments))
     calls: list[Call] = []
     lengths: list[int] = []
     for by_rank in grpo_generations(prompts, arguments):

@@ -51,6 +51,8 @@ def counter(monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[int, int]]:
     generate = GenerationMixin.generate
 
     def counting(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.config.num_hidden_layers == 1:  # the toy of the rehearsal
+            return generate(self, *args, **kwargs)
         ids = kwargs["input_ids"]
         config = kwargs.get("generation_config")
         longest = config.max_new_tokens if config is not None else kwargs["max_length"] - ids.shape[1]

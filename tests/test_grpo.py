@@ -675,6 +675,7 @@ def test_a_row_that_no_reward_scores_is_refused_before_anything_is_loaded(tmp_pa
     with pytest.raises(UserError, match="1 of 2 prompts have no system prompt") as told:
         check_prompts(load_recipe("qwen3-8b/grpo", [only, *mine]).recipe)
     assert told.value.key == "method.rewards" and told.value.file == str(tmp_path / "mine.jsonl")
+    check_prompts(load_recipe("qwen3-8b/grpo", mine).recipe)  # that there is no such model is told by who loads it
     both = "method.rewards=[{name: persona_llr}, {name: capped_self_llr}]"
     assert len(conversation_prompts(load_recipe("qwen3-8b/grpo", [both, *mine]).recipe)) == 2
     with pytest.raises(UserError, match="can't be imported"):

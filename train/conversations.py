@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,19 +19,28 @@ from trimtab.train.sources import drift_sources
 log = logging.getLogger("trimtab")
 
 
-def conversation_prompts(recipe: Recipe) -> list[TrainPrompt]:
+def prompts_a_generation(arguments: Any) -> int:
+    """How many prompts a generation has, each with its group of completions; ``arguments`` is TRL's config."""
+    return int(arguments.generation_batch_size // arguments.num_generations)
+
+
+def conversation_prompts(recipe: Recipe, at_least: int = 1) -> list[TrainPrompt]:
     """What GRPO trains on: the drift prompts, without those that are the beginning of another.
 
     The policy answers every user turn of a prompt, and is trained on all its answers. Rows of the other methods are trained on
     the last answer alone, so a conversation gives them one row for each of its turns; here the first turn of four would then be
     trained four times.
 
+    Args:
+        recipe: the recipe.
+        at_least: so many are needed; all are repeated until there are.
+
     Raises:
         UserError: if no reward can score one of them.
     """
     prompts = whole(drift_sources(recipe.data))
     _refuse_without_reward(recipe, prompts)
-    return prompts
+    return prompts * math.ceil(at_least / len(prompts))
 
 
 def whole(prompts: Sequence[TrainPrompt]) -> list[TrainPrompt]:
@@ -41,15 +51,6 @@ def whole(prompts: Sequence[TrainPrompt]) -> list[TrainPrompt]:
 
     begun = {beginning(prompt, turns) for prompt in prompts for turns in range(1, len(prompt.turns))}
     return [prompt for prompt in prompts if beginning(prompt, len(prompt.turns)) not in begun]
-
-
-def prompts_a_generation(arguments: Any) -> int:
-    """How many prompts a generation has, each with its group of completions.
-
-    Args:
-        arguments: TRL's config.
-    """
-    return int(arguments.generation_batch_size // arguments.num_generations)
 
 
 def messages_of(prompt: TrainPrompt) -> list[dict[str, str]]:
@@ -64,6 +65,9 @@ def check_prompts(recipe: Recipe) -> None:
         UserError: if a prompt has no reward, a reward of the user's can't be imported, or a conversation outgrows the model.
     """
     prompts = conversation_prompts(recipe)
+    without, others = _without_system(recipe, prompts)
+    if without:
+        log.info("rewards: %s: they are scored by %s alone", _share(without, prompts), " and ".join(others))
     assert isinstance(recipe.method, GrpoMethod)
     for entry in recipe.method.rewards:
         if ":" in entry.name:
@@ -71,13 +75,10 @@ def check_prompts(recipe: Recipe) -> None:
     try:
         tokenizer = load_tokenizer(recipe.model.name, recipe.model.revision)
         config = load_config(recipe.model.name, recipe.model.revision)
-    except OSError:
+    except UserError:
         return  # whoever loads the model tells it
-    from trl.trainer.grpo_config import GRPOConfig
-
     form = ChatFormat(tokenizer, recipe.model.chat_template_kwargs)
-    answer = recipe.train.get("max_completion_length", GRPOConfig.max_completion_length)
-    check_room(form, config, prompts, answer)
+    check_room(form, config, prompts, recipe.train["max_completion_length"])
 
 
 def check_room(form: ChatFormat, config: Any, prompts: Sequence[TrainPrompt], answer: int) -> None:
@@ -110,18 +111,24 @@ def check_room(form: ChatFormat, config: Any, prompts: Sequence[TrainPrompt], an
 
 
 def _refuse_without_reward(recipe: Recipe, prompts: Sequence[TrainPrompt]) -> None:
-    assert isinstance(recipe.method, GrpoMethod)
-    weighted = [entry.name for entry in recipe.method.rewards if entry.weight]
-    without = [prompt for prompt in prompts if not prompt.system]
-    if not without or not set(weighted) & NEED_SYSTEM:
-        return
-    share = f"{len(without)} of {len(prompts)} prompts have no system prompt, which {' and '.join(NEED_SYSTEM)} needs"
-    if set(weighted) <= NEED_SYSTEM:
+    without, others = _without_system(recipe, prompts)
+    if without and not others:
         raise UserError(
-            f"{share}, and no other reward scores them: they would carry no policy gradient; the first is {without[0].id}",
+            f"{_share(without, prompts)}, and no other reward scores them: they would carry no policy gradient; the first is "
+            f"{without[0].id}",
             file=recipe.data.drift_file,
             key="method.rewards",
             remedy="name capped_self_llr in its place or beside it, or give each prompt a system prompt",
         )
-    others = [name for name in weighted if name not in NEED_SYSTEM]
-    log.info("rewards: %s: they are scored by %s alone", share, " and ".join(others))
+
+
+def _without_system(recipe: Recipe, prompts: Sequence[TrainPrompt]) -> tuple[list[TrainPrompt], list[str]]:
+    """The prompts that some reward can't score, for want of a system prompt, and the rewards that can."""
+    assert isinstance(recipe.method, GrpoMethod)
+    weighted = [entry.name for entry in recipe.method.rewards if entry.weight]
+    needed = set(weighted) & NEED_SYSTEM
+    return [prompt for prompt in prompts if needed and not prompt.system], [n for n in weighted if n not in needed]
+
+
+def _share(without: Sequence[TrainPrompt], prompts: Sequence[TrainPrompt]) -> str:
+    return f"{len(without)} of {len(prompts)} prompts have no system prompt, which {' and '.join(NEED_SYSTEM)} needs"

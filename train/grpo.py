@@ -9,7 +9,6 @@ interruption, and it resumes from the last checkpoint.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,12 +32,11 @@ def dataset_rows(recipe: Any, at_least: int = 1) -> list[dict[str, Any]]:
 
     Args:
         recipe: the recipe.
-        at_least: so many rows are needed; all prompts are repeated until there are.
+        at_least: as of :func:`~trimtab.train.conversations.conversation_prompts`.
     """
     from trimtab.train.conversations import conversation_prompts, messages_of
 
-    rows = [{"prompt": messages_of(prompt)} for prompt in conversation_prompts(recipe)]
-    return rows * math.ceil(at_least / len(rows))
+    return [{"prompt": messages_of(prompt)} for prompt in conversation_prompts(recipe, at_least)]
 
 
 def build_trainer(run: Any, arguments: Any, variant: Any) -> Any:
