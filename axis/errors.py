@@ -116,7 +116,7 @@ def _known(error: BaseException) -> UserError | None:
         package = error.name.partition(".")[0]
         return UserError(f"the package {package} is not installed", remedy=f"pip install {package}")
     if isinstance(error, OSError):
-        return _of_system(error, said)
+        return _of_system(error)
     if "embedded null" in said or isinstance(error, UnicodeEncodeError):
         return UserError(f"a name or text that can't be used: {said}", remedy="write it with plain characters")
     # Rust's and torch's libraries give the number within the text, or none
@@ -137,10 +137,10 @@ def _known(error: BaseException) -> UserError | None:
     return None
 
 
-def _of_system(error: OSError, said: str) -> UserError | None:
+def _of_system(error: OSError) -> UserError | None:
     if error.errno in _OURS:
         return None
     if error.errno is not None:
         return system_fault(error.errno, error.filename)
-    line = next((line.strip() for line in said.splitlines() if line.strip()), type(error).__name__)  # of a hub's client
-    return UserError(line, remedy="check the name and the network (HF_TOKEN for gated models), " + _RERUN)
+    # of a hub's client
+    return UserError(one_line(error), remedy="check the name and the network (HF_TOKEN for gated models), " + _RERUN)

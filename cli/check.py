@@ -458,11 +458,10 @@ def check_recipe(
     findings = find_faults(loaded, accelerate=accelerate, num_processes=num_processes, here=here)
     with findings.of_a_check():
         _check_template(recipe)
-    if not any(fault.key.partition(".")[0] == "lora" for fault in findings.faults):
-        with findings.of_a_check():
-            model = build_meta_model(recipe)
-            config = text_config_of(model)
-            structure = find_structure(recipe, model)
+    with findings.of_a_check():
+        model = build_meta_model(recipe)
+        config = text_config_of(model)
+        structure = find_structure(recipe, model)
     findings.faults = [loaded.placed(fault) for fault in findings.faults]
     findings.tell()
     path = resolve_accelerate_config(accelerate or default_accelerate(recipe.model.device)[0])

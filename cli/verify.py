@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from pathlib import Path
 
-from trimtab.axis.errors import UserError
 from trimtab.axis.models import load_config
 from trimtab.cli.launch import check_machine, check_pair, default_accelerate, processes_of, resolve_accelerate_config
 from trimtab.eval.capability import check_tasks
@@ -15,7 +13,6 @@ from trimtab.recipes.faults import Findings
 from trimtab.recipes.loader import LoadedRecipe
 from trimtab.train.rehearsal import attention_faults, had, judge_faults, rehearse
 from trimtab.train.run import Run
-from trimtab.train.subject import find_subject
 
 
 def find_faults(
@@ -58,20 +55,7 @@ def find_faults(
     with findings.of_a_check():
         of_the_user = recipe.eval.capability_folder
         check_tasks(recipe.eval.capability, None if of_the_user is None else Path(of_the_user))
-    if recipe.eval.tuned is not None:
-        with findings.of_a_check():
-            _find_tuned(recipe.eval.tuned)
     if here:
         findings.add(judge_faults({"eval.judge": recipe.eval.judge, "eval.user": recipe.eval.user}))
     findings.faults = [loaded.placed(fault) for fault in findings.faults]
     return findings
-
-
-def _find_tuned(name: str) -> None:
-    """Whether there are weights of this name: a folder that holds some, or what the hub knows."""
-    try:
-        subject = find_subject(name)
-        if subject.whole and not os.path.isdir(subject.name):
-            had(lambda: load_config(subject.name), subject.name, "eval.tuned")
-    except UserError as error:
-        raise UserError(error.fault, remedy=error.remedy, file=error.file, key="eval.tuned") from error

@@ -72,8 +72,9 @@ class Findings:
 
     def add(self, faults: Sequence[Fault]) -> None:
         """Take faults that were not told already."""
-        told = {(fault.key, fault.fault) for fault in self.faults}
-        self.faults += [fault for fault in faults if (fault.key, fault.fault) not in told]
+        for fault in faults:
+            if not any(fault.fault == told.fault and nested(fault.key, told.key) for told in self.faults):
+                self.faults.append(fault)
 
     def tell(self) -> None:
         """Raise what was found, if anything was.
@@ -83,6 +84,11 @@ class Findings:
         """
         if self.faults:
             raise RecipeError(self.faults)
+
+
+def nested(key: str, other: str) -> bool:
+    """Whether two dotted keys are one, or one lies in the other."""
+    return f"{key}.".startswith(f"{other}.") or f"{other}.".startswith(f"{key}.")
 
 
 def did_you_mean(word: str, known: Iterable[str], otherwise: str) -> str:

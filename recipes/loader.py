@@ -17,7 +17,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from trimtab.axis.rows import is_hub_name
-from trimtab.recipes.faults import Fault, RecipeError, did_you_mean
+from trimtab.recipes.faults import Fault, RecipeError, did_you_mean, nested
 from trimtab.recipes.library_fields import Fields, accepts, describe, lora_fields, train_config, train_fields
 from trimtab.recipes.rules import impossible
 from trimtab.recipes.schema import METHODS, Recipe
@@ -280,14 +280,10 @@ def _validate(draft: _Draft) -> Recipe | None:
         if data == before:  # nothing is left that could be left out
             return None
     for fault in impossible(recipe, set(_dotted(draft.data))):
-        if not any(_nested(fault.key, key) for key in told):
+        # where a section was left out as faulty, nothing is to be said of it
+        if not any(nested(fault.key, key) for key in told):
             draft.add(fault)
     return recipe
-
-
-def _nested(key: str, other: str) -> bool:
-    """Whether the keys are one, or one lies in the other: where a section was left out as faulty, nothing is to be said of it."""
-    return f"{key}.".startswith(f"{other}.") or f"{other}.".startswith(f"{key}.")
 
 
 def _method_of(data: Mapping[str, Any]) -> str:

@@ -246,7 +246,7 @@ COMBINATIONS = {
     "lora.target_modules=a{99999999999}": ("lora.target_modules", "list of names"),
     "model.device=gpu": ("model.device", "cuda:1"),
     'model.revision="a\\0b"': ("model.revision", "another value"),
-    "data.benign_file=~nobody/x": ("data.benign_file", "check the path"),
+    "data.benign_file=~no-such-user/x": ("data.benign_file", "check the path"),
     "train.warmup_steps=-1": ("train.warmup_steps", "positive"),
     "train.warmup_steps=4000": ("train.warmup_steps", "below train.max_steps"),
     "train.save_steps=-1": ("train.save_steps", "positive"),
@@ -533,7 +533,8 @@ def test_nothing_heavy_is_imported(tmp_path: Path) -> None:
 
 ODD: list[Any] = [
     None, 0, -1, 3.5, 10**12, 1e300, "", "x", "1e-4", "auto", True, [], {}, [1, 2], ["a"], {"a": 1}, [None], [[]], [{}],
-    "x" * 5000, "~nobody/x", "/", "\t", {5: 1}, {"model": None}, ".inf", [3, 2], "0-3", "hf://x", "a\nb", "lm_head", "(a+)+$",
+    "x" * 5000, "~no-such-user/x", "/", "\t", {5: 1}, {"model": None}, ".inf", [3, 2], "0-3", "hf://x", "a\nb", "lm_head",
+    "(a+)+$",
 ]  # fmt: skip
 ODD_KEYS = [
     "x", "judge", "user", "5", "name", "rewards", "layers", "path", "durability", "tuned", "r", "a.b", "optim", "method",

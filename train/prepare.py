@@ -376,6 +376,13 @@ def floor_stage(run: Run, prepared: Prepared | None = None) -> dict[str, Any]:
         pool = spread(rows, section.pool)
         drift = spread([row for row in rows if row["role"] != DEFAULT], section.drift_rows)
         if given is not None and not played:
+            if not given.has_sigma:
+                raise UserError(
+                    "this floor has no sigma, and nothing is sampled to measure it on",
+                    file=section.path,
+                    key="axis.held_out_roles",
+                    remedy="set it above 0",
+                )
             log.warning("%s: nothing was sampled, so how often it fires was not measured", section.path)
             floor = given
         elif given is not None:

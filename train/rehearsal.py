@@ -277,11 +277,16 @@ def _as_one_plain_process() -> Iterator[None]:
 
 
 def _lora_faults(loaded: LoadedRecipe, make_model: Callable[[], Any]) -> list[Fault]:
+    from peft import LoraConfig
+
+    from trimtab.axis.base_check import add_adapters
+
     lora = loaded.recipe.lora
     hidden = make_model().config.get_text_config().hidden_size
 
     def put_on(given: dict[str, Any]) -> None:
-        put_adapters_on(make_model(), given)
+        LoraConfig(**{"task_type": "CAUSAL_LM", **given})
+        add_adapters(make_model(), given)
 
     found = [_fault("lora", key, lora.get(key), error, "PEFT") for key, error in _guilty(lora, put_on)]
     if isinstance(rank := lora.get("r"), int) and rank > hidden:
@@ -293,15 +298,6 @@ def _lora_faults(loaded: LoadedRecipe, make_model: Callable[[], Any]) -> list[Fa
             )
         )
     return found
-
-
-def put_adapters_on(model: Any, lora: Mapping[str, Any]) -> Any:
-    """The model with the adapters that a ``lora`` section describes; on the meta device nothing is initialised by its name."""
-    from peft import LoraConfig, get_peft_model
-
-    asked = {"task_type": "CAUSAL_LM", **lora}
-    LoraConfig(**asked)
-    return get_peft_model(model, LoraConfig(**{**asked, "init_lora_weights": True}))
 
 
 # ---- attention, services, rewards, machine ----
@@ -348,15 +344,10 @@ def _service_faults(train: Mapping[str, Any]) -> list[Fault]:
 
 
 def _data_faults(loaded: LoadedRecipe) -> list[Fault]:
-    """Rows of the user's files that can't be trained on."""
+    """Rows of the user's files that can't be trained on, and GRPO's prompts that no reward is defined for."""
     from trimtab.train.sources import check_data
 
     check_data(loaded.recipe)
-    return []
-
-
-def _reward_faults(loaded: LoadedRecipe) -> list[Fault]:
-    """Prompts of GRPO that no reward scores or that outgrow the model, and rewards that can't be imported."""
     if isinstance(loaded.recipe.method, GrpoMethod):
         from trimtab.train.conversations import check_prompts
 
@@ -364,8 +355,18 @@ def _reward_faults(loaded: LoadedRecipe) -> list[Fault]:
     return []
 
 
+def _reward_faults(loaded: LoadedRecipe) -> list[Fault]:
+    """Rewards that can't be imported."""
+    if isinstance(method := loaded.recipe.method, GrpoMethod):
+        from trimtab.train.rewards import make_rewards
+
+        own = [entry.model_dump() for entry in method.rewards if ":" in entry.name]
+        make_rewards(own, cache=Path())
+    return []
+
+
 def judge_faults(sections: Mapping[str, JudgeSection | None]) -> list[Fault]:
-    """Judges that can't be asked from here: no key, no package, or a local model that isn't there.
+    """Judges that can't be asked from here: no key, no httpx, or a local model that isn't there.
 
     Args:
         sections: dotted key -> the section.
@@ -480,7 +481,7 @@ def _fault(section: str, name: str, value: Any, error: Exception, owner: str) ->
     """The fault of a key, in the library's own words; of the whole section where no key alone is at fault."""
     key = f"{section}.{name}" if name else section
     if isinstance(error, UserError):
-        return Fault(error.fault, error.remedy, error.key or key)
+        return Fault(error.fault, error.remedy, key if error.key in (None, section) else error.key)
     said = _first_line(error)
     remedy = f"correct or remove {key}"
     if "pip install" in said or "installed" in said:
