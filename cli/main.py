@@ -83,7 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("recipes", "list the recipes that ship with trimtab", "")
     check = add(
         "check",
-        "check a recipe without weights: layers, adapters, memory, hours on GPUs",
+        "check a recipe without weights: what the libraries refuse, layers, adapters, memory, hours on GPUs",
         "qwen3-32b/sft --gpu-memory 80",
     )
     _add_recipe(check)
