@@ -176,12 +176,13 @@ def resolve_name(name: str) -> tuple[str, str]:
 
 
 @contextlib.contextmanager
-def _loading(name: str, what: str) -> Iterator[None]:
+def _loading(name: str, what: str, failed: str = "can't be loaded") -> Iterator[None]:
     """Turn what a library raises over a user's model into a fault of that model.
 
     Args:
         name: the model's name, as given.
         what: is loaded: configuration, tokenizer, weights.
+        failed: what is said of it.
     """
     try:
         yield
@@ -212,7 +213,7 @@ def _loading(name: str, what: str) -> Iterator[None]:
             remedy = "give a folder that exists or a hub id that this machine can reach (HF_TOKEN for gated models)"
         attention = "attn_implementation" in said or "FlashAttention" in said
         raise UserError(
-            f"the {what} of {name!r} can't be loaded: {said}",
+            f"the {what} of {name!r} {failed}: {said}",
             key="model.attn_implementation" if attention else "model.name",
             remedy="leave model.attn_implementation out, or set sdpa or eager" if attention else remedy,
         ) from error
@@ -447,6 +448,6 @@ def generation_ends(name: str, revision: str | None = None) -> list[int]:
 def meta_model(name: str, revision: str | None = None) -> nn.Module:
     """The model's structure on the meta device: shapes, no weights."""
     config = load_config(name, revision)  # an embedded model may be converted here, which wants real weights
-    with _loading(name, "structure"), torch.device("meta"):
+    with _loading(name, "model", "can't be built from its configuration"), torch.device("meta"):
         model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     return model
