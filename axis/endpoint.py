@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import urljoin, urlsplit
 
 import httpx2
 import openai
@@ -49,6 +49,7 @@ TRIED_AGAIN = (408, 409, 429)
 # What a 400 says where one prompt alone is at fault: a filter, or its length.
 OF_ONE_PROMPT = (
     "content_filter", "content_policy", "content management policy", "context_length_exceeded", "maximum context length",
+    "maximum model length", "context size", "context window", "prompt is too long", "input is too long",
 )  # fmt: skip
 
 
@@ -200,6 +201,7 @@ class Endpoint:
     async def _client(self) -> AsyncIterator[openai.AsyncOpenAI]:
         async def limit(response: Any) -> None:
             response.stream = _Limited(response.stream)
+            response.encoding = "utf-8"  # which JSON is, whatever the header says
 
         async with httpx2.AsyncClient(
             timeout=self._timeout,
@@ -305,7 +307,8 @@ class Endpoint:
 
     def _told(self, error: openai.APIStatusError, asked: Mapping[str, Any]) -> Missing | None:
         """What a status says: a fault to try again, a prompt that is refused, or None where it is to be asked another way."""
-        status, body = error.status_code, self._shown(error.response.text)
+        status, text = error.status_code, error.response.text
+        body = self._shown(text)
         said = f"{status}: {body}" if body else f"{status}, without a word"
         if status in TRIED_AGAIN or status >= 500:
             wait = _asked_to_wait(error.response.headers.get("retry-after"))
@@ -314,16 +317,16 @@ class Endpoint:
             self._next = max(self._next, time.monotonic() + (wait or 0.0))  # the other requests wait as well
             raise _Fault(said, wait)
         if 300 <= status < 400:
-            to = urlsplit(error.response.headers.get("location", ""))
+            to = urlsplit(urljoin(str(error.request.url), error.response.headers.get("location", "")))
             raise UserError(
                 f"the endpoint redirects ({status}) to {to.scheme}://{to.hostname}{to.path}; the key is not sent there",
                 key=f"{self._section}.endpoint",
                 remedy="name the address itself, if it is the right one",
             )
-        lower = error.response.text.lower()
+        lower = text.lower()
         if status in (400, 422) and self._asks_otherwise(lower, asked):
             return None
-        if status == 400 and any(word in lower for word in OF_ONE_PROMPT):
+        if status == 413 or (status in (400, 422) and any(word in lower for word in OF_ONE_PROMPT)):
             self._fault = said
             return Missing.REFUSED
         place = {401: "api_key_env", 403: "api_key_env", 404: "endpoint"}.get(status)
@@ -347,7 +350,9 @@ class Endpoint:
     def _remedy(self, status: int, body: str) -> str:
         if status in (401, 403):
             held = (
-                f"the key in {self._key_name}" if self._secret else "it wants a key: name its variable in api_key_env"
+                f"the key in {self._key_name}"
+                if self._secret
+                else "the key: it wants one, whose variable api_key_env names"
             )
             return f"check the address and the model's name, and {held}"
         if status == 404:
@@ -367,14 +372,15 @@ class Endpoint:
         for place, name in enumerate(("prompt_tokens", "completion_tokens")):
             used = usage.get(name) if isinstance(usage, dict) else None
             self._tokens[place] += used if isinstance(used, int) else 0
-        if finish == "content_filter" and not said:
-            self._fault = "its filter held the reply back"
+        refused = choice["message"].get("refusal")
+        if not said and (refused or finish == "content_filter"):
+            self._fault = self._shown(str(refused)) if refused else "its filter held the reply back"
             return Missing.REFUSED
         if isinstance(said, list):  # parts, of which thoughts are others
             said = "".join(
                 str(part.get("text", "")) for part in said if isinstance(part, dict) and part.get("type") == "text"
             )
-        return _Reply(str(said or ""), finish == "length")
+        return _Reply("" if said is None else str(said), finish == "length")
 
     def _shown(self, text: str) -> str:
         """A body as it may be shown: one line, not too long, and without the key."""

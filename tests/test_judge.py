@@ -322,7 +322,7 @@ def test_an_endpoint_that_is_not_there_is_told(endpoint: Endpoint) -> None:
         scoring_judge(settings(endpoint.url, retries=0), None, "eval.judge")(["a", "b", "c"], 3)
 
 
-@pytest.mark.parametrize("status", [400, 401, 403, 404, 413, 422])
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 422])
 def test_a_refused_request_is_told_at_once_with_its_body(endpoint: Endpoint, status: int) -> None:
     endpoint.answer = lambda prompt, count: (status, refusal(f"no such thing; your key: secret {'x' * 2000}"))
     with pytest.raises(UserError, match=rf"answered {status}: .*no such thing; your key: \[the key\]") as caught:
@@ -371,6 +371,31 @@ def test_one_prompt_that_is_refused_does_not_stop_the_others(endpoint: Endpoint,
     endpoint.answer = lambda prompt, count: filtered
     with pytest.raises(UserError, match=f"refused the first {REFUSED_AT_FIRST} requests"):
         scoring_judge(settings(endpoint.url), None, "eval.judge")([f"prompt {i}" for i in range(100)], 3)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        (200, completion(None, refusal="I won't rate this.")),
+        (200, completion(None, "content_filter")),
+        (413, b"Payload Too Large"),
+        (400, refusal("the request exceeds the available context size", type="exceed_context_size_error")),
+        (422, refusal("prompt is too long")),
+    ],
+)
+def test_what_is_a_matter_of_one_prompt_is_refused(endpoint: Endpoint, given: Any) -> None:
+    endpoint.answer = lambda prompt, count: given if prompt == "b" else (200, "1")
+    assert scoring_judge(settings(endpoint.url), None, "eval.judge")([*"abc"], 3) == [1, Missing.REFUSED, 1]
+    assert endpoint.asked.count("b") == 1
+
+
+@pytest.mark.parametrize("status", [200, 400])
+def test_a_charset_that_the_body_is_not_in_changes_nothing(endpoint: Endpoint, status: int) -> None:
+    header = {"Content-Type": "application/json; charset=utf-16"}
+    filtered = refusal("filtered", code="content_filter")
+    endpoint.answer = lambda prompt, count: (status, completion("1") if status == 200 else filtered, header)
+    expected = 1 if status == 200 else Missing.REFUSED
+    assert scoring_judge(settings(endpoint.url), None, "eval.judge")(["x"], 3) == [expected]
 
 
 @pytest.mark.parametrize("limit", [1, 4])
@@ -436,6 +461,12 @@ def test_a_redirect_is_told_and_the_key_stays_here(endpoint: Endpoint) -> None:
         scoring_judge(settings(endpoint.url), None, "eval.judge")(["x"], 3)
     other.close()
     assert not other.asked and "token" not in str(caught.value) and caught.value.key == "eval.judge.endpoint"
+
+
+def test_a_redirect_within_the_endpoint_is_told_whole(endpoint: Endpoint) -> None:
+    endpoint.answer = lambda prompt, count: (308, b"", {"Location": "/v2/chat/completions"})
+    with pytest.raises(UserError, match=r"redirects \(308\) to http://127\.0\.0\.1/v2/chat/completions"):
+        scoring_judge(settings(endpoint.url), None, "eval.judge")(["x"], 3)
 
 
 def test_a_loop_that_runs_already_is_no_obstacle(endpoint: Endpoint) -> None:
@@ -696,10 +727,11 @@ def test_a_reward_without_a_score_is_none_and_several_stop_the_run(
     )
     reward = Judge(settings(endpoint.url, retries=0, unreadable_retries=0, concurrency=1), tmp_path / "judge.jsonl")
     turns = [[(CHAT, text)] for text in ("fine", "lost", "muddle")]
-    assert reward(turns=turns) == [0.5, None, None]
+    ids = [[([1], [2])]] * 3  # which a judge does not read
+    assert reward(turns=turns, turn_ids=ids) == [0.5, None, None]
     assert [path.name for path in tmp_path.iterdir()] == ["judge-1.jsonl"]  # each process its own
     with pytest.raises(UserError, match="in a row"):
-        reward(turns=[[(CHAT, f"lost {i}")] for i in range(3)])
+        reward(turns=[[(CHAT, f"lost {i}")] for i in range(3)], turn_ids=ids)
 
 
 def test_requests_keep_to_their_rate_and_the_cost_is_said(endpoint: Endpoint, said: Any) -> None:
