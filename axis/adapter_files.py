@@ -84,6 +84,8 @@ def check_adapter_files(folder: Path, key: str | None = None) -> dict[str, Any]:
             names = list(file.keys())
             for fault, remedy in _weight_faults(config, names, file):
                 raise UserError(fault, file=path, key=key, remedy=remedy)
+            if _changes_nothing(config, names, file):
+                log.warning("%s: this adapter changes nothing: lora_alpha or every lora_B is zero", folder)
     except SafetensorError as error:
         raise UserError(
             f"not a readable safetensors file: {error}", file=path, key=key, remedy="copy it again; it may be cut short"
@@ -106,6 +108,12 @@ def _kind_faults(kind: str, config: dict[str, Any]) -> Iterator[tuple[str, str]]
             f"the adapter is for the task {task}, not for text (CAUSAL_LM)",
             "give an adapter of a causal language model",
         )
+    patterns = [config.get(name) or {} for name in ("rank_pattern", "alpha_pattern")]
+    numbers = [config.get("r", 1), config.get("lora_alpha", 1)] if kind == "LORA" else []
+    if not all(isinstance(pattern, dict) for pattern in patterns):
+        yield "rank_pattern or alpha_pattern is no mapping of names to numbers", "save the adapter once more"
+    elif not all(isinstance(n, int | float) for n in [*numbers, *(n for p in patterns for n in p.values())]):
+        yield "one of r, lora_alpha, rank_pattern and alpha_pattern is no number", "save the adapter once more"
     for name, why in UNSUPPORTED_KEYS.items():
         if config.get(name):
             yield f"{name} is set: {why}", MERGED
@@ -125,6 +133,19 @@ def _weight_faults(config: dict[str, Any], names: Sequence[str], file: Any) -> I
                 )
         if not bool(torch.isfinite(file.get_tensor(name).float()).all()):
             yield f"{name} is not finite", "train it again, or give an earlier checkpoint of it"
+
+
+def _changes_nothing(config: dict[str, Any], names: Sequence[str], file: Any) -> bool:
+    """Whether a LoRA was saved untrained, so that whatever it is put on stays as it is."""
+    if (
+        config["peft_type"] != "LORA"
+        or config.get("use_dora")
+        or not all(re.search(r"\.lora_[AB]\.", n) for n in names)
+    ):
+        return False
+    if config.get("lora_alpha") == 0 and not config.get("alpha_pattern"):
+        return True
+    return not any(bool(file.get_tensor(name).float().any()) for name in names if ".lora_B." in name)
 
 
 def load_adapter(
@@ -166,7 +187,13 @@ def load_adapter(
         raise
     except KeyError as error:  # of a module that is saved whole, or of an embedding's rows
         raise _misfit(folder, key, f"its weight {error} is not in the file", "give the whole adapter") from error
-    except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
+    except (
+        RuntimeError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        re.error,
+    ) as error:  # a NotImplementedError is the first
         raise _refused(error, folder, key, rows) from error
     return _landed(model, found, folder, key)
 

@@ -30,6 +30,9 @@ __all__ = ["ChatFormat", "Message", "chat", "ends_of"]
 
 log = logging.getLogger("trimtab")
 
+# Text in which a template that escapes, cuts or rewrites what is said shows itself.
+LETTERS = 'Is "5 < 6 & 7" so? \\n {{x}} %s Ünïcode 語\n\n  - ' + "and so it goes on, " * 100 + "end."
+
 
 def chat(system: str, user: str) -> list[dict[str, str]]:
     """A one-turn prompt; an empty system prompt leaves the system message out."""
@@ -92,6 +95,8 @@ class ChatFormat:
             )  # fmt: skip
         elif begun.strip() and not (self.thought and self.thought.of(begun)):
             log.warning("%s ends a prompt with %r, which it writes before no answer", name, begun)
+        if LETTERS not in self.prompt_text(chat("", LETTERS)):
+            log.warning("%s changes or shortens what is said: the model does not read the text as it was given", name)
         for key in self.template_kwargs:
             if key != "chat_template" and not self.template.reads(key):
                 log.warning("%s does not read %s, which %s sets: it changes nothing", name, key, KEY)

@@ -308,6 +308,11 @@ def project_command(
 
     conversations = load_transcript(transcript)
     instrument = load_instrument(floor, experiment)
+    if capped and isinstance(instrument, Axis):
+        raise UserError("an axis alone can't cap", file=floor, key="--capped", remedy="give a floor.safetensors")
+    for path in (html, json):
+        if path is not None and Path(path).is_dir():
+            raise UserError("this is a folder, and a file is wanted", file=path, remedy="name a file in it")
     shape = model_shape(model)
     check_instrument(instrument, *shape, floor)
     if layers is not None:
@@ -315,6 +320,7 @@ def project_command(
         instrument = instrument.at(layers) if isinstance(instrument, Floor) else instrument
     form = ChatFormat(load_tokenizer(model), template_kwargs)
     form.prompt_text(chat("", "x"))  # a template that can't be used is told before the weights load
+    form.tell()
     loaded = load_model(model)
     check_model(loaded)
     made_for = instrument.metadata.get("model")
@@ -343,7 +349,8 @@ def project_command(
             faults[conversation.title] = error
     if not courses and len({error.fault for error in faults.values()}) == 1:
         raise next(iter(faults.values()))
-    if courses and all(turn.below == 0 for course in courses for turn in course.assistant):
+    answers = [turn for course in courses for turn in course.assistant]
+    if answers and all(turn.below == 0 for turn in answers):
         log.warning("%s: no token of an answer lies below this floor, so its cap would do nothing here", floor)
     console = Console()
     for course in courses:

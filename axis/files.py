@@ -197,9 +197,16 @@ def load_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, A
         raise UserError("no such file", file=path, remedy="check the path, or run the stage that writes it")
     try:
         with safe_open(str(path), framework="pt") as file:
-            metadata = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
+            try:
+                metadata = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
+            except json.JSONDecodeError as error:
+                raise UserError(
+                    "this safetensors file is not of trimtab: its metadata is of another kind",
+                    file=path,
+                    remedy="give the axis.safetensors or the floor.safetensors of a run",
+                ) from error
             return {key: file.get_tensor(key) for key in file.keys()}, metadata  # noqa: SIM118 - not a dict
-    except (SafetensorError, json.JSONDecodeError) as error:
+    except SafetensorError as error:
         raise UserError(
             f"not a readable safetensors file of trimtab: {error}",
             file=path,
@@ -220,7 +227,7 @@ def load_torch(path: str | Path) -> Any:
         raise UserError("no such file", file=path, remedy="check the path")
     try:
         with torch.serialization.safe_globals(_NUMPY_NUMBERS):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         with path.open("rb") as file:
             if file.read(1) not in (b"P", b"\x80"):  # neither a zip archive nor a pickle, so a text or a web page
@@ -238,6 +245,18 @@ def load_torch(path: str | Path) -> Any:
         ) from error
     except (RuntimeError, EOFError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"not a readable .pt file: {error}", file=path, remedy="fetch it again") from error
+    if any(tensor.is_meta or tensor.layout != torch.strided for tensor in _tensors(content)):
+        raise UserError("a tensor in it is sparse, or has no values", file=path, remedy="re-save it as plain tensors")
+    return content
+
+
+def _tensors(content: Any) -> Iterator[Any]:
+    """The tensors in what ``torch.load`` gave, at any depth."""
+    if isinstance(content, dict | list | tuple):
+        for part in content.values() if isinstance(content, dict) else content:
+            yield from _tensors(part)
+    elif hasattr(content, "is_meta"):
+        yield content
 
 
 class _NumpyDtype:

@@ -185,7 +185,7 @@ def _pair(row: Mapping[str, Any], ask: str, about: Sequence[str], answers: Seque
             if row.get(name, "") != "":
                 keys.append(name)
                 text.append(_text(row[name], f"`{name}`"))
-        messages = [{"role": "user", "content": "\n\n".join(text)}]
+        messages = [{"role": "user", "content": "\n\n".join(part for part in text if part.strip())}]
     else:
         messages, unread = _messages(row[ask], f"`{ask}`")
     asked = len(messages)

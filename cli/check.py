@@ -423,13 +423,14 @@ def advice(recipe: Recipe, plan: MemoryPlan, strategy: Strategy, counted: Counte
 
 def _check_template(recipe: Recipe) -> None:
     """Hold the chat template against the recipe; a folder that has no tokenizer yet is told."""
-    from trimtab.train.prepare import check_template  # which takes a second to import
+    from trimtab.train.prepare import chat_format, check_template  # which take a second to import
 
     folder = Path(resolve_name(recipe.model.name)[0])
     if folder.is_dir() and not any(folder.glob("tokenizer*")):
         log.warning("%s has no tokenizer: the chat template is not checked", folder)
         return
     check_template(recipe)
+    chat_format(recipe.model).tell()
 
 
 def _fewer_rows(calls: Sequence[Call]) -> list[str]:

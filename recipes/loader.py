@@ -249,6 +249,8 @@ def _resolved(draft: _Draft, folder: Path, key: str, value: str) -> str:
             return value
         remedy = "check the path; one in a recipe is relative to the recipe's own folder"
         draft.add(Fault(f"no such {'folder' if wants_folder else 'file'}: {path}", remedy, key))
+    elif key == "axis.path" and next(path.glob("*.pt"), None) is not None:
+        pass  # a published role_vectors/ folder
     elif os.path.isdir(path) != wants_folder:
         kinds = ("a file", "a folder") if wants_folder else ("a folder", "a file")
         draft.add(Fault(f"this is {kinds[0]}: {path}", f"name {kinds[1]}", key))

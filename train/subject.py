@@ -83,7 +83,7 @@ def check_subject(section: ModelSection, subject: Subject) -> None:
         _check_whole(section, subject)
         return
     named = read_json(subject.folder / ADAPTER_CONFIG).get("base_model_name_or_path")
-    if named and not _same_model(named, section.name):
+    if named and not _same_model(str(named), section.name):
         log.warning("%s was trained upon %s, and is measured upon %s", subject.name, named, section.name)
     try:
         structure = meta_model(section.name, section.revision)
