@@ -11,6 +11,7 @@ from __future__ import annotations
 import bisect
 import contextlib
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -266,6 +267,15 @@ def _pieces(
     return pieces
 
 
+def _check_pages(html: str | Path | None, json: str | Path | None) -> None:
+    """Whether the files to write can be files, and two of them, before a model is loaded and read for them."""
+    for key, path in (("--html", html), ("--json", json)):
+        if path is not None and os.path.isdir(path):
+            raise UserError("this is a folder, and a file is wanted", file=path, key=key, remedy="name a file")
+    if html is not None and json is not None and os.path.realpath(html) == os.path.realpath(json):
+        raise UserError("the page and the numbers can't be one file", file=json, key="--json", remedy="name another")
+
+
 def project_command(
     model: str,
     floor: str | Path,
@@ -306,13 +316,11 @@ def project_command(
     from trimtab.axis.models import load_model, load_tokenizer, model_shape
     from trimtab.axis.progress import track
 
+    _check_pages(html, json)
     conversations = load_transcript(transcript)
     instrument = load_instrument(floor, experiment)
-    if capped and isinstance(instrument, Axis):
+    if capped and not isinstance(instrument, Floor):
         raise UserError("an axis alone can't cap", file=floor, key="--capped", remedy="give a floor.safetensors")
-    for path in (html, json):
-        if path is not None and Path(path).is_dir():
-            raise UserError("this is a folder, and a file is wanted", file=path, remedy="name a file in it")
     shape = model_shape(model)
     check_instrument(instrument, *shape, floor)
     if layers is not None:

@@ -177,6 +177,10 @@ def _load(text: str, path: Path, name: str, overrides: Sequence[str]) -> LoadedR
 
 def _find(asked: str) -> tuple[Path, str]:
     shipped = shipped_recipes()
+    if not asked.strip():
+        raise RecipeError(
+            [Fault("no recipe is named", "give a YAML file, or a name that `trimtab recipes` lists", "RECIPE")]
+        )
     path = Path(os.path.expanduser(asked))
     if not os.path.isfile(path):  # unlike Path's own, it takes names that no file can have
         if asked in shipped:

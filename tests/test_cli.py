@@ -660,3 +660,27 @@ def test_what_an_evaluation_lacks_is_told_of_its_option_before_anything_is_made(
     assert main(["eval", *words, "model.device=cpu"]) == 2
     assert said in " ".join(capsys.readouterr().err.split())
     assert not list(work.iterdir())
+
+
+def test_an_empty_name_is_not_the_default(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As of a variable of the shell that is not set: another run folder than was meant would be gone on with."""
+    assert main(["train", str(recipe), "--output-dir", ""]) == 2
+    assert "--output-dir: no folder is named" in capsys.readouterr().err
+    assert main(["check", ""]) == 2
+    assert "RECIPE: no recipe is named" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--json", "."], "--json: this is a folder"),
+        (["--html", ""], "--html: this is a folder"),
+        (["--html", "a.html", "--json", "./a.html"], "--json: the page and the numbers can't be one file"),
+    ],
+)
+def test_places_of_the_compass_are_looked_at_first(
+    options: list[str], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["project", "--model", "none", "--floor", "none", *options, "none.json"]) == 2
+    assert told in capsys.readouterr().err

@@ -360,6 +360,8 @@ def _begun(run: Run, name: str) -> tuple[Path, str] | None:
 
 def run_folder(loaded: LoadedRecipe, output_dir: str | None) -> Path:
     """The run folder of a recipe, whether it is there or not."""
+    if output_dir is not None and not output_dir.strip():  # as of a variable of the shell that is not set
+        raise UserError("no folder is named", key="--output-dir", remedy="name one, or leave the option out")
     chosen = output_dir or loaded.recipe.train.get("output_dir") or f"runs/{loaded.name.replace('/', '-')}"
     if (path := os.path.expanduser(chosen)).startswith("~"):
         raise UserError("there is no such home folder", file=chosen, key="--output-dir", remedy="name another folder")
