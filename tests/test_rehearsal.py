@@ -16,7 +16,9 @@ from tiny_recipe import write_recipe
 from trimtab.recipes.faults import Fault, RecipeError
 from trimtab.recipes.loader import load_recipe
 from trimtab.recipes.schema import METHODS
+from trimtab.train.job import LEARNING_RATES, common_arguments
 from trimtab.train.rehearsal import rehearse
+from trimtab.train.run import Run
 
 CONFIG = {
     "model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -67,33 +69,47 @@ def test_all_that_the_libraries_refuse_is_told_at_once_by_key(folder: Path) -> N
     assert {fault.file for fault in found.values()} == {"command line"}
 
 
-@pytest.mark.parametrize(
-    ("method", "overrides", "key", "said"),
-    [
-        # names that only a step finds out
-        ("sft", ["train.loss_type=mse"], "train.loss_type", "nll"),
-        ("grpo", ["train.importance_sampling_level=word"], "train.importance_sampling_level", "sequence"),
-        ("dpo", ["train.f_divergence_type=x"], "train.f_divergence_type", "Unknown"),
-        # what an optimiser and a schedule are made of
-        ("sft", ["train.optim_args=fast"], "train.optim_args", "unpack"),
-        ("sft", ["train.lr_scheduler_type=cosine", "train.lr_scheduler_kwargs={ends: 1}"], "train.lr_scheduler_kwargs", "ends"),
-        ("sft", ["train.optim=lomo"], "train.optim", "pip install lomo-optim"),
-        # keys that don't go together: the one without which it would go
-        ("sft", ["train.load_best_model_at_end=true"], "train.load_best_model_at_end", "eval strategy"),
-        ("grpo", ["train.num_generations=3"], "train.num_generations", "divisible"),
-        ("grpo", ["train.steps_per_generation=4", "train.save_steps=3"], "train.save_steps", "inside a generation"),
-        ("dpo", ["train.sync_ref_model=true"], "train.sync_ref_model", "PEFT"),
-        # what is ours
-        ("grpo", ["method.rewards=[{name: 'no_such_module:reward'}]"], "method.rewards", "no_such_module"),
-        ("sft", ["axis.judge={endpoint: 'https://api.example.com/v1', model: m}"], "axis.judge.api_key_env", "not set"),
-    ],
-)  # fmt: skip
-def test_a_fault_is_told_of_its_key(
-    method: str, overrides: list[str], key: str, said: str, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+# method -> overrides, and key -> what is said of it
+TOLD: dict[str, tuple[list[str], dict[str, str]]] = {
+    "sft": (
+        [
+            "train.loss_type=mse", "train.optim=lomo", "train.lr_scheduler_type=cosine", "train.lr_scheduler_kwargs={ends: 1}",
+            "train.load_best_model_at_end=true", "axis.judge={endpoint: 'https://api.example.com/v1', model: m}",
+        ],
+        {
+            "train.loss_type": "nll",  # which the trainer alone finds out
+            "train.optim": "pip install lomo-optim",
+            "train.lr_scheduler_kwargs": "ends",
+            "train.load_best_model_at_end": "eval strategy",  # of keys that don't go together, one
+            "axis.judge.api_key_env": "not set",
+        },
+    ),
+    "grpo": (
+        [
+            "train.importance_sampling_level=word", "train.steps_per_generation=4", "train.save_steps=3",
+            "method.rewards=[{name: 'no_such_module:reward'}]",
+        ],
+        {
+            "train.importance_sampling_level": "sequence",  # which a step alone finds out
+            "train.save_steps": "inside a generation",
+            "method.rewards": "no_such_module",
+        },
+    ),
+    "dpo": (
+        ["train.f_divergence_type=x", "train.sync_ref_model=true"],
+        {"train.f_divergence_type": "Unknown", "train.sync_ref_model": "PEFT"},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", TOLD)
+def test_each_fault_is_told_of_its_key(method: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    (found,) = faults_of(folder, method, *overrides).values()
-    assert found.key == key and said in f"{found.fault} {found.remedy}", found
+    overrides, told = TOLD[method]
+    found = faults_of(folder, method, *overrides)
+    assert found.keys() == told.keys()
+    for key, said in told.items():
+        assert said in f"{found[key].fault} {found[key].remedy}", found[key]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -139,3 +155,19 @@ def test_what_a_machine_hasnt_got_is_told_where_it_is_this_one(folder: Path) -> 
         pytest.skip("this machine has a GPU")
     assert set(faults_of(folder, "sft", *overrides)) == {key.partition("=")[0] for key in overrides}
     rehearse(load_recipe(folder / "sft.yaml", overrides), here=False)  # for planning on another
+
+
+def test_a_recipe_that_says_no_learning_rate_gets_that_of_its_model_s_size(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"hidden_size": 2048}), encoding="utf-8")
+    for method, (small, large) in LEARNING_RATES.items():
+        for model, rate in ((folder, small), (tmp_path, large)):
+            path = tmp_path / f"{method}.yaml"
+            text = f"model: {{name: {model}}}\nmethod: {{name: {method}}}\ntrain: {{max_steps: 3}}\n"
+            path.write_text(text, encoding="utf-8")
+            loaded = load_recipe(path)
+            run = Run(tmp_path, loaded.recipe, loaded)
+            assert common_arguments(run, run.variant(control=False), True)["learning_rate"] == rate
+            asked = loaded.recipe.model_copy(update={"train": {"learning_rate": 0.0}})  # a control
+            assert (
+                common_arguments(Run(tmp_path, asked, loaded), run.variant(control=False), True)["learning_rate"] == 0
+            )

@@ -324,7 +324,7 @@ def attention_faults(section: ModelSection, *, here: bool) -> list[Fault]:
 
 def _service_faults(train: Mapping[str, Any]) -> list[Fault]:
     """Reports to services that aren't installed, and pushes to a hub without a token."""
-    from transformers.integrations import get_reporting_integration_callbacks
+    from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
     found = []
     asked = train.get("report_to", "none")
