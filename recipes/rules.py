@@ -138,7 +138,7 @@ NEED_SYSTEM = {"persona_llr"}  # rewards that score no answer without a system p
 # below 0, but for those of which the library's own default, or its formula, may be.
 ABOVE_ZERO = (
     "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps", "max_length",
-    "num_iterations", "steps_per_generation", "generation_batch_size", "num_generations",
+    "max_completion_length", "num_iterations", "steps_per_generation", "generation_batch_size", "num_generations",
     "temperature", "adam_epsilon", "ddp_timeout", "dataset_num_proc", "precompute_ref_batch_size", "ref_model_sync_steps",
     "r", "lora_alpha", "qalora_group_size",
 )  # fmt: skip
