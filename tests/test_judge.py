@@ -500,10 +500,11 @@ JUDGED = {"endpoint": "https://api.example.com/v1", "model": "j", "api_key_env":
     ],
 )  # fmt: skip
 def test_a_missing_key_is_told_before_a_model_is_loaded(
-    sections: dict[str, Any], stage: Any, key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sections: dict[str, Any], stage: Any, key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_folder: Any
 ) -> None:
     monkeypatch.delenv(KEY, raising=False)
-    given = {"model": {"name": str(tmp_path / "nowhere")}, "train": {"max_steps": 1}, **sections}
+    monkeypatch.setattr("trimtab.train.prepare.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    given = {"model": {"name": str(model_folder("llama"))}, "train": {"max_steps": 1}, **sections}
     run = open_run(recipe_of(given, "r"), output_dir=str(tmp_path / "run"))
     with pytest.raises(UserError, match=f"{KEY} is not set") as caught:
         stage(run)
@@ -518,9 +519,10 @@ def test_a_run_goes_on_where_a_judge_is_asked_more_patiently(tmp_path: Path) -> 
         sections = {"model": {"name": "m"}, "train": {"max_steps": 1}, "axis": {"judge": {**JUDGED, **changes}}}
         return open_run(recipe_of(sections, "r"), output_dir=str(tmp_path / "run"))
 
-    opened()
+    run = opened()
+    run.record("axis", run.inputs("axis"), {}, seconds=0.0)
     opened(timeout=600.0, retries=20, concurrency=2, requests_per_minute=10.0, api_key_env="OTHER")
-    with pytest.raises(UserError, match="another recipe"):
+    with pytest.raises(UserError, match="max_tokens"):
         opened(max_tokens=9)
 
 
