@@ -155,7 +155,7 @@ def _check_causal(stream: Tensor) -> None:
     one, other = stream[:, :-1].float()
     apart = float((one - other).norm() / one.norm().clamp_min(1e-12))
     if apart > (SAME if stream.dtype == torch.float32 else NEARLY_SAME):
-        raise _unfit(f"it reads later tokens: states before the last token change by {apart:.1%} with it")
+        raise _unfit(f"it reads later tokens: states before the last one change with it, by {apart:.1g} of their size")
 
 
 def _unfit(fault: str) -> UserError:
