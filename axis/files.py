@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     import torch
 
 TAIL_BYTES = 1 << 16
+# What the pipeline calls the default Assistant's own mean, which lies among the roles or one folder above them.
+DEFAULT_NAMES = ("default", "default_vector")
 
 
 @contextlib.contextmanager
@@ -212,6 +214,13 @@ def load_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, A
             file=path,
             remedy="re-create it; it may be cut short",
         ) from error
+
+
+def vector_files(folder: str | Path) -> list[Path]:
+    """The files of a published folder of vectors, and the default Assistant's in the folder above where that is there."""
+    folder = Path(folder)
+    own = sorted(path for path in folder.glob("*.pt") if not path.name.startswith("."))
+    return [*own, *(path for name in DEFAULT_NAMES if (path := folder.parent / f"{name}.pt").is_file())]
 
 
 def load_torch(path: str | Path) -> Any:

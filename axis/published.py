@@ -19,14 +19,12 @@ from torch import Tensor
 
 from trimtab.axis.directions import NO_SIGMA, Axis, Floor, unit
 from trimtab.axis.errors import UserError
-from trimtab.axis.files import load_torch
+from trimtab.axis.files import DEFAULT_NAMES, load_torch, vector_files
 
 log = logging.getLogger("trimtab")
 
 SIGN_AXIS = "default - role (+ is Assistant), as stored"
 SIGN_CAPS = "role - default as stored; negated on loading"
-# What the pipeline calls the default Assistant's own mean, which lies among the roles or one folder above them.
-DEFAULT_NAMES = ("default", "default_vector")
 
 
 def is_capping_config(content: Any) -> bool:
@@ -103,7 +101,8 @@ def load_role_vectors(folder: str | Path) -> tuple[list[str], Tensor, Tensor | N
         UserError: if the folder holds no role, or shapes differ.
     """
     folder = Path(folder)
-    paths = sorted(path for path in folder.glob("*.pt") if not path.name.startswith("."))
+    files = vector_files(folder)
+    paths = [path for path in files if path.parent == folder]
     if not paths:
         raise UserError("no .pt files in this folder", file=folder, remedy="give a published role_vectors/ folder")
     roles: dict[str, Tensor] = {}
@@ -124,8 +123,7 @@ def load_role_vectors(folder: str | Path) -> tuple[list[str], Tensor, Tensor | N
     if not roles:
         raise UserError("no role among these vectors", file=folder, remedy="give a published role_vectors/ folder")
     stacked = torch.stack(list(roles.values()))
-    beside = [folder.parent / f"{name}.pt" for name in DEFAULT_NAMES]
-    for path in [] if defaults else [path for path in beside if path.is_file()][:1]:
+    for path in [] if defaults else [path for path in files if path.parent != folder][:1]:
         _, vector, _ = _vector(path)
         if vector.shape != stacked.shape[1:]:
             raise UserError(

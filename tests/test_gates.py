@@ -26,6 +26,7 @@ from trimtab.axis.models import load_model
 from trimtab.axis.soundness import mean_states
 from trimtab.cli.check import build_meta_model, find_structure
 from trimtab.cli.main import main
+from trimtab.recipes import data
 from trimtab.recipes.loader import load_recipe
 from trimtab.train.prepare import Prepared, axis_stage, floor_stage
 from trimtab.train.run import Run
@@ -282,6 +283,40 @@ def test_an_axis_that_points_away_is_told_and_the_rollouts_are_kept(
     axis_stage(run)
     assert "has a cosine of" in caplog.text and "it may be another model's" in caplog.text
     assert torch.allclose(Axis.load(run.axis_path).directions, unit(across), atol=1e-6)
+
+
+def test_nor_is_one_taken_where_axis_and_floor_are_given(model: Path, tmp_path: Path) -> None:
+    """Held-out roles alone are played then, and theirs is the axis to hold it against."""
+    build_floor().save(tmp_path / "floor.safetensors")
+
+    def given(axis: torch.Tensor, name: str) -> Run:
+        (tmp_path / name).mkdir()
+        path = torch_file(tmp_path / name / "axis.pt", axis)
+        floor = {"path": str(tmp_path / "floor.safetensors")}
+        return open_here(model, tmp_path / name, floor=floor, axis={"path": str(path)}, eval={"tuned": str(model)})
+
+    first = given(torch.eye(LAYERS, HIDDEN), "first")
+    axis_stage(first)
+    own = Axis.load(first.held_out_axis_path)
+    assert own.roles and not set(own.roles) & {role.name for role in data.roles("train", 2)}
+    with pytest.raises(UserError, match=r"points away from the Assistant: .* is -1\.00"):
+        axis_stage(given(-own.directions, "second"))
+
+
+def test_a_folder_of_role_vectors_is_an_axis_of_a_recipe(model: Path, extracted: Path, tmp_path: Path) -> None:
+    own, folder = Axis.load(extracted / "axis.safetensors"), tmp_path / "role_vectors"
+    folder.mkdir()
+    assert own.role_vectors is not None and own.default_mean is not None
+    for name, vector in zip(own.roles, own.role_vectors, strict=True):
+        torch.save(vector, folder / f"{name}.pt")
+    torch.save(own.default_mean, tmp_path / "default_vector.pt")
+    run = open_here(model, tmp_path, axis={"path": str(folder)})
+    inputs = run.inputs("axis")
+    facts = axis_stage(run)
+    assert facts["cosine_published_own"] == pytest.approx([1.0] * LAYERS, abs=1e-3)
+    assert torch.allclose(Axis.load(run.axis_path).directions, own.directions, atol=1e-5)
+    torch.save(own.default_mean + 1, tmp_path / "default_vector.pt")
+    assert run.inputs("axis") != inputs, "the run folder is held to what the folder holds"
 
 
 def test_files_are_told_apart_by_what_is_in_them(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from trimtab.axis.files import file_fingerprint, fingerprint
+from trimtab.axis.files import file_fingerprint, fingerprint, vector_files
 from trimtab.recipes.schema import ONLY_ASKING, Recipe
 
 Inputs = dict[str, Any]
@@ -130,12 +130,12 @@ def _flat(value: Any, above: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _content(value: Any) -> Any:
-    """A file by its name and content; anything else, such as a place on the hub, by itself."""
+    """A file or a folder of vectors by its name and content; anything else, such as a place on the hub, by itself."""
     if isinstance(value, str) and os.path.isfile(value):
         return f"{Path(value).name} ({file_fingerprint(value)})"
-    if isinstance(value, str) and os.path.isdir(value):  # of role vectors, with the default's own among them or above
-        files = [*sorted(Path(value).glob("*.pt")), *sorted(Path(value).parent.glob("default*.pt"))]
-        return f"{Path(value).name} ({fingerprint([[file.name, file_fingerprint(file)] for file in files])})"
+    if isinstance(value, str) and os.path.isdir(value):
+        contents = {path.name: file_fingerprint(path) for path in vector_files(value)}
+        return f"{Path(value).name} ({fingerprint(contents)})"
     return value
 
 

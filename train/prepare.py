@@ -242,7 +242,7 @@ def axis_stage(run: Run, prepared: Prepared | None = None) -> dict[str, Any]:
         axis = found.axis
         facts: dict[str, Any] = {"split_half": found.split_half, "roles": len(found.axis.roles)}
         if given is not None:
-            facts["cosine_published_own"] = _compare(given, found, _window(recipe, loaded), section.path)
+            facts["cosine_published_own"] = _compare(given, found.axis, _window(recipe, loaded), section.path)
             axis = given
             log.info("axis: %s; the rollouts made here serve calibration and the held-out axis", section.path)
         axis.save(run.axis_path)
@@ -298,8 +298,7 @@ def _held_out_alone(run: Run, loaded: Loaded, form: ChatFormat, axis: Axis, judg
         return {}
     held_out = _extraction(run, loaded, form, roles, [], judge).axis
     dataclasses.replace(held_out, metadata={**held_out.metadata, "split": "held_out"}).save(run.held_out_axis_path)
-    cosine = (axis.directions * held_out.directions).sum(-1)
-    return {"cosine_held_out": [round(float(c), 4) for c in cosine]}
+    return {"cosine_held_out": _compare(axis, held_out, _window(run.recipe, loaded), section.path)}
 
 
 def _check_no_mean(axis: Axis, loaded: Loaded, form: ChatFormat, path: str | None) -> None:
@@ -328,13 +327,13 @@ def _window(recipe: Recipe, loaded: Loaded) -> list[int]:
     return list(window_by_rule(config.model_type, shape_of_config(config)[0]))
 
 
-def _compare(given: Axis, found: Extraction, window: list[int], path: str | None) -> list[float]:
-    """Cosine at each layer between the axis of a file and the one extracted here.
+def _compare(given: Axis, own: Axis, window: list[int], path: str | None) -> list[float]:
+    """Cosine at each layer between the axis of a file and one of rollouts that were made here.
 
     Raises:
         UserError: if the file's points the other way at the floor's layers. The rollouts are kept.
     """
-    cosines = (given.directions * found.axis.directions).sum(-1)
+    cosines = (given.directions * own.directions).sum(-1)
     there = float(cosines[window].mean())
     if there < OPPOSED:
         raise UserError(
