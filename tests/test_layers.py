@@ -164,14 +164,14 @@ def test_layers_given_by_hand_count_whatever_the_config_counts(form: ChatFormat)
     assert torch.equal(given.mean, found.mean)
     for beyond in (
         lambda: controller.capping(build_floor((1, LAYERS))),
-        lambda: floor_gradients(model, build_floor((1, LAYERS)), weight=1.0),
+        lambda: floor_gradients(model, build_floor((1, LAYERS)), weight=1.0, accumulation=1),
     ):
         with pytest.raises(UserError, match="floor layer 4 is beyond the model, whose layers are 0 to 3"), beyond():
             pass
     assert check_reach(model, last) == 0
     with pytest.raises(UserError, match="floor layer 4 is beyond the model"):
         check_reach(model, build_floor((1, LAYERS)))
-    with floor_gradients(model, last, weight=1.0) as injection:
+    with floor_gradients(model, last, weight=1.0, accumulation=1) as injection:
         model(input_ids=torch.arange(3, 9)[None]).logits.sum().backward()
     assert injection.figures()["floor_violation_rate"] > 0
 

@@ -135,11 +135,14 @@ def test_no_hook_takes_another_tensor_for_the_stream(kind: str, mode: str) -> No
 
 def test_nor_does_the_injected_penalty() -> None:
     model = odd("streams side by side")
-    with floor_gradients(model, FLOOR, weight=1.0), pytest.raises(UserError, match="several residual streams"):
+    with (
+        floor_gradients(model, FLOOR, weight=1.0, accumulation=1),
+        pytest.raises(UserError, match="several residual streams"),
+    ):
         model(IDS)
     with (
         pytest.raises(UserError, match="beyond the model"),
-        floor_gradients(odd("sound"), build_floor((1, 9)), weight=1.0),
+        floor_gradients(odd("sound"), build_floor((1, 9)), weight=1.0, accumulation=1),
     ):
         pass
 
