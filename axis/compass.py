@@ -336,7 +336,7 @@ def project_command(
         log.warning(
             "%s was made for %s: its numbers hold for %s only if that has the same weights", floor, made_for, model
         )
-    courses: list[Course] = []
+    courses: list[Any] = []  # of Course; pyright knows this module by two names
     faults: dict[str, UserError] = {}
     for conversation in track(conversations, "projections"):
         if conversation.model not in (None, model):

@@ -439,7 +439,7 @@ def generation_ends(name: str, revision: str | None = None) -> list[int]:
     """The tokens that end an answer by a model's generation config, without its weights; none where it has no such file."""
     source, _ = resolve_name(name)
     try:
-        found = GenerationConfig.from_pretrained(source, revision=revision).eos_token_id
+        found = GenerationConfig.from_pretrained(source, revision=revision or "main").eos_token_id
     except OSError:  # then it is made of the model's own config
         found = GenerationConfig.from_model_config(load_config(name, revision)).eos_token_id
     return found if isinstance(found, list) else [] if found is None else [found]
