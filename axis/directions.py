@@ -82,6 +82,17 @@ def _damaged(path: str | Path, kind: str) -> Iterator[None]:
         raise UserError(str(error), file=path, remedy=f"write the {kind} again; this file is damaged") from error
 
 
+def _check_sign(metadata: dict[str, Any], path: str | Path) -> None:
+    """Refuse a file that says of itself that it points another way or was read at another site."""
+    for key, ours in (("sign", SIGN), ("site", SITE)):
+        if (told := metadata.get(key, ours)) != ours:
+            raise UserError(
+                f"its {key} is {told!r}, and here it is always {ours!r}",
+                file=path,
+                remedy="turn its vectors (and a floor's tau) and write the file again",
+            )
+
+
 @dataclass(frozen=True)
 class Axis:
     """The Assistant Axis of one model: a unit direction per decoder layer.
@@ -167,6 +178,7 @@ class Axis:
         tensors, metadata = load_tensors(path)
         if metadata.get("format") != "trimtab axis 1" or "axis" not in tensors:
             raise UserError("this is not an axis file", file=path, remedy="give the axis.safetensors of a run")
+        _check_sign(metadata, path)
         with _damaged(path, "axis"):
             return cls(
                 tensors["axis"],
@@ -245,6 +257,7 @@ class Floor:
         tensors, metadata = load_tensors(path)
         if metadata.get("format") != "trimtab floor 1":
             raise UserError("this is not a floor file", file=path, remedy="give the floor.safetensors of a run")
+        _check_sign(metadata, path)
         with _damaged(path, "floor"):
             facts = dict(metadata["facts"])
             return cls(facts.pop("layers"), tensors["directions"], tensors["tau"], tensors["sigma"], facts)

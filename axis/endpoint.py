@@ -243,11 +243,13 @@ class Endpoint:
             wait=self._wait,
             reraise=True,
         )
+        answered = self._answered
         try:
             reply: _Reply | Missing = await retrying(self._attempt, client, chat, temperature)
         except _Fault as fault:
             self._fault = str(fault)
-            self._in_a_row += 1
+            # one that others were answered beside is that prompt's own fault
+            self._in_a_row = 0 if self._answered > answered else self._in_a_row + 1
             if self._in_a_row >= FAULTS_IN_A_ROW:
                 raise self._stopped(
                     f"did not answer {self._in_a_row} requests in a row; the last time: {fault}"

@@ -78,6 +78,8 @@ def read_json(path: str | Path) -> Any:
     Raises:
         UserError: if the file is missing or is not JSON.
     """
+    if Path(path).exists() and not Path(path).is_file():
+        raise UserError("this is no plain file", file=path, remedy="name a JSON file")
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:

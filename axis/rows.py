@@ -388,10 +388,17 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _whole(value: Any, number: int, place: str) -> Iterator[Row]:
     """Rows of a JSON file's only value: an array of them, a mapping of names to lists, or one alone."""
+    preferences = isinstance(value, dict) and {"chosen", "rejected"} <= value.keys()
     if isinstance(value, list) and not any(map(_is_message, value)):
         for count, item in enumerate(value, start=1):
             yield Row(count, f"row {count}", item)
-    elif isinstance(value, dict) and not OF_A_ROW & value.keys() and value and all(map(_is_script, value.values())):
+    elif (
+        isinstance(value, dict)
+        and not preferences
+        and not OF_A_ROW & value.keys()
+        and value
+        and all(map(_is_script, value.values()))
+    ):
         for count, (name, items) in enumerate(value.items(), start=1):
             key = "turns" if isinstance(items[0], str) else "messages"
             yield Row(count, f"row {count} ({name})", {"id": name, key: items})

@@ -248,6 +248,8 @@ def _evaluation(recipe: Recipe) -> Iterator[Fault]:
 def _train(recipe: Recipe, given: Set[str]) -> Iterator[Fault]:
     rows = isinstance(recipe.method, RowMethod)
     own = NOT_YOURS_IN_ROWS if rows else NOT_YOURS_IN_GRPO if isinstance(recipe.method, GrpoMethod) else {}
+    if recipe.train.get("fp16") is True and (recipe.model.device == "cpu" or recipe.train.get("use_cpu") is True):
+        yield Fault("has no effect: a CPU has no float16 training", "remove it, or set train.bf16=true", "train.fp16")
     if isinstance(recipe.method, DistillMethod):
         own = {**own, **NOT_YOURS_IN_DISTILLATION}
     for key, remedy in {**NOT_YOURS, **own}.items():

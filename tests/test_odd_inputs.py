@@ -13,12 +13,15 @@ from conftest import CHATML, build_floor, build_model, build_tokenizer, save_mod
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 
+from trimtab.axis import Floor
 from trimtab.axis.adapter_files import check_adapter_files, load_adapter
 from trimtab.axis.chat import ChatFormat
 from trimtab.axis.compass import project_command
 from trimtab.axis.errors import UserError
+from trimtab.axis.files import load_tensors, read_json, save_tensors
 from trimtab.axis.instruments import load_instrument
-from trimtab.axis.transcripts import talk_of
+from trimtab.axis.transcripts import read_talks, talk_of
+from trimtab.recipes.faults import RecipeError
 from trimtab.recipes.loader import load_recipe
 from trimtab.train.identity import stage_inputs
 
@@ -103,3 +106,30 @@ def test_project_tells_before_the_weights(tmp_path: Path, monkeypatch: pytest.Mo
         project_command(str(model), axis, talk, capped=True)
     with pytest.raises(UserError, match="this is a folder"):
         project_command(str(model), floor, talk, json=tmp_path)
+
+
+def test_a_file_that_says_another_sign_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "floor.safetensors"
+    build_floor().save(path)
+    tensors, metadata = load_tensors(path)
+    save_tensors(path, tensors, {**metadata, "sign": "+ is role"})
+    with pytest.raises(UserError, match="its sign is"):
+        Floor.load(path)
+
+
+def test_what_is_no_plain_file_is_not_read() -> None:
+    with pytest.raises(UserError, match="no plain file"):
+        read_json("/dev/zero")
+
+
+def test_one_row_of_preferences_is_one_row(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl"
+    said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    path.write_text(json.dumps({"chosen": said, "rejected": said}) + "\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"pairs\.jsonl"):
+        read_talks(str(path), lambda row, talk: talk)
+
+
+def test_fp16_on_a_cpu_is_told() -> None:
+    with pytest.raises(RecipeError, match="no float16 training"):
+        load_recipe("smollm2-135m/sft", ["model.device=cpu", "train.fp16=true"])
