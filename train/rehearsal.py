@@ -390,7 +390,10 @@ def _machine_faults(loaded: LoadedRecipe) -> list[Fault]:
     trial = functools.partial(_config_here, loaded)
     asked = {key: value for key, value in recipe.train.items() if key in (*MACHINE, "use_cpu")}
     owner = train_config(recipe.method.name)
-    found = [_fault("train", key, asked.get(key), error, owner) for key, error in _guilty(asked, trial)]
+    guilty = _guilty(asked, trial)
+    if guilty and _error(trial, {"use_cpu": True}) is not None:  # nor does the plainest config pass here
+        guilty = []
+    found = [_fault("train", key, asked.get(key), error, owner) for key, error in guilty]
     for key, package, extra in (
         ("use_vllm", "vllm", "trimtab[vllm]"),
         ("use_liger_kernel", "liger_kernel", "liger-kernel"),
