@@ -17,6 +17,7 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,11 @@ CHATML = (
 CHATML_WITHOUT_SYSTEM = (
     "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + CHATML
 )
+
+
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """Bytes name no test: what is packed has the time in it, and two workers would collect tests of other names."""
+    return argname if isinstance(val, bytes) else None
 
 
 def build_tokenizer(template: str | None = CHATML) -> PreTrainedTokenizerFast:
@@ -131,6 +137,14 @@ def capped_by_hand(model: Any, floor: Floor) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@pytest.fixture
+def quick_children(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands that start ``sys.executable`` start :func:`quick_python`."""
+    from quick_python import quick_python
+
+    monkeypatch.setattr(sys, "executable", quick_python())
 
 
 @pytest.fixture(scope="session")

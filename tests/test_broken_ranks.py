@@ -7,11 +7,23 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TextIO
 
 import pytest
 from conftest import save_model
-from tiny_recipe import PROBE, TWO_PROCESSES, command, environment, launcher, needs_deepspeed, small_disk, write_recipe
+from tiny_recipe import (
+    PROBE,
+    TWO_PROCESSES,
+    both_cores,
+    command,
+    environment,
+    launcher,
+    needs_deepspeed,
+    small_disk,
+    write_recipe,
+)
 
 from trimtab.cli.launch import resolve_accelerate_config
 from trimtab.train.job import last_checkpoint
@@ -38,11 +50,14 @@ class Broken:
 
     def start(self, **variables: str) -> tuple[int, float]:
         """Run the command; its exit code, and the seconds from the break to its end."""
-        with self.log.open("w") as file:
-            process = subprocess.Popen(
-                self.command, env=environment(**self.variables, **variables), cwd=self.log.parent, stdout=file,
-                stderr=file, start_new_session=True,
-            )  # fmt: skip
+        with both_cores(), self.log.open("w") as file:
+            return self._started(file, variables)
+
+    def _started(self, file: TextIO, variables: Mapping[str, str]) -> tuple[int, float]:
+        process = subprocess.Popen(
+            self.command, env=environment(**self.variables, **variables), cwd=self.log.parent, stdout=file,
+            stderr=file, start_new_session=True,
+        )  # fmt: skip
         broken, until = None, time.monotonic() + 300
         while process.poll() is None and time.monotonic() < until:
             # a job that goes on finds the note of the one that broke

@@ -15,8 +15,7 @@ import pytest
 from conftest import save_model
 from peft import PeftModel
 from tiny_recipe import (
-    FORKS,
-    PROBE,
+    ROOT,
     TWO_PROCESSES,
     adapter,
     command,
@@ -25,7 +24,6 @@ from tiny_recipe import (
     launch,
     needs_deepspeed,
     run,
-    train_here,
     write_recipe,
 )
 from transformers import AutoModelForCausalLM
@@ -52,11 +50,8 @@ def one_process(method: str, model: Path) -> Path:
     folder = model.parent / f"{method}-alone"
     if not folder.exists():
         recipe = write_recipe(model.parent / f"{method}-alone.yaml", model, method)
-        log = model.parent / f"{method}-alone.log"
-        process = FORKS.Process(target=train_here, args=(command(recipe, folder)[2:], log, method))
-        process.start()
-        process.join(300)
-        assert process.exitcode == 0, log.read_text(encoding="utf-8")[-6000:]
+        done = run(command(recipe, folder, script=ROOT / "train" / f"{method}.py"), env=environment())
+        assert done.returncode == 0, done.stderr[-6000:]
     return folder
 
 
@@ -136,8 +131,7 @@ def test_a_run_goes_on_with_another_number_of_processes(model: Path, tmp_path: P
         assert largest_difference(adapter(folder), adapter(alone)) < 1e-4
     wrong = half(two, "wrong")
     recipe = write_recipe(tmp_path / "wrong.yaml", model, method, **TWO_PROCESSES)
-    script = PROBE.parent.parent / "train" / f"{method}.py"
-    done = run(command(recipe, wrong, script=script), env=environment(), cwd=tmp_path)
+    done = run(command(recipe, wrong, script=ROOT / "train" / f"{method}.py"), env=environment(), cwd=tmp_path)
     assert done.returncode == 2
     assert "8 rows a step" in done.stderr and "train.gradient_accumulation_steps=2" in done.stderr
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from conftest import save_model
-from tiny_recipe import FORKS, adapter, command, largest_difference, small_disk, train_here, write_recipe
+from tiny_recipe import FORKS, adapter, arguments_of, largest_difference, small_disk, train_here, write_recipe
 
 from trimtab.axis.errors import UserError
 from trimtab.axis.files import load_tensors, read_jsonl
@@ -30,7 +30,7 @@ class Job:
         self.folder = folder
         self.method = method
         self.log = folder.with_name(f"{folder.name}.log")
-        self.arguments = command(recipe, folder)[2:]
+        self.arguments = arguments_of(recipe, folder)
 
     def start(self) -> Any:
         """Start the command."""

@@ -225,6 +225,7 @@ def small() -> list[str]:
     return [f"{key}={value}" for key, value in pairs] + ["model.dtype=float32", "model.device=cpu"]
 
 
+@pytest.mark.usefixtures("quick_children")
 def test_the_command_takes_an_adapter_and_the_same_weights_whole(base: Path, run: Run, tmp_path: Path) -> None:
     """The adapter, and a model that it was merged into, measure alike."""
     from peft import PeftModel

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +18,17 @@ import pytest
 import yaml
 from conftest import save_model
 from test_engines import one_process, rollouts
-from tiny_recipe import PROBE, TWO_PROCESSES, adapter, command, environment, largest_difference, launcher, write_recipe
+from tiny_recipe import (
+    PROBE,
+    TWO_PROCESSES,
+    adapter,
+    both_cores,
+    command,
+    environment,
+    largest_difference,
+    launcher,
+    write_recipe,
+)
 
 from trimtab.cli.launch import resolve_accelerate_config
 
@@ -81,10 +92,10 @@ def test_two_hosts_train_the_adapter_of_one_process(
     variables = {
         "TRIMTAB_PROBE": str(notes), "TRIMTAB_ENGINE": engine, "TRIMTAB_METHOD": method, "GLOO_SOCKET_IFNAME": "cable",
     }  # fmt: skip
-    with contextlib.ExitStack() as running:
+    with both_cores(), contextlib.ExitStack() as running:
         processes = []
         for rank, host in enumerate(hosts):
-            start = ["ip", "netns", "exec", host, *launcher(config), "--num_processes", "2"]
+            start = ["ip", "netns", "exec", host, *launcher(config, sys.executable), "--num_processes", "2"]
             start += ["--machine_rank", str(rank), "--main_process_ip", FIRST]
             log = running.enter_context((tmp_path / f"host-{rank}.log").open("w"))
             process = subprocess.Popen(

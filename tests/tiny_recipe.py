@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import importlib
 import json
 import multiprocessing
@@ -11,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from quick_python import quick_python
 from safetensors.torch import load_file
 
 from trimtab.cli.launch import resolve_accelerate_config
@@ -28,7 +31,14 @@ PROBE = Path(__file__).resolve().parent / "engine_probe.py"
 # Forked from a server that has imported everything: a start takes a fraction of a second, and each process is a fresh one.
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
-    ["trimtab.train.floor_sft", "trimtab.train.prepare", "trimtab.train.rollouts", "tiny_recipe"]
+    [
+        *(f"trimtab.train.floor_{method}" for method in ("sft", "distill", "grpo", "dpo")),
+        "trimtab.train.prepare",
+        "trimtab.train.rehearsal",
+        "trimtab.eval.stages",
+        "accelerate.commands.launch",
+        "tiny_recipe",
+    ]
 )
 
 
@@ -107,14 +117,19 @@ def environment(**extra: str) -> dict[str, str]:
 
 
 def command(recipe: Path, folder: Path, *, script: Path = SCRIPT, launcher: Sequence[str] = ()) -> list[str]:
-    """``train/sft.py`` on a recipe, started by Python or by a launcher."""
-    start = list(launcher) or [sys.executable]
-    return [*start, str(script), "--config", str(recipe), "--output_dir", str(folder), "--quiet"]
+    """``train/sft.py`` on a recipe, started by :func:`quick_python` or by a launcher."""
+    start = list(launcher) or [quick_python()]
+    return [*start, str(script), *arguments_of(recipe, folder)]
 
 
-def launcher(config: Path) -> list[str]:
-    """``accelerate launch`` with a file of its own."""
-    return [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+def arguments_of(recipe: Path, folder: Path) -> list[str]:
+    """What an entry script is told."""
+    return ["--config", str(recipe), "--output_dir", str(folder), "--quiet"]
+
+
+def launcher(config: Path, python: str | None = None) -> list[str]:
+    """``accelerate launch`` with a file of its own, by :func:`quick_python` if no other is named."""
+    return [python or quick_python(), "-m", "accelerate.commands.launch", "--config_file", str(config)]
 
 
 def run(arguments: Sequence[str], *, timeout: float = 900, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -135,6 +150,14 @@ def needs_deepspeed() -> None:
     pytest.importorskip("deepspeed")
     if shutil.which("c++") is None:
         pytest.skip("DeepSpeed compiles its shared-memory operator with c++")
+
+
+@contextlib.contextmanager
+def both_cores() -> Iterator[None]:
+    """Held by a job of two ranks: they wait for each other by spinning, and four on two cores take five times as long as two."""
+    with (Path(tempfile.gettempdir()) / f"trimtab-ranks-{os.getuid()}").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 @contextlib.contextmanager
@@ -208,7 +231,8 @@ def launch(
         "TRIMTAB_METHOD": method,
     }
     variables["TRIMTAB_QUANTIZATION"] = quantization or ""
-    done = run(arguments, env=environment(**variables), cwd=folder)
+    with both_cores() if len(processes) else contextlib.nullcontext():
+        done = run(arguments, env=environment(**variables), cwd=folder)
     assert done.returncode == 0, done.stderr[-6000:]
     return run_folder, [json.loads(path.read_text(encoding="utf-8")) for path in sorted(notes.iterdir())]
 
