@@ -46,6 +46,8 @@ REFUSED_AT_FIRST = 20  # with nothing answered: then it is no matter of single p
 SHOWN = 500  # characters of a body
 AGAIN = 0.7  # temperature at which an unreadable reply is asked for again: at 0 it would come again
 TRIED_AGAIN = (408, 409, 429)
+# What a 429 says where waiting brings nothing.
+SPENT = ("insufficient_quota", "insufficient_balance", "insufficient balance", "billing_hard_limit", "credit balance")
 # What a 400 says where one prompt alone is at fault: a filter, or its length.
 OF_ONE_PROMPT = (
     "content_filter", "content_policy", "content management policy", "context_length_exceeded", "maximum context length",
@@ -312,6 +314,14 @@ class Endpoint:
         status, text = error.status_code, error.response.text
         body = self._shown(text)
         said = f"{status}: {body}" if body else f"{status}, without a word"
+        lower = text.lower()
+        if status == 402 or (status == 429 and any(word in lower for word in SPENT)):
+            raise UserError(
+                f"the endpoint answered {said}",
+                key=f"{self._section}.api_key_env",
+                remedy="the account has nothing left: top it up or raise its limit, and run the same command again: what was "
+                "answered is kept",
+            )
         if status in TRIED_AGAIN or status >= 500:
             wait = _asked_to_wait(error.response.headers.get("retry-after"))
             if wait is not None and wait > LONGEST_ASKED:
@@ -325,7 +335,6 @@ class Endpoint:
                 key=f"{self._section}.endpoint",
                 remedy="name the address itself, if it is the right one",
             )
-        lower = text.lower()
         if status in (400, 422) and self._asks_otherwise(lower, asked):
             return None
         if status == 413 or (status in (400, 422) and any(word in lower for word in OF_ONE_PROMPT)):

@@ -328,7 +328,7 @@ def _open(arguments: argparse.Namespace, *, make: bool = True) -> Any:
 # Keys that the options of `trimtab eval` without a recipe stand for.
 OPTIONS = {"model.name": "--base", "eval.tuned": "--tuned", "floor.path": "--floor", "axis.path": "--axis"}
 # Commands that do something heavy -> the record by which it is done.
-HEAVY = {"run": "eval", "axis": "axis", "floor": "floor", "rollouts": "floor", "train": "train", "eval": "eval"}
+HEAVY = {"run": "eval", "axis": "axis", "floor": "floor", "rollouts": "pairs", "train": "train", "eval": "eval"}
 
 
 def _opened(arguments: argparse.Namespace, *, make: bool) -> Any:

@@ -36,9 +36,10 @@ from trimtab.axis.sampling import Answer
 from trimtab.eval.stages import check_files
 from trimtab.recipes.loader import RecipeError, recipe_of
 from trimtab.recipes.schema import JudgeSection, deciding
-from trimtab.train.prepare import axis_stage, rollouts_stage
+from trimtab.train.prepare import axis_stage
+from trimtab.train.rehearsal import rehearse
 from trimtab.train.rewards import Judge
-from trimtab.train.run import open_run
+from trimtab.train.run import Run, open_run
 
 ITEM = RolloutItem(role="pirate", system="You are a {pirate}.", question="Why 100%?", half=0)
 CUT_THOUGHT = "<think>\n1.  **Analyze"
@@ -322,6 +323,16 @@ def test_an_endpoint_that_is_not_there_is_told(endpoint: Endpoint) -> None:
         scoring_judge(settings(endpoint.url, retries=0), None, "eval.judge")(["a", "b", "c"], 3)
 
 
+@pytest.mark.parametrize(
+    ("status", "body"), [(402, b"Payment Required"), (429, refusal("Pay", code="insufficient_quota"))]
+)
+def test_an_account_that_is_spent_is_told_at_once(endpoint: Endpoint, status: int, body: bytes) -> None:
+    endpoint.answer = lambda prompt, count: (status, body)
+    with pytest.raises(UserError, match=rf"answered {status}: .*Pay") as caught:
+        scoring_judge(settings(endpoint.url, retries=9), None, "eval.judge")(["a", "b"], 3)
+    assert len(endpoint.asked) == 1 and "top it up" in caught.value.remedy
+
+
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 422])
 def test_a_refused_request_is_told_at_once_with_its_body(endpoint: Endpoint, status: int) -> None:
     endpoint.answer = lambda prompt, count: (status, refusal(f"no such thing; your key: secret {'x' * 2000}"))
@@ -487,6 +498,10 @@ def test_a_missing_key_is_told_before_anything_is_asked(monkeypatch: pytest.Monk
     check_endpoint(None, "eval.judge")
 
 
+def rehearsed(run: Run) -> None:
+    rehearse(run.loaded)
+
+
 JUDGED = {"endpoint": "https://api.example.com/v1", "model": "j", "api_key_env": KEY}
 
 
@@ -494,7 +509,7 @@ JUDGED = {"endpoint": "https://api.example.com/v1", "model": "j", "api_key_env":
     ("sections", "stage", "key"),
     [
         ({"axis": {"judge": JUDGED}}, axis_stage, "axis.judge"),
-        ({"method": {"name": "grpo", "rewards": [{"name": "judge", "judge": JUDGED}]}}, rollouts_stage, "method.rewards.judge"),
+        ({"method": {"name": "grpo", "rewards": [{"name": "judge", "judge": JUDGED}]}}, rehearsed, "method.rewards.0.judge"),
         ({"eval": {"judge": JUDGED, "susceptibility_roles": 1}}, check_files, "eval.judge"),
         ({"eval": {"user": JUDGED, "simulated_users": 1}}, check_files, "eval.user"),
     ],
@@ -509,7 +524,7 @@ def test_a_missing_key_is_told_before_a_model_is_loaded(
     with pytest.raises(UserError, match=f"{KEY} is not set") as caught:
         stage(run)
     assert caught.value.key == f"{key}.api_key_env"
-    run.record("train" if stage is rollouts_stage else "eval", [], {}, seconds=0.0)
+    run.record("eval", [], {}, seconds=0.0)
     if stage is check_files:
         stage(run)  # what is done needs no key
 

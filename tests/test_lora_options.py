@@ -16,8 +16,7 @@ from trimtab.axis.adapters import NotMergeable, merge_in
 from trimtab.axis.base_check import add_adapters, check_adapters, check_base, record_base
 from trimtab.recipes.library_fields import lora_fields
 from trimtab.recipes.loader import RecipeError, recipe_of
-from trimtab.train.prepare import rollouts_stage
-from trimtab.train.run import open_run
+from trimtab.train.rehearsal import rehearse
 
 IDS = torch.randint(3, VOCAB, (2, 9), generator=torch.Generator().manual_seed(0))
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -139,8 +138,7 @@ def test_what_only_the_model_tells_is_told_before_anything_is_sampled(tmp_path: 
         "lora": {"target_modules": ["q_proj", "embed_tokens"]},
         "train": {"max_steps": 1},
     }
-    run = open_run(recipe_of(sections, "x"), output_dir=str(tmp_path / "run"))
     with pytest.raises(UserError, match=r"lora\.target_modules: this model's embedding and head are one weight"):
-        rollouts_stage(run)
+        rehearse(recipe_of(sections, "x"))
     with torch.device("meta"), pytest.raises(UserError, match="PEFT refuses"):
         add_adapters(build_model("llama"), {"target_modules": ["no_such"]})

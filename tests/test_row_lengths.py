@@ -21,8 +21,8 @@ from trimtab.recipes import data
 from trimtab.recipes.loader import load_recipe, shipped_recipes
 from trimtab.recipes.schema import GrpoMethod
 from trimtab.train import prepare
+from trimtab.train.rehearsal import rehearse
 from trimtab.train.rollouts import IGNORED, tokens_of
-from trimtab.train.run import open_run
 
 # GRPO's completions are cut one by one, by train.max_completion_length
 NAMES = [name for name in shipped_recipes() if not isinstance(load_recipe(name).recipe.method, GrpoMethod)]
@@ -108,9 +108,7 @@ def test_a_prompt_that_leaves_no_room_is_told_before_anything_is_loaded(
     monkeypatch.setattr(prepare, "load_recipe_model", lambda section: pytest.fail("the weights were loaded"))
     recipe = write_recipe(tmp_path / "recipe.yaml", save_model(tmp_path / "model"))
     changes = ["train.max_length=100", "data.conversation_turns=0"]
-    run = open_run(load_recipe(recipe, changes), output_dir=str(tmp_path / "run"))
     with pytest.raises(
         UserError, match=r"(?s)train\.max_length: .* leave no room for an answer of 8 tokens.*remedy: set"
     ):
-        prepare.rollouts_stage(run)
-    assert not run.rollouts_path.parent.exists()
+        rehearse(load_recipe(recipe, changes))

@@ -11,7 +11,6 @@ from typing import Any
 
 from trimtab.axis import Axis, Floor, UserError
 from trimtab.axis.analysis import persona_space
-from trimtab.axis.base_check import add_adapters
 from trimtab.axis.calibration import (
     LEAST_POOL,
     calibrate,
@@ -30,18 +29,16 @@ from trimtab.axis.files import read_jsonl, write_json
 from trimtab.axis.instruments import load_axis, load_floor
 from trimtab.axis.judge import check_endpoint, role_judge
 from trimtab.axis.layers import shape_of_config
-from trimtab.axis.models import Loaded, generation_ends, load_model, load_tokenizer, meta_model, model_shape
+from trimtab.axis.models import Loaded, generation_ends, load_model, load_tokenizer, model_shape
 from trimtab.axis.sampling import SamplingOptions
 from trimtab.axis.soundness import check_model, mean_states
 from trimtab.recipes import data
 from trimtab.recipes.rules import row_length
 from trimtab.recipes.schema import DpoMethod, GrpoMethod, ModelSection, Recipe, Sampling
-from trimtab.train.conversations import check_prompts
 from trimtab.train.identity import plays_training_roles
 from trimtab.train.pairs import make_pairs
-from trimtab.train.rollouts import check_lengths
 from trimtab.train.run import Run
-from trimtab.train.sources import benign_sources, check_data, drift_sources
+from trimtab.train.sources import drift_sources
 
 log = logging.getLogger("trimtab")
 
@@ -427,22 +424,10 @@ def floor_stage(run: Run, prepared: Prepared | None = None) -> dict[str, Any]:
 def rollouts_stage(run: Run, prepared: Prepared | None = None) -> None:
     """Everything that training needs: axis, floor, and DPO's pairs. The other methods' trainers sample as they go on.
 
-    Raises:
-        UserError: before anything else, if the recipe's adapters can't be trained on this model.
+    What can be known to be wrong beforehand is :func:`trimtab.train.rehearsal.rehearse`'s to tell.
     """
-    check_data(run.recipe)
-    with contextlib.suppress(OSError):  # loading says what is wrong with the model's name
-        add_adapters(meta_model(run.recipe.model.name, run.recipe.model.revision), run.recipe.lora)
-    method, longest = run.recipe.method, row_length(run.recipe)
-    if isinstance(method, GrpoMethod) and run.stage_record(run.variant(False).stage_name) is None:
-        for entry in method.rewards:
-            check_endpoint(entry.judge.model_dump() if entry.judge else None, "method.rewards.judge")
+    method = run.recipe.method
     prepared = prepared or Prepared(run)
-    if run.recipe.eval.tuned is None:
-        if isinstance(method, GrpoMethod):
-            check_prompts(run.recipe)
-        else:
-            _check_lengths(run, sampling_options(method.sampling), longest)
     floor_stage(run, prepared)
     if not isinstance(method, DpoMethod):
         return
@@ -461,7 +446,7 @@ def rollouts_stage(run: Run, prepared: Prepared | None = None) -> None:
                 options=sampling_options(method.sampling),
                 strength=method.cap_strength,
                 seed=run.recipe.data.seed,
-                max_length=longest,
+                max_length=row_length(run.recipe),
             )
         return found
 
@@ -472,10 +457,3 @@ def rollouts_stage(run: Run, prepared: Prepared | None = None) -> None:
             key="floor",
             remedy="raise floor.percentile or widen floor.layers, and see the firing fraction in floor.json",
         )
-
-
-def _check_lengths(run: Run, options: SamplingOptions, longest: int | None) -> None:
-    """Hold the training prompts against the longest row, by the tokenizer alone."""
-    section = run.recipe.data
-    benign = benign_sources(section) if section.benign_share else []
-    check_lengths(chat_format(run.recipe.model), [*drift_sources(section), *benign], longest, options)

@@ -30,6 +30,7 @@ from trimtab.axis.errors import UserError, known_fault
 from trimtab.recipes.faults import Fault, Findings, did_you_mean
 from trimtab.recipes.library_fields import VLLM_KEYS, train_config
 from trimtab.recipes.loader import LoadedRecipe
+from trimtab.recipes.rules import row_length
 from trimtab.recipes.schema import GrpoMethod, JudgeSection, ModelSection, RowMethod
 from trimtab.train.job import Method
 from trimtab.train.run import Run, Variant
@@ -344,14 +345,23 @@ def _service_faults(train: Mapping[str, Any]) -> list[Fault]:
 
 
 def _data_faults(loaded: LoadedRecipe) -> list[Fault]:
-    """Rows of the user's files that can't be trained on, and GRPO's prompts that no reward is defined for."""
-    from trimtab.train.sources import check_data
+    """Rows of the user's files that can't be trained on, prompts without room for an answer, or that no reward is defined for."""
+    from trimtab.train.conversations import check_prompts
+    from trimtab.train.prepare import chat_format, sampling_options
+    from trimtab.train.rollouts import check_lengths
+    from trimtab.train.sources import check_data, training_prompts
 
-    check_data(loaded.recipe)
-    if isinstance(loaded.recipe.method, GrpoMethod):
-        from trimtab.train.conversations import check_prompts
-
-        check_prompts(loaded.recipe)
+    recipe = loaded.recipe
+    check_data(recipe)
+    if isinstance(recipe.method, GrpoMethod):
+        check_prompts(recipe)
+        return []
+    try:
+        form = chat_format(recipe.model)
+        form.check()
+    except UserError:  # no tokenizer, or a template that can't be used: whoever loads the model tells it
+        return []
+    check_lengths(form, training_prompts(recipe.data), row_length(recipe), sampling_options(recipe.method.sampling))
     return []
 
 

@@ -57,6 +57,11 @@ def benign_sources(section: DataSection) -> list[TrainPrompt]:
     ]
 
 
+def training_prompts(section: DataSection) -> list[TrainPrompt]:
+    """All that rows are made of: drift prompts, and benign ones where a share of the rows is."""
+    return [*drift_sources(section), *(benign_sources(section) if section.benign_share else [])]
+
+
 @read_once
 def from_file(source: str, kind: Kind) -> list[TrainPrompt]:
     """Prompts of the user's own file, or of a data set of the hub, in any format of :mod:`trimtab.axis.transcripts`.
@@ -149,7 +154,7 @@ def check_data(recipe: Recipe) -> None:
 def check_rendering(
     section: ModelSection, chats: Iterable[tuple[str, Sequence[Mapping[str, str]]]], source: str, key: str
 ) -> None:
-    """Try the model's chat template on each order of roles that is not a plain conversation's.
+    """Try the model's chat template on each order of roles that is not a plain conversation's; tell control tokens in texts.
 
     Args:
         section: the model.
@@ -160,6 +165,8 @@ def check_rendering(
     Raises:
         UserError: if the template refuses one of these orders, or leaves a message out.
     """
+    chats = list(chats)
+    _tell_control_tokens(section, chats, source)
     unusual: dict[tuple[str, ...], str] = {}
     for place, messages in chats:
         roles = tuple(message["role"] for message in messages)
@@ -174,6 +181,29 @@ def check_rendering(
             faults.append((place, RowFault(fault, "take such messages out, or put their text into the system prompt")))
     if faults:
         raise told(faults[:MOST_TOLD], source, key)
+
+
+def _tell_control_tokens(
+    section: ModelSection, chats: Sequence[tuple[str, Sequence[Mapping[str, str]]]], source: str
+) -> None:
+    """Every tokenizer reads the name of a control token as that token, in a user's text too, which then may end a turn."""
+    try:
+        known = load_tokenizer(section.name, section.revision).added_tokens_decoder.values()
+    except UserError:
+        return  # whoever loads the model tells it
+    names = [re.escape(token.content) for token in known if token.special]
+    said = [
+        (place, name[0])
+        for place, messages in chats
+        for message in messages
+        if names and (name := re.search("|".join(names), message["content"]))
+    ]
+    if said:
+        log.warning(
+            "%s: texts hold names of control tokens (%d of them, the first is %s in %s): the model reads a name as the token, "
+            "which may end or begin a turn; take it out unless that is meant",
+            source_name(source), len(said), said[0][1], said[0][0],
+        )  # fmt: skip
 
 
 def _unrendered(form: ChatFormat, roles: Sequence[str]) -> str | None:
