@@ -26,7 +26,7 @@ from trimtab.eval.stages import (
     role_items,
 )
 from trimtab.recipes import data
-from trimtab.recipes.rules import CHARACTERS, TURN, row_length
+from trimtab.recipes.rules import CHARACTERS, MARKUP, row_length, tokens_in
 from trimtab.recipes.schema import DpoMethod, EvalSection, GrpoMethod, Recipe, Sampling
 from trimtab.train.conversations import conversation_prompts, prompts_a_generation
 from trimtab.train.rollouts import SAMPLERS, RolloutPlan, TrainPrompt
@@ -35,7 +35,6 @@ from trimtab.train.sources import drift_sources
 
 OF_METHOD, OF_GRPO = "method.sampling.batch_size", "method.sampling_batch"
 OF_AXIS, OF_EVAL = "axis.sampling.batch_size", "eval.sampling.batch_size"
-MARKUP = TURN // 2  # tokens that a template puts round a message, about
 
 
 @dataclass(frozen=True)
@@ -118,11 +117,6 @@ def count(recipe: Recipe, processes: int) -> Counted:
     return Counted(
         before, rollouts, list(_evaluation_calls(recipe)), list(_capability_calls(recipe)), trained, micro_batches
     )
-
-
-def tokens_in(text: str) -> int:
-    """Tokens of a message with its markup, about."""
-    return math.ceil(len(text) / CHARACTERS) + MARKUP
 
 
 def prompt_tokens(messages: Iterable[Mapping[str, str]]) -> int:

@@ -129,9 +129,9 @@ LORA_ONLY: dict[str, tuple[tuple[object, ...], str, str]] = {
 
 # TRL's own longest row, tokens, where train.max_length says nothing.
 ROW_LENGTH = 1024
-# How texts are taken for tokens without a tokenizer: characters a token, as in English, and what a template writes around a turn
-# with its answer, and before a chat. Rather too many, so that what passes here does fit.
-CHARACTERS, TURN, HEAD = 4, 12, 32
+# How texts are taken for tokens without a tokenizer: characters a token, as in English, and what a template writes around a
+# message, and before a chat. Rather too many, so that what passes here does fit.
+CHARACTERS, MARKUP, HEAD = 4, 6, 32
 REWARDS = ("capped_self_llr", "capped_self", "persona_llr", "above_floor", "judge")
 NEED_SYSTEM = {"persona_llr"}  # rewards that score no answer without a system prompt
 # Keys of `train` and `lora` whose library takes any number, though not all of them mean something. Any other number must not be
@@ -308,10 +308,10 @@ def _lengths(recipe: Recipe) -> Iterator[Fault]:
     if isinstance(method, GrpoMethod) or not isinstance(longest, int) or longest < 1 or recipe.eval.tuned is not None:
         return
     answer = method.sampling.max_new_tokens
-    if longest <= answer + TURN:
+    if longest <= answer + 2 * MARKUP:
         yield Fault(
             f"rows of {longest} tokens hold no answer of {answer} (method.sampling.max_new_tokens) with its prompt",
-            f"set train.max_length={_rounded(answer + HEAD + 10 * TURN)}, or lower method.sampling.max_new_tokens",
+            f"set train.max_length={_rounded(answer + HEAD + 20 * MARKUP)}, or lower method.sampling.max_new_tokens",
             "train.max_length",
         )
         return
@@ -329,12 +329,17 @@ def _lengths(recipe: Recipe) -> Iterator[Fault]:
         )
 
 
+def tokens_in(text: str) -> int:
+    """Tokens of a message with its markup, about: told by its characters, since no tokenizer need be at hand."""
+    return math.ceil(len(text) / CHARACTERS) + MARKUP
+
+
 def _conversation_lengths(answer: int) -> list[int]:
     """About how many tokens the longest shipped conversation has after 1, 2, ... turns, each answered with ``answer`` tokens."""
     rows = map(json.loads, _lines("drift_conversations.jsonl"))
     asked: list[list[str]] = [row["turns"] for row in rows if row["split"] == "train"]
     lengths = [
-        list(itertools.accumulate((math.ceil(len(turn) / CHARACTERS) + TURN + answer for turn in turns), initial=HEAD))
+        list(itertools.accumulate((tokens_in(turn) + answer + MARKUP for turn in turns), initial=HEAD))
         for turns in asked
     ]
     return [max(column) for column in itertools.zip_longest(*lengths, fillvalue=0)][1:]

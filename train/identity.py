@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.axis.files import file_fingerprint, fingerprint, vector_files
-from trimtab.recipes.schema import ONLY_ASKING, Recipe
+from trimtab.recipes.schema import Recipe, deciding
 
 Inputs = dict[str, Any]
 
@@ -86,7 +86,7 @@ def stage_inputs(resolved: Mapping[str, Any], stage: str, *, portions: bool = Fa
     read = [section for each in stages[: stages.index(stage) + 1] for section in READS[each]]
     found = {
         key: _content(value) if key in FILES else value
-        for key, value in _flat(resolved)
+        for key, value in _flat(deciding(resolved))
         if any(key == section or key.startswith(f"{section}.") for section in read) and _counts(key, portions)
     }
     return found if plays_training_roles(resolved) else {**found, "axis rollouts": "of held-out roles"}
@@ -109,7 +109,7 @@ def _counts(key: str, portions: bool) -> bool:
         return name.partition(".")[0] not in NO_PART_OF_TRAINING
     if key in PORTIONS:
         return portions
-    return key not in PLACES and not (".judge." in key and key.rpartition(".")[2] in ONLY_ASKING)
+    return key not in PLACES
 
 
 def flat(resolved: Mapping[str, Any]) -> Inputs:
