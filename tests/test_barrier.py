@@ -104,6 +104,20 @@ def test_evaluation_has_no_barrier(tmp_path: Path, method: Any) -> None:
     assert trainer.benign_loss(trainer.model, trainer.draw_benign(), {}) is None
 
 
+@pytest.mark.parametrize("method", [grpo, dpo])
+def test_rows_are_sampled_before_anything_is_kept_for_a_backward(tmp_path: Path, method: Any) -> None:
+    """Else the cache of the sampling lies beside the activations of the method's own forward."""
+    rows = tmp_path / "rollouts"
+    trainer, loss_of = method(tmp_path / "x", {"barrier": OPTIONS, "benign_rows": benign_rows(rows)})
+    sampled: list[bool] = []
+    first = next(module for module in trainer.model.modules() if isinstance(module, torch.nn.Linear))
+    first.register_forward_hook(
+        lambda *_: sampled.append(any(rows.glob("*.jsonl"))) if torch.is_grad_enabled() else None
+    )
+    loss_of(trainer)
+    assert sampled and all(sampled)
+
+
 def test_rows_are_the_same_after_a_resume_and_differ_between_ranks(tmp_path: Path) -> None:
     def play(rank: int, first: int = 0) -> list[list[list[int]]]:
         rows = benign_rows(tmp_path / "rollouts", micro_batches=2, ranks=2)

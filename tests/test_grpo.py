@@ -299,6 +299,10 @@ def test_ratio_figures_by_hand() -> None:
         assert found.log_ratio == pytest.approx((math.log(4.0) * 2 + math.log(2.0)) / 4)
         assert (found.sample_size, found.sample_size_sequence) == (pytest.approx(tokens), pytest.approx(rows))
         assert (found.beyond_limit, found.mean_ratio) == (pytest.approx(over), pytest.approx(mean))
+    far = off_policy(
+        torch.full((2, 900), 1.0), torch.zeros(2, 900), torch.ones(2, 900), limit=2.0
+    )  # e^900 is no number
+    assert [far.sample_size, far.sample_size_sequence, far.beyond_limit] == pytest.approx([1.0, 1.0, 1.0])
     even = off_policy(learner, learner, torch.ones(3, 3), limit=2.0)
     assert even.sample_size == even.sample_size_sequence == pytest.approx(1.0) and even.ratio.eq(1).all()
 

@@ -60,6 +60,7 @@ log = logging.getLogger("trimtab")
 
 # Beyond these the batch says little about the learner: half of it is wasted, or tokens differ by a factor of e on average.
 LEAST_SAMPLE_SIZE, MOST_LOG_RATIO = 0.5, 1.0
+LARGEST_LOG = 300.0  # the square of a ratio beyond it is no number any more
 # Tokens of an answer up to which the sequence's ratio is nearer to the learner's gradient: see docs/methods.md.
 SHORT = 8
 
@@ -111,7 +112,7 @@ def off_policy(
     """
     said = mask.bool()
     difference = (learner - sampler).double().masked_fill(~said, 0.0)
-    of_tokens, of_rows = difference.exp(), difference.sum(1, keepdim=True).exp()
+    of_tokens, of_rows = (logs.clamp(max=LARGEST_LOG).exp() for logs in (difference, difference.sum(1, keepdim=True)))
     some = said.any(1, keepdim=True)
     raw, counted = (of_tokens, said) if level == "token" else (of_rows, some)
     over = raw > limit
