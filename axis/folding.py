@@ -6,6 +6,7 @@ that it does not know or in a place where it has none, becomes part of a message
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Sequence
 
 from trimtab.axis.errors import UserError
@@ -27,7 +28,7 @@ def find_parts(template: ChatTemplate, roles: Sequence[str]) -> list[Part]:
     An older template of Mistral puts the system prompt before the last user turn: it would wander from turn to turn.
 
     Raises:
-        UserError: if there is none; it says which message is at fault.
+        UserError: if there is none; it says which message is at fault, in most of the forms.
     """
     forms: list[Callable[[Sequence[str]], list[Part]]] = [_as_they_are]
     if any(role in INSTRUCTIONS for role in roles):
@@ -46,7 +47,9 @@ def find_parts(template: ChatTemplate, roles: Sequence[str]) -> list[Part]:
             faults.append(error)
     if whole:
         return whole[0]
-    raise next((fault for fault in faults if isinstance(fault, NoPlace)), faults[0])
+    by_what = {str(fault): fault for fault in reversed(faults)}
+    usual = statistics.mode(map(str, faults))
+    raise next((fault for fault in faults if isinstance(fault, NoPlace)), by_what[usual])
 
 
 def _check(template: ChatTemplate, parts: Sequence[Part]) -> None:

@@ -140,6 +140,12 @@ class ChatTemplate:
         except Exception as error:  # templates raise TemplateError or anything their jinja raises
             said = str(error) or type(error).__name__
             broken = type(error).__name__ == "TemplateSyntaxError"
+            if wanted := re.fullmatch(r"'(\w+)' is undefined", said):
+                raise UserError(
+                    f"{self.name} reads {wanted[1]}, which is not given",
+                    key=KEY,
+                    remedy=f"give it: {{{wanted[1]}: ...}}",
+                ) from error
             raise UserError(
                 f"{self.name} is broken: {said}" if broken else f"{self.name} refuses this conversation: {said}",
                 key="model.name" if broken else None,

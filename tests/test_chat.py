@@ -150,6 +150,22 @@ def test_a_template_that_renders_no_chat_is_refused(template: str, fault: str) -
     assert caught.value.remedy
 
 
+def test_what_a_template_reads_and_nobody_gives_is_asked_for() -> None:
+    with pytest.raises(UserError, match="reads today, which is not given") as caught:
+        ChatFormat(build_tokenizer("{{ today.isoformat() }}" + CHATML)).check()
+    assert (caught.value.key, caught.value.remedy) == ("model.chat_template_kwargs", "give it: {today: ...}")
+
+
+def test_the_message_is_blamed_that_no_form_helps() -> None:
+    """Both a developer and a tool are unknown; the developer's words can become the system prompt's, the tool's nothing."""
+    knows = "messages if message.role in ['system', 'user', 'assistant'] %}"
+    form = ChatFormat(build_tokenizer(CHATML.replace("messages %}", knows)))
+    talk = [{"role": role, "content": "x"} for role in ("developer", "user", "assistant", "tool", "user")]
+    with pytest.raises(UserError, match=r"leaves out message 4 \(tool\)"):
+        form.prompt_text(talk)
+    assert "<|im_start|>system\nx" in form.prompt_text(talk[:2])
+
+
 def test_a_template_that_leaves_the_assistant_out_is_refused_where_one_speaks() -> None:
     form = ChatFormat(build_tokenizer(CHATML.replace("messages %}", "messages if message.role != 'assistant' %}")))
     form.check()
