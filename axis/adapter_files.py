@@ -114,6 +114,12 @@ def _kind_faults(kind: str, config: dict[str, Any]) -> Iterator[tuple[str, str]]
         yield "rank_pattern or alpha_pattern is no mapping of names to numbers", "save the adapter once more"
     elif not all(isinstance(n, int | float) for n in [*numbers, *(n for p in patterns for n in p.values())]):
         yield "one of r, lora_alpha, rank_pattern and alpha_pattern is no number", "save the adapter once more"
+    init = config.get("init_lora_weights")
+    if isinstance(init, str) and init.startswith("pissa_niter"):
+        yield (
+            f"{init}: it belongs to a base less a decomposition that was drawn at random, and no file holds it",
+            MERGED,
+        )
     for name, why in UNSUPPORTED_KEYS.items():
         if config.get(name):
             yield f"{name} is set: {why}", MERGED

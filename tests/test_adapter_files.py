@@ -232,6 +232,7 @@ MISFITS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "X-LoRA": (lambda f: configured(f, peft_type="XLORA"), "adapters of kind XLORA are not supported"),
     "a classifier": (lambda f: configured(f, task_type="SEQ_CLS"), "for the task SEQ_CLS"),
     "activated LoRA": (lambda f: configured(f, alora_invocation_tokens=[5]), "alora_invocation_tokens is set"),
+    "a base less a random part": (lambda f: configured(f, init_lora_weights="pissa_niter_4"), "drawn at random"),
     "replicated layers": (lambda f: configured(f, layer_replication=[[0, 2]]), "layer_replication is set"),
 }  # fmt: skip
 for _kind in ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "MULTITASK_PROMPT_TUNING", "CPT"):
