@@ -562,6 +562,23 @@ def test_a_real_browser_draws_every_plot_without_a_fault(report: Report, tmp_pat
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+@pytest.mark.parametrize("width", [390, 1280])
+def test_the_page_is_no_wider_than_its_window(report: Report, tmp_path: Path, width: int) -> None:
+    """With all that folds open, and a recipe of long lines in it: what is wider scrolls within itself."""
+    from playwright.sync_api import sync_playwright
+
+    long = {**report.repeat, "recipe": "# " + "a line of a recipe's comment, " * 20 + "\nmodel: {}"}
+    path = write_report(report.model_copy(update={"repeat": long}), tmp_path)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": width, "height": 900})
+        page.goto(path.as_uri())
+        page.eval_on_selector_all("details", "all => all.forEach(one => one.open = true)")
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        browser.close()
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
 def test_transcripts_are_chosen_by_kind_arm_and_turn(report: Report, tmp_path: Path) -> None:
     from playwright.sync_api import sync_playwright
 
