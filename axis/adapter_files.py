@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -43,6 +44,9 @@ UNSUPPORTED_KEYS = {
 MERGED = (
     "merge it where it was trained (merge_and_unload, save_pretrained, with the tokenizer), and name the merged model"
 )
+# Values of ``init_lora_weights``: on the base itself, or on one that PEFT finds again from it; and on one that it can't.
+OF_THE_BASE = ("gaussian", "eva", "orthogonal", "mica", "pissa", "olora")
+OF_ANOTHER_BASE = ("pissa_niter", "corda", "loftq", "lora_ga")
 _MISFIT = re.compile(
     r"size mismatch for (\S+): copying a param with shape torch\.Size\((\[.*?\])\) from checkpoint, "
     r"the shape in current model is torch\.Size\((\[.*?\])\)"
@@ -112,17 +116,28 @@ def _kind_faults(kind: str, config: dict[str, Any]) -> Iterator[tuple[str, str]]
     numbers = [config.get("r", 1), config.get("lora_alpha", 1)] if kind == "LORA" else []
     if not all(isinstance(pattern, dict) for pattern in patterns):
         yield "rank_pattern or alpha_pattern is no mapping of names to numbers", "save the adapter once more"
-    elif not all(isinstance(n, int | float) for n in [*numbers, *(n for p in patterns for n in p.values())]):
+    elif not all(map(_is_number, [*numbers, *(n for p in patterns for n in p.values())])):
         yield "one of r, lora_alpha, rank_pattern and alpha_pattern is no number", "save the adapter once more"
-    init = config.get("init_lora_weights")
-    if isinstance(init, str) and init.startswith("pissa_niter"):
-        yield (
-            f"{init}: it belongs to a base less a decomposition that was drawn at random, and no file holds it",
-            MERGED,
-        )
+    yield from _init_faults(config.get("init_lora_weights", True)) if kind == "LORA" else ()
     for name, why in UNSUPPORTED_KEYS.items():
         if config.get(name):
             yield f"{name} is set: {why}", MERGED
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _init_faults(init: Any) -> Iterator[tuple[str, str]]:
+    """Of ``init_lora_weights``: PEFT changes the base by it once more on loading, where it can, and else leaves it as it is."""
+    name = init.lower() if isinstance(init, str) else init
+    if isinstance(name, str) and name.startswith(OF_ANOTHER_BASE):
+        yield (
+            f"{init}: it belongs to a base that was changed by what no file holds (data, or numbers drawn at random)",
+            MERGED,
+        )
+    elif not (isinstance(name, bool) or name is None or name in OF_THE_BASE):
+        yield f"init_lora_weights: {init} is none that PEFT knows", "save the adapter once more"
 
 
 def _weight_faults(config: dict[str, Any], names: Sequence[str], file: Any) -> Iterator[tuple[str, str]]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from trimtab.axis.errors import UserError
+from trimtab.axis.errors import UserError, one_line
 from trimtab.axis.layers import base_model_of, shape_of, text_config_of
 
 log = logging.getLogger("trimtab")
@@ -195,9 +195,9 @@ def add_adapters(model: nn.Module, lora: Mapping[str, Any]) -> Any:
             # no initialisation that looks at weights
             config = LoraConfig(**{"task_type": "CAUSAL_LM", **lora, "init_lora_weights": True})
             wrapped: Any = get_peft_model(model, config)  # type: ignore[arg-type]
-    except (ValueError, TypeError) as error:
+    except Exception as error:  # PEFT raises whatever its code comes upon
         raise UserError(
-            f"PEFT refuses these adapters: {error}",
+            f"PEFT refuses these adapters: {one_line(error)}",
             key="lora",
             remedy="name modules that the model has in lora.target_modules, or use all-linear",
         ) from error
@@ -245,6 +245,14 @@ def _faults(model: Any, config: Any) -> Iterator[tuple[str, str, str]]:
             "this model's embedding and head are one weight: the head would be tuned or not by whether the adapter is merged",
             f"lora.{on_embedding}",
             f"leave the embedding out of lora.{on_embedding}",
+        )
+    tokens, rows = getattr(config, "trainable_token_indices", None) or (), int(embedding.weight.shape[0])
+    listed = [token for group in tokens.values() for token in group] if isinstance(tokens, dict) else list(tokens)
+    if outside := [token for token in listed if not 0 <= token < rows]:
+        yield (
+            f"there is no token {outside[0]}: the model's embedding has {rows} rows",
+            "lora.trainable_token_indices",
+            f"name tokens from 0 to {rows - 1}",
         )
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and ".modules_to_save." in name:
@@ -296,9 +304,20 @@ def _warn_of_unmatched(model: Any, config: Any) -> None:
         for option, test in (("target_modules", ends_so), ("rank_pattern", matches), ("alpha_pattern", matches))
     }
     for option, (listed, test) in entries.items():
-        unmatched = [] if isinstance(listed, str) else sorted(e for e in listed if not any(map(test(e), adapted)))
+        excluded = _excluded(config) if option == "target_modules" else ()
+        unmatched = (
+            []
+            if isinstance(listed, str)
+            else sorted(e for e in listed if e not in excluded and not any(map(test(e), adapted)))
+        )
         if unmatched:
             log.warning("lora.%s: no adapted module is called %s", option, ", ".join(unmatched))
+
+
+def _excluded(config: Any) -> Sequence[str]:
+    """Names that ``exclude_modules`` lists."""
+    given = getattr(config, "exclude_modules", None) or ()
+    return () if isinstance(given, str) else tuple(given)
 
 
 def _sample(parameter: Any) -> Tensor:

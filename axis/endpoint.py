@@ -46,7 +46,7 @@ REFUSED_AT_FIRST = 20  # with nothing answered: then it is no matter of single p
 SHOWN = 500  # characters of a body
 AGAIN = 0.7  # temperature at which an unreadable reply is asked for again: at 0 it would come again
 TRIED_AGAIN = (408, 409, 429)
-# What a 429 says where waiting brings nothing.
+# What is said where the account is spent: neither waiting nor another request brings anything.
 SPENT = ("insufficient_quota", "insufficient_balance", "insufficient balance", "billing_hard_limit", "credit balance")
 # What a 400 says where one prompt alone is at fault: a filter, or its length.
 OF_ONE_PROMPT = (
@@ -315,7 +315,7 @@ class Endpoint:
         body = self._shown(text)
         said = f"{status}: {body}" if body else f"{status}, without a word"
         lower = text.lower()
-        if status == 402 or (status == 429 and any(word in lower for word in SPENT)):
+        if status == 402 or (status in (400, 403, 429) and any(word in lower for word in SPENT)):
             raise UserError(
                 f"the endpoint answered {said}",
                 key=f"{self._section}.api_key_env",

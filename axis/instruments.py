@@ -24,7 +24,16 @@ def load_axis(path: str | Path) -> Axis:
     Raises:
         UserError: if there is no such file, it is none of these, it is damaged, or its sign is wrong by the means in it.
     """
-    found = load_instrument(path)
+    try:
+        found = load_instrument(path)
+    except UserError as error:
+        if error.key != "floor.experiment":
+            raise
+        raise UserError(
+            "this is a capping_config.pt: it holds floors, and no axis",
+            file=path,
+            remedy="give it as the floor (floor.path), and here assistant_axis.pt",
+        ) from error
     if isinstance(found, Floor):
         raise UserError("this is a floor, not an axis", file=path, remedy="give the axis.safetensors of a run")
     return found

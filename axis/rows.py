@@ -228,7 +228,7 @@ def _file_rows(path: Path, key: str | None) -> Iterator[Row]:
     except OSError as error:
         refuse(f"the file can't be read: {error.strerror}", "check its permissions")
     if kind in (".zip", ".arrow"):
-        refuse(f"this is a {kind} file", "unpack it" if kind == ".zip" else FILES)
+        refuse(f"this is a {kind} file", "unpack it, or save a spreadsheet as CSV" if kind == ".zip" else FILES)
     if kind == ".parquet":
         return _table_rows(_parquet_table(path, key))
     return _text_rows(path, kind, key)

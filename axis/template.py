@@ -109,9 +109,14 @@ class ChatTemplate:
                     return parts
             except UserError as error:
                 refusal = refusal or error
-        if refusal is not None:
+        refusal = refusal or UserError(f"{self.name} leaves out what the user says", key="model.name", remedy=MEND)
+        if not self.arguments or refusal.key == KEY:
             raise refusal
-        raise UserError(f"{self.name} leaves out what the user says", key="model.name", remedy=MEND)
+        raise UserError(
+            f"with what is given to it ({', '.join(self.arguments)}), {refusal.fault}",
+            key=KEY,
+            remedy="correct or leave out what is given, or mend the template",
+        ) from refusal
 
     def render(self, messages: Sequence[Message], *, generation: bool, **more: Any) -> str:
         """The chat as text.

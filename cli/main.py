@@ -285,11 +285,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except Exception as error:
         if (known := known_fault(error)) is not None:
-            _print_error(str(known))
+            _print_error(str(_as_options(known, arguments)))
             return 2
         _print_fault(error)
         return 1
     return 0
+
+
+def _as_options(error: UserError, arguments: argparse.Namespace) -> UserError:
+    """The error with the option in the place of a recipe's key, where there is no recipe."""
+    options = (
+        {"model.chat_template_kwargs": "--chat-template-kwargs"} if arguments.command in ("project", "chat") else {}
+    )
+    if arguments.command == "eval" and arguments.base is not None:
+        options = OPTIONS
+    if error.key not in options:
+        return error
+    return UserError(error.fault, remedy=error.remedy, file=error.file, key=options[error.key])
 
 
 def _print_error(text: str) -> None:
@@ -339,8 +351,11 @@ def _opened(arguments: argparse.Namespace, *, make: bool) -> Any:
         if getattr(arguments, "base", None) is None
         else _subject_recipe(arguments)
     )
+    from trimtab.train.job import check_trains
     from trimtab.train.run import MARKER, Run, open_run, run_folder
 
+    if arguments.command in ("rollouts", "train"):
+        check_trains(loaded)
     folder = run_folder(loaded, arguments.output_dir)
     if not make and loaded.recipe.eval.tuned is None and not (folder / MARKER).exists():
         raise UserError(
@@ -425,11 +440,13 @@ def _compare(arguments: argparse.Namespace) -> None:
 def _run(arguments: argparse.Namespace) -> None:
     run = _open(arguments)
     from trimtab.eval.stages import eval_stage, report_stage
-    from trimtab.train.prepare import rollouts_stage
+    from trimtab.train.prepare import floor_stage, rollouts_stage
 
-    rollouts_stage(run)
+    trains = run.recipe.eval.tuned is None
+    (rollouts_stage if trains else floor_stage)(run)
     _free_memory()
-    _train(run, arguments)
+    if trains:
+        _train(run, arguments)
     _train_further(run, arguments)
     verdict = eval_stage(run)
     page = report_stage(run)

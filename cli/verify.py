@@ -5,13 +5,12 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from trimtab.axis.models import load_config
 from trimtab.cli.launch import check_machine, check_pair, default_accelerate, processes_of, resolve_accelerate_config
 from trimtab.eval.capability import check_tasks
 from trimtab.eval.stages import check_files
 from trimtab.recipes.faults import Findings
 from trimtab.recipes.loader import LoadedRecipe
-from trimtab.train.rehearsal import attention_faults, had, judge_faults, rehearse
+from trimtab.train.rehearsal import judge_faults, rehearse, section_faults
 from trimtab.train.run import Run
 
 
@@ -48,8 +47,7 @@ def find_faults(
             rehearse(loaded, processes=processes, here=here)
     else:
         with findings.of_a_check():
-            had(lambda: load_config(recipe.model.name, recipe.model.revision), recipe.model.name, "model.name")
-            findings.add(attention_faults(recipe.model, here=here))
+            findings.add(section_faults(recipe, here=here))
     with findings.of_a_check():
         check_files(Run(Path(), recipe, loaded))
     with findings.of_a_check():

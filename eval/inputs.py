@@ -2,11 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from trimtab.axis.chat import ChatFormat
+from trimtab.axis.errors import UserError
+from trimtab.axis.models import load_config, load_tokenizer
 from trimtab.eval.boundary_files import load_boundary_file
 from trimtab.eval.replays import KEY, load_replays
+from trimtab.recipes.data import Conversation
 from trimtab.recipes.schema import Recipe
+from trimtab.train.conversations import check_room
 from trimtab.train.further import rows_of_file
+from trimtab.train.rollouts import TrainPrompt
 from trimtab.train.sources import check_rendering
+
+
+def _check_context(recipe: Recipe, talks: Sequence[Conversation]) -> None:
+    """Check that each conversation fits the model's context, its answers as long as they may be."""
+    try:
+        tokenizer = load_tokenizer(recipe.model.name, recipe.model.revision)
+        config = load_config(recipe.model.name, recipe.model.revision)
+        form = ChatFormat(tokenizer, recipe.model.chat_template_kwargs)
+        form.check()
+    except UserError:
+        return  # whoever loads the model tells it
+    prompts = [
+        TrainPrompt(
+            talk.id, "drift", "", tuple(talk.turns[: recipe.eval.turns]), "",
+            tuple((message["role"], message["content"]) for message in talk.opening),
+        )
+        for talk in talks[: recipe.eval.conversations or None]
+    ]  # fmt: skip
+    remedy = "lower it, or eval.turns, or shorten the conversations of eval.conversations_file"
+    key = "eval.sampling.max_new_tokens"
+    check_room(form, config, prompts, recipe.eval.sampling.max_new_tokens, key=key, remedy=remedy)
 
 
 def check_inputs(recipe: Recipe) -> None:
@@ -20,6 +49,7 @@ def check_inputs(recipe: Recipe) -> None:
         user = {"role": "user", "content": ""}
         chats = [(talk.id, [*talk.opening, user]) for talk in load_replays(section.conversations_file)]
         check_rendering(recipe.model, chats, section.conversations_file, KEY)
+        _check_context(recipe, load_replays(section.conversations_file))
     if section.boundary_file is not None:
         load_boundary_file(section.boundary_file)
     for tuning in section.durability:

@@ -127,6 +127,7 @@ LORA_ONLY: dict[str, tuple[tuple[object, ...], str, str]] = {
     ),
 }  # fmt: skip
 
+PATTERNS = ("rank_pattern", "alpha_pattern")  # of `lora`: a number for each module that a pattern names
 # TRL's own longest row, tokens, where train.max_length says nothing.
 ROW_LENGTH = 1024
 # How texts are taken for tokens without a tokenizer: characters a token, as in English, and what a template writes around a
@@ -428,16 +429,26 @@ def _lora(recipe: Recipe) -> Iterator[Fault]:
         value = recipe.lora.get(key, values[0])
         if not any(value == allowed and isinstance(value, bool) == isinstance(allowed, bool) for allowed in values):
             yield Fault(f"is {value!r}: {why}", remedy, f"lora.{key}")
+    for name in PATTERNS:
+        given = recipe.lora.get(name)
+        for module, value in given.items() if isinstance(given, dict) else ():
+            number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+            if not number or value <= 0 or (name == "rank_pattern" and value != int(value)):
+                yield Fault(
+                    f"must be a number above 0 for each module, got {value!r} for {module}",
+                    "give a rank, such as 8" if name == "rank_pattern" else "give a number, such as 16",
+                    f"lora.{name}",
+                )
     targets = recipe.lora.get("target_modules")
     names = targets if isinstance(targets, list) else []
     hit = any(isinstance(name, str) and (name == "lm_head" or name.endswith(".lm_head")) for name in names)
     if isinstance(targets, str) and targets != "all-linear":
-        try:
-            hit = re.fullmatch(targets, "lm_head") is not None
-        except (re.error, OverflowError, RecursionError) as error:
-            yield Fault(
-                f"not a regular expression: {error}", "mend it, or write a list of names", "lora.target_modules"
-            )
+        hit = _matches(targets, "lm_head") is True
+    patterns = {name: recipe.lora.get(name) for name in ("target_modules", "exclude_modules", *PATTERNS)}
+    for name, value in patterns.items():
+        for pattern in [value] if isinstance(value, str) else value if isinstance(value, dict) else ():
+            if isinstance(fault := _matches(str(pattern), ""), str):
+                yield Fault(f"not a regular expression: {fault}", "mend it, or write a list of names", f"lora.{name}")
     if hit:
         yield Fault(
             "an adapter on lm_head is not supported: TRL fuses the head with the loss, past any adapter",
@@ -463,6 +474,14 @@ def _lora(recipe: Recipe) -> Iterator[Fault]:
             f"adapt layers up to {window[-1]} as well, or leave layers_to_transform out",
             "lora.layers_to_transform",
         )
+
+
+def _matches(pattern: str, name: str) -> bool | str:
+    """Whether a regular expression matches a name; what is wrong with it where it is none."""
+    try:
+        return re.fullmatch(pattern, name) is not None
+    except (re.error, OverflowError, RecursionError) as error:
+        return str(error)
 
 
 def _method_and_data(recipe: Recipe, given: Set[str]) -> Iterator[Fault]:

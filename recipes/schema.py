@@ -155,7 +155,7 @@ def deciding(value: Any) -> Any:
         return [deciding(part) for part in value]
     if not isinstance(value, dict):
         return value
-    judge = JudgeSection.model_fields.keys() <= value.keys()
+    judge = value.keys() >= {"endpoint", "model", "max_tokens"}  # a judge's, of this version or of one with fewer keys
     return {key: deciding(part) for key, part in value.items() if not (judge and key in ONLY_ASKING)}
 
 

@@ -202,7 +202,7 @@ BAD_AXES: dict[str, tuple[Callable[[Path], Path], str]] = {
     "zero vectors": (lambda p: torch_file(p / "a.pt", torch.eye(LAYERS, HIDDEN).tril(-1)), "zero vectors at layers 0"),
     "default_vector.pt": (lambda p: torch_file(p / "default_vector.pt", torch.randn(LAYERS, HIDDEN)), "mean activation"),
     "a floor": (lambda p: floor_file(p / "f"), "a floor, not an axis"),
-    "a capping_config": (lambda p: capping_config(p / "c.pt", build_floor()), "none is named"),
+    "a capping_config": (lambda p: capping_config(p / "c.pt", build_floor()), "holds floors, and no axis"),
     "roles of another model": (lambda p: roles_folder(p / "role_vectors"), "5 layers of width 32, the model 4"),
     "wrong by its own means": (
         lambda p: axis_file(p / "a", -torch.eye(LAYERS, HIDDEN), default_mean=torch.eye(LAYERS, HIDDEN),

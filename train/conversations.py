@@ -14,7 +14,7 @@ from trimtab.recipes.rules import NEED_SYSTEM
 from trimtab.recipes.schema import GrpoMethod, Recipe
 from trimtab.train.rewards import imported_reward
 from trimtab.train.rollouts import TrainPrompt
-from trimtab.train.sources import drift_sources
+from trimtab.train.sources import benign_sources, drift_sources
 
 log = logging.getLogger("trimtab")
 
@@ -78,10 +78,28 @@ def check_prompts(recipe: Recipe) -> None:
     except UserError:
         return  # whoever loads the model tells it
     form = ChatFormat(tokenizer, recipe.model.chat_template_kwargs)
-    check_room(form, config, prompts, recipe.train["max_completion_length"])
+    answer = recipe.train["max_completion_length"]
+    check_room(form, config, prompts, answer)
+    if recipe.data.benign_share:
+        remedy = "lower it, or shorten the prompts of data.benign_file"
+        check_room(form, config, benign_sources(recipe.data), answer, remedy=remedy)
 
 
-def check_room(form: ChatFormat, config: Any, prompts: Sequence[TrainPrompt], answer: int) -> None:
+def context_of(config: Any) -> int | None:
+    """Tokens that a model takes at most, by its config; None where that says nothing."""
+    found: int | None = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return found
+
+
+def check_room(
+    form: ChatFormat,
+    config: Any,
+    prompts: Sequence[TrainPrompt],
+    answer: int,
+    *,
+    key: str = "train.max_completion_length",
+    remedy: str = "lower it, or data.conversation_turns, or shorten the prompts of data.drift_file",
+) -> None:
     """Check that each conversation fits the model's context with answers as long as they may be.
 
     Args:
@@ -89,12 +107,13 @@ def check_room(form: ChatFormat, config: Any, prompts: Sequence[TrainPrompt], an
         config: of the model.
         prompts: conversations.
         answer: the longest answer, in tokens.
+        key: that says how long.
+        remedy: what else may be changed.
 
     Raises:
         UserError: naming the longest.
     """
-    context = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if context is None:
+    if not prompts or (context := context_of(config)) is None:
         return
 
     def tokens(prompt: TrainPrompt) -> int:
@@ -105,8 +124,8 @@ def check_room(form: ChatFormat, config: Any, prompts: Sequence[TrainPrompt], an
         raise UserError(
             f"the conversation {longest.id} takes up to {needed} tokens, {len(longest.turns)} answers of {answer} among them, "
             f"and the model's context holds {context}",
-            key="train.max_completion_length",
-            remedy="lower it, or data.conversation_turns, or shorten the prompts of data.drift_file",
+            key=key,
+            remedy=remedy,
         )
 
 

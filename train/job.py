@@ -111,7 +111,23 @@ def _tell(error: UserError) -> None:
         file.write(str(error))
 
 
+def check_trains(loaded: Any) -> None:
+    """Refuse to train a recipe that evaluates finished weights.
+
+    Raises:
+        UserError: if it does.
+    """
+    if loaded.recipe.eval.tuned is not None:
+        raise UserError(
+            "nothing is trained: eval.tuned names finished weights, which would be evaluated in the place of the adapter",
+            file=loaded.path,
+            key="eval.tuned",
+            remedy="remove it to train, or measure those weights: trimtab eval RECIPE",
+        )
+
+
 def _check_method(method: Method, loaded: Any) -> None:
+    check_trains(loaded)
     name = loaded.recipe.method.name
     if name != method.name:
         raise UserError(

@@ -27,11 +27,12 @@ from typing import Any
 import torch
 
 from trimtab.axis.errors import UserError, known_fault
+from trimtab.axis.models import resolve_name
 from trimtab.recipes.faults import Fault, Findings, did_you_mean
 from trimtab.recipes.library_fields import VLLM_KEYS, train_config
 from trimtab.recipes.loader import LoadedRecipe
 from trimtab.recipes.rules import row_length
-from trimtab.recipes.schema import GrpoMethod, JudgeSection, ModelSection, RowMethod
+from trimtab.recipes.schema import GrpoMethod, JudgeSection, ModelSection, Recipe, RowMethod
 from trimtab.train.job import Method
 from trimtab.train.run import Run, Variant
 
@@ -78,7 +79,7 @@ def rehearse(
         lambda: _train_faults(loaded, processes),
         lambda: _data_faults(loaded),
         lambda: _lora_faults(loaded, make_model or functools.partial(meta_model_of, loaded.recipe.model)),
-        lambda: attention_faults(loaded.recipe.model, here=here),
+        lambda: section_faults(loaded.recipe, here=here),
         lambda: _service_faults(loaded.recipe.train),
         lambda: _reward_faults(loaded),
     ]
@@ -323,6 +324,31 @@ def attention_faults(section: ModelSection, *, here: bool) -> list[Fault]:
     return []
 
 
+def section_faults(recipe: Recipe, *, here: bool) -> list[Fault]:
+    """What the ``model`` section asks for and does not get, and answers that it has no room for.
+
+    Args:
+        recipe: whose ``model`` section it is.
+        here: as for :func:`rehearse`.
+    """
+    from trimtab.axis.models import load_config
+    from trimtab.train.conversations import context_of
+
+    section = recipe.model
+    found = attention_faults(section, here=here)
+    config = had(functools.partial(load_config, section.name, section.revision), section.name, "model.name")
+    context = context_of(config)
+    for name in ("axis", "method", "eval"):
+        sampling = getattr(getattr(recipe, name), "sampling", None)
+        if context is not None and sampling is not None and sampling.max_new_tokens >= context:
+            said = f"answers of {sampling.max_new_tokens} tokens have no room in the model's context of {context}"
+            found.append(Fault(said, "lower it", f"{name}.sampling.max_new_tokens"))
+    if section.revision is not None and Path(resolve_name(section.name)[0]).is_dir():
+        said = "has no effect: model.name is a folder, or a model that comes in a package, and has one revision"
+        found.append(Fault(said, "remove model.revision", "model.revision"))
+    return found
+
+
 def _service_faults(train: Mapping[str, Any]) -> list[Fault]:
     """Reports to services that aren't installed, and pushes to a hub without a token."""
     from transformers.integrations.integration_utils import get_reporting_integration_callbacks
@@ -346,7 +372,8 @@ def _service_faults(train: Mapping[str, Any]) -> list[Fault]:
 
 def _data_faults(loaded: LoadedRecipe) -> list[Fault]:
     """Rows of the user's files that can't be trained on, prompts without room for an answer, or that no reward is defined for."""
-    from trimtab.train.conversations import check_prompts
+    from trimtab.axis.models import load_config
+    from trimtab.train.conversations import check_prompts, context_of
     from trimtab.train.prepare import chat_format, sampling_options
     from trimtab.train.rollouts import check_lengths
     from trimtab.train.sources import check_data, training_prompts
@@ -361,7 +388,9 @@ def _data_faults(loaded: LoadedRecipe) -> list[Fault]:
         form.check()
     except UserError:  # no tokenizer, or a template that can't be used: whoever loads the model tells it
         return []
-    check_lengths(form, training_prompts(recipe.data), row_length(recipe), sampling_options(recipe.method.sampling))
+    context = context_of(load_config(recipe.model.name, recipe.model.revision))
+    options = sampling_options(recipe.method.sampling)
+    check_lengths(form, training_prompts(recipe.data), row_length(recipe), options, context)
     return []
 
 
@@ -413,6 +442,9 @@ def _machine_faults(loaded: LoadedRecipe) -> list[Fault]:
                 Fault(f"{package} is not installed", f"pip install '{extra}', or set train.{key}=false", f"train.{key}")
             )
     kind, _, number = recipe.model.device.partition(":")
+    if kind == "mps" and not torch.backends.mps.is_available():
+        remedy = "leave model.device out to have it chosen, or set model.device=cpu"
+        found.append(Fault("mps is asked for, and this machine has none", remedy, "model.device"))
     if kind == "cuda" and int(number or 0) >= (there := torch.cuda.device_count()):
         remedy = "leave model.device out to have it chosen, or set model.device=cpu"
         found.append(Fault(f"{recipe.model.device} is asked for, and torch sees {there} GPUs", remedy, "model.device"))

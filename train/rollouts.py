@@ -500,7 +500,11 @@ def _alone(prompt: TrainPrompt) -> list[dict[str, str]]:
 
 
 def check_lengths(
-    form: ChatFormat, prompts: Sequence[TrainPrompt], max_length: int | None, options: SamplingOptions
+    form: ChatFormat,
+    prompts: Sequence[TrainPrompt],
+    max_length: int | None,
+    options: SamplingOptions,
+    context: int | None = None,
 ) -> None:
     """Check before anything is sampled that every last turn has room for its answer, and tell how many may outgrow the row.
 
@@ -509,22 +513,29 @@ def check_lengths(
         prompts: of the training set.
         max_length: of a row, ``train.max_length``; None for any.
         options: how answers are sampled.
+        context: tokens that the model takes at most; None for any.
 
     Raises:
-        UserError: naming the longest prompt, if it leaves too little room.
+        UserError: naming the longest prompt, if it leaves too little room in the row or in the context.
     """
+    if not prompts:
+        return
+    if context is not None and (max_length is None or context < max_length):
+        _check_context(form, prompts, max_length, options, context)
+        max_length = context
     room = room_of_prompt(max_length, options)
-    if room is None or not prompts:
+    if room is None:
         return
     alone = [len(form.prompt_ids(_alone(prompt))) for prompt in prompts]
     if max(alone) > room:
         worst = alone.index(max(alone))
+        needed = alone[worst] + options.max_new_tokens + 1
         raise UserError(
             f"{sum(length > room for length in alone)} of {len(prompts)} prompts leave no room for an answer of "
             f"{options.max_new_tokens} tokens in a row of {max_length}; the longest, {prompts[worst].id}, has {alone[worst]}",
             key="train.max_length",
-            remedy=f"set train.max_length={alone[worst] + options.max_new_tokens + 1}, lower "
-            "method.sampling.max_new_tokens, or shorten the prompts",
+            remedy=(f"set train.max_length={needed}, lower " if context is None or needed <= context else "lower ")
+            + "method.sampling.max_new_tokens, or shorten the prompts",
         )
     longest = [_longest_prompt(form, prompt, options) for prompt in prompts]
     if outgrown := sum(length > room for length in longest):
@@ -533,6 +544,21 @@ def check_lengths(
             "do, their oldest turns are left out",
             outgrown, len(prompts), max_length, max(longest) + options.max_new_tokens + 1,
         )  # fmt: skip
+
+
+def _check_context(
+    form: ChatFormat, prompts: Sequence[TrainPrompt], max_length: int | None, options: SamplingOptions, context: int
+) -> None:
+    """Refuse rows that may outgrow the model's context, where ``max_length`` does not keep them shorter."""
+    longest = [_longest_prompt(form, prompt, options) + options.max_new_tokens + 1 for prompt in prompts]
+    if max(longest) > context:
+        worst = longest.index(max(longest))
+        raise UserError(
+            f"the row of {prompts[worst].id} takes up to {longest[worst]} tokens, and the model's context holds {context}; "
+            f"train.max_length is {max_length or 'null'}",
+            key="train.max_length",
+            remedy=f"set train.max_length={context} or less: the oldest turns of longer conversations are left out then",
+        )
 
 
 def _longest_prompt(form: ChatFormat, prompt: TrainPrompt, options: SamplingOptions) -> int:

@@ -17,6 +17,7 @@ from trimtab.train.rollouts import Kind, TrainPrompt
 
 log = logging.getLogger("trimtab")
 
+CONTROL = re.compile(r"<[^<>\s]+>|\[[A-Z_/]+\]")  # <think>, which few tokenizers call special, or [INST]
 PLAIN = re.compile(r"(system )?user( assistant user)*")  # roles that every chat template takes, or folds
 
 
@@ -191,7 +192,7 @@ def _tell_control_tokens(
         known = load_tokenizer(section.name, section.revision).added_tokens_decoder.values()
     except UserError:
         return  # whoever loads the model tells it
-    names = [re.escape(token.content) for token in known if token.special]
+    names = [re.escape(token.content) for token in known if token.special or CONTROL.fullmatch(token.content)]
     said = [
         (place, name[0])
         for place, messages in chats
