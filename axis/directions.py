@@ -23,6 +23,8 @@ SITE = "decoder layer output"
 SIGN = "+ is Assistant"
 # What rounding to bfloat16 may do to a vector's length; float32 does less than a hundred-thousandth.
 ROUNDED, EXACT = 5e-3, 1e-5
+# The least share of the tokens of drift text on which a floor must fire, or it holds nothing.
+MIN_FIRING = 0.15
 NO_SIGMA = "sigma is not known: heights are in units of the residual stream"
 
 

@@ -93,6 +93,29 @@ def system_fault(number: int, path: str | Path | None) -> UserError:
     return UserError(fault, remedy=remedy, file=path)
 
 
+# Extras of trimtab -> the modules that each brings.
+EXTRAS = {
+    "train": (
+        "transformers", "peft", "trl", "accelerate", "datasets", "pydantic", "yaml", "rich", "plotly", "jinja2", "scipy",
+        "sklearn", "statsmodels", "gguf",
+    ),
+    "deepspeed": ("deepspeed", "ninja"),
+    "vllm": ("vllm",),
+    "eval": ("lm_eval",),
+    "judge": ("openai", "httpx2", "tenacity"),
+    "qlora": ("bitsandbytes",),
+    "chat": ("gradio",),
+    "inspect": ("inspect_ai",),
+}  # fmt: skip
+
+
+def not_installed(package: str) -> UserError:
+    """The fault that a package is missing; the remedy names the extra that brings it."""
+    extra = next((extra for extra, brought in EXTRAS.items() if package in brought), None)
+    wanted = package if extra is None else f"'trimtab[{extra}]'"
+    return UserError(f"the package {package} is not installed", remedy=f"pip install {wanted}")
+
+
 def known_fault(error: BaseException) -> UserError | None:
     """The user's fault that an exception of the system or of a library is, or was raised from; None where it is none.
 
@@ -113,8 +136,7 @@ def _known(error: BaseException) -> UserError | None:
         return error
     said = str(error)
     if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("trimtab"):
-        package = error.name.partition(".")[0]
-        return UserError(f"the package {package} is not installed", remedy=f"pip install {package}")
+        return not_installed(error.name.partition(".")[0])
     if isinstance(error, OSError):
         return _of_system(error)
     if "embedded null" in said or isinstance(error, UnicodeEncodeError):

@@ -9,8 +9,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from trimtab.axis.calibration import MIN_FIRING
-from trimtab.axis.directions import Axis, Floor, check_fits
+from trimtab.axis.directions import MIN_FIRING, Axis, Floor, check_fits
 from trimtab.axis.errors import UserError
 from trimtab.axis.files import load_tensors, load_torch
 from trimtab.axis.published import axis_of, axis_of_roles, check_sign, floor_of, is_capping_config

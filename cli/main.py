@@ -266,9 +266,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     arguments = parse(argv)
-    from trimtab.axis.logs import setup_logging
-
-    setup_logging(quiet=getattr(arguments, "quiet", False), json_logs=getattr(arguments, "json_logs", False))
     handlers: dict[str, Callable[[argparse.Namespace], None]] = {
         "run": _run,
         "recipes": _recipes,
@@ -279,6 +276,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "fetch": _fetch,
     }
     try:
+        from trimtab.axis.logs import setup_logging
+
+        setup_logging(quiet=getattr(arguments, "quiet", False), json_logs=getattr(arguments, "json_logs", False))
         handlers.get(arguments.command, _stage)(arguments)
     except KeyboardInterrupt:
         _print_error("interrupted; run the same command again to resume")
@@ -305,9 +305,12 @@ def _as_options(error: UserError, arguments: argparse.Namespace) -> UserError:
 
 
 def _print_error(text: str) -> None:
-    from rich.console import Console
-    from rich.text import Text
-
+    try:
+        from rich.console import Console
+        from rich.text import Text
+    except ModuleNotFoundError:  # the core is installed alone
+        print(f"error: {text}", file=sys.stderr)
+        return
     Console(stderr=True).print(Text.assemble(("error: ", "bold red"), text), soft_wrap=True)
 
 

@@ -12,7 +12,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from trimtab.axis.errors import UserError
+from trimtab.axis.errors import not_installed
 
 # (package, file, class), from the class itself down to its bases: the first annotation of a field wins.
 _TRAIN_BASES = (
@@ -73,7 +73,7 @@ def _fields_of(classes: tuple[tuple[str, str, str], ...]) -> Fields:
 def _folder_of(package: str) -> Path:
     spec = importlib.util.find_spec(package)  # finds a top-level package without importing it
     if spec is None or not spec.submodule_search_locations:
-        raise UserError(f"the package {package} is not installed", remedy=f"pip install {package}")
+        raise not_installed(package)
     return Path(spec.submodule_search_locations[0])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.metadata
+import re
 import subprocess
 import sys
 import tomllib
@@ -15,18 +16,36 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
+from trimtab.axis.errors import EXTRAS
 from trimtab.recipes.loader import shipped_recipes
 from trimtab.recipes.schema import Recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-FOLDERS = sorted(PROJECT["tool"]["setuptools"]["package-dir"].values())
+PACKAGE = "trimtab"  # the folder of the package's own names; the others lie beside it and are its parts
+FOLDERS = sorted(set(PROJECT["tool"]["setuptools"]["package-dir"].values()) - {PACKAGE})
 MODULES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 
 
 def test_folders_are_found() -> None:
     assert FOLDERS == ["accelerate_configs", "axis", "cli", "eval", "losses", "recipes", "train"]
     assert len(MODULES) > 25
+
+
+def test_every_extra_names_what_it_brings() -> None:
+    """So that a missing package is told with the extra that has it."""
+    extras = PROJECT["project"]["optional-dependencies"]
+    core = {_package(line) for line in PROJECT["project"]["dependencies"]}
+    modules = {"pyyaml": "yaml", "scikit-learn": "sklearn", "lm-eval": "lm_eval", "inspect-ai": "inspect_ai"}
+    for extra, lines in extras.items():
+        if extra not in ("all", "dev"):
+            brought = {_package(line) for line in lines} - core - {PACKAGE}
+            assert {modules.get(package, package) for package in brought} == set(EXTRAS[extra])
+    assert set(EXTRAS) == set(extras) - {"all", "dev"}
+
+
+def _package(requirement: str) -> str:
+    return re.split(r"[<>=\[ ]", requirement)[0]
 
 
 def test_no_module_bears_the_name_of_a_dependency_or_a_standard_module() -> None:
@@ -105,7 +124,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # A copy, so that setuptools' build folder does not end up in the checkout, nor an old one in the wheel.
     source = folder / "source"
     source.mkdir()
-    for name in (*FOLDERS, "pyproject.toml", "README.md", "LICENSE"):
+    for name in (PACKAGE, *FOLDERS, "pyproject.toml", "README.md", "LICENSE"):
         (source / name).symlink_to(ROOT / name)
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(folder)]
     result = subprocess.run([*command, str(source)], capture_output=True, text=True, check=False)
@@ -117,6 +136,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_wheel_holds_modules_recipes_data_and_configs(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     wanted = {f"trimtab/{path.relative_to(ROOT)}" for path in MODULES}
+    wanted |= {"trimtab/__init__.py", "trimtab/py.typed"}
     wanted |= {f"trimtab/recipes/{name}.yaml" for name in shipped_recipes()}
     wanted |= {f"trimtab/{path.relative_to(ROOT)}" for path in (ROOT / "recipes/data").iterdir() if path.is_file()}
     configs = [*(ROOT / "accelerate_configs").glob("*.yaml"), *(ROOT / "accelerate_configs").glob("*.json")]

@@ -1,0 +1,60 @@
+"""Bakes activation capping along the Assistant Axis into fine-tuning, and measures what survives without the hooks.
+
+The names below need torch and safetensors alone, whatever trainer stands beside them; the recipes, the trainers and the
+evaluation need ``pip install 'trimtab[train]'``. Names are loaded at their first use, so importing this imports no torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from trimtab.axis.directions import Axis, Floor
+    from trimtab.axis.errors import UserError
+    from trimtab.axis.hooks import ActivationController, cap, project
+    from trimtab.axis.instruments import load_axis, load_floor
+    from trimtab.losses.axis_floor import axis_floor_loss
+    from trimtab.losses.callback import FloorCallback
+    from trimtab.losses.injection import floor_gradients
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "ActivationController": "axis.hooks",
+    "Axis": "axis.directions",
+    "Floor": "axis.directions",
+    "FloorCallback": "losses.callback",
+    "UserError": "axis.errors",
+    "axis_floor_loss": "losses.axis_floor",
+    "cap": "axis.hooks",
+    "floor_gradients": "losses.injection",
+    "load_axis": "axis.instruments",
+    "load_floor": "axis.instruments",
+    "project": "axis.hooks",
+}
+
+__all__ = [
+    "ActivationController",
+    "Axis",
+    "Floor",
+    "FloorCallback",
+    "UserError",
+    "__version__",
+    "axis_floor_loss",
+    "cap",
+    "floor_gradients",
+    "load_axis",
+    "load_floor",
+    "project",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__
