@@ -97,6 +97,10 @@ class FloorInjection:
             return self._tokens.to(own.device)
         return own.clamp(min=1) * self.accumulation
 
+    def seen(self) -> bool:
+        """Whether a trained token has passed the layers since the figures were last asked for."""
+        return self._sums["slots"] > 0
+
     def figures(self) -> dict[str, float]:
         """Mean penalty a token and share of (token, layer) slots below the floor, since the last call."""
         slots = max(self._sums["slots"], 1.0)
@@ -196,35 +200,55 @@ def floor_gradients(
             if alone
             else "leave accumulation out",
         )
-    if not alone and trained.args.fp16:
-        raise UserError(
-            "the trainer scales its loss (fp16), and the penalty would not be scaled with it",
-            key="fp16",
-            remedy="train in bfloat16 or float32",
-        )
+    if not alone:
+        check_arguments(trained.args)
     model = trained if alone else trained.model
     injection = FloorInjection(model, floor, weight=weight, accumulation=accumulation or 1, **options)
     try:
-        with contextlib.nullcontext() if alone else _telling(trained, injection):
+        with contextlib.nullcontext() if alone else telling(trained, injection):
             yield injection
     finally:
         injection.remove()
 
 
+def check_arguments(arguments: Any) -> None:
+    """Refuse arguments of a trainer under which the penalty's gradient would be wrong.
+
+    Raises:
+        UserError: if the loss is scaled (float16), or one process spreads a batch over several GPUs.
+    """
+    if arguments.fp16:
+        raise UserError(
+            "the trainer scales its loss (fp16), and the penalty would not be scaled with it",
+            key="fp16",
+            remedy="train in bfloat16 or float32",
+        )
+    if arguments.n_gpu > 1:
+        raise UserError(
+            f"one process spreads each batch over {arguments.n_gpu} GPUs (DataParallel), which no hook follows",
+            remedy="start it with `accelerate launch` or torchrun, a process for each GPU, or set CUDA_VISIBLE_DEVICES=0",
+        )
+
+
 @contextlib.contextmanager
-def _telling(trainer: Any, injection: FloorInjection) -> Iterator[None]:
+def telling(trainer: Any, injection: FloorInjection) -> Iterator[None]:
     """Tell the injection before each micro-batch what the trainer divides the step's loss by."""
+    own = vars(trainer).get("training_step")  # of a framework that has put one there
     step = trainer.training_step
 
     def told(model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
-        tokens = num_items_in_batch
-        if tokens is not None and trainer.args.average_tokens_across_devices:
+        tokens, arguments = num_items_in_batch, trainer.args
+        if tokens is not None and getattr(arguments, "average_tokens_across_devices", False):
             tokens = tokens / trainer.accelerator.num_processes  # those of all ranks; the gradients will be averaged
-        injection.of_step(trainer.current_gradient_accumulation_steps, tokens)
+        micro_batches = getattr(trainer, "current_gradient_accumulation_steps", arguments.gradient_accumulation_steps)
+        injection.of_step(micro_batches, tokens)
         return step(model, inputs, num_items_in_batch)
 
     trainer.training_step = told
     try:
         yield
     finally:
-        del trainer.training_step
+        if own is None:
+            del trainer.training_step
+        else:
+            trainer.training_step = own

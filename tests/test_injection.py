@@ -18,6 +18,7 @@ from transformers import Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from trimtab import FloorCallback
 from trimtab.axis import ActivationController, UserError
 from trimtab.losses import FloorInjection, axis_floor_loss, floor_gradients
 
@@ -120,8 +121,11 @@ def test_with_an_adapter() -> None:
     assert_same(gradients(model), wanted)
 
 
-def trainers_gradients(kind: Any, folder: Path, *, size: int, accumulation: int, penalised: bool = True) -> Any:
-    """Gradients of the first optimiser step of a real trainer over the same four rows, of unlike lengths."""
+def trainers_gradients(kind: Any, folder: Path, *, size: int, accumulation: int, by: str | None = "block") -> Any:
+    """Gradients of the first optimiser step of a real trainer over the same four rows, of unlike lengths.
+
+    The penalty comes ``by`` a block around the training, or by a callback; None leaves it out.
+    """
     rows = make_rows(4, seed=5)
     settings: dict[str, Any] = {
         "max_steps": 1, "per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation, "use_cpu": True,
@@ -132,7 +136,7 @@ def trainers_gradients(kind: Any, folder: Path, *, size: int, accumulation: int,
     common = {
         "train_dataset": datasets.Dataset.from_list([{k: row[k] for k in ("input_ids", "labels")} for row in rows]),
         "data_collator": DataCollatorForLanguageModeling(pad_token_id=0),
-        "callbacks": [gradients],
+        "callbacks": [gradients, *([FloorCallback(FLOOR, weight=0.7)] if by == "callback" else [])],
     }
     model = build_model("llama")
     if kind is SFTTrainer:
@@ -142,7 +146,7 @@ def trainers_gradients(kind: Any, folder: Path, *, size: int, accumulation: int,
         trainer = kind(model=model, args=arguments, processing_class=build_tokenizer(), **common)
     else:
         trainer = kind(model=model, args=TrainingArguments(str(folder), **settings), **common)
-    with floor_gradients(trainer, FLOOR, weight=0.7) if penalised else contextlib.nullcontext():
+    with floor_gradients(trainer, FLOOR, weight=0.7) if by == "block" else contextlib.nullcontext():
         trainer.train()
     assert "training_step" not in vars(trainer)
     return gradients.first
@@ -156,14 +160,15 @@ class PlainLoss(Trainer):
         self.model_accepts_loss_kwargs = False
 
 
+@pytest.mark.parametrize("by", ["block", "callback"])
 @pytest.mark.parametrize("kind", [SFTTrainer, Trainer])
-def test_accumulation_does_not_change_the_penalty(tmp_path: Path, kind: Any) -> None:
+def test_accumulation_does_not_change_the_penalty(tmp_path: Path, kind: Any, by: str) -> None:
     """The penalty over all four rows in one forward, or in four, added to the trainer's own loss by autograd."""
     found = [
-        trainers_gradients(kind, tmp_path, size=size, accumulation=accumulation)
+        trainers_gradients(kind, tmp_path, size=size, accumulation=accumulation, by=by)
         for size, accumulation in ((4, 1), (1, 4))
     ]
-    without = trainers_gradients(kind, tmp_path, size=4, accumulation=1, penalised=False)
+    without = trainers_gradients(kind, tmp_path, size=4, accumulation=1, by=None)
     batch = DataCollatorForLanguageModeling(pad_token_id=0)(
         [{k: row[k] for k in ("input_ids", "labels")} for row in make_rows(4, seed=5)]
     )
@@ -176,12 +181,10 @@ def test_accumulation_does_not_change_the_penalty(tmp_path: Path, kind: Any) -> 
         assert_same({name: each[name] - without[name] for name in penalty}, penalty)
 
 
-def test_a_trainer_without_a_count_of_tokens_gets_its_own_mean(tmp_path: Path) -> None:
+@pytest.mark.parametrize("by", ["block", "callback"])
+def test_a_trainer_without_a_count_of_tokens_gets_its_own_mean(tmp_path: Path, by: str) -> None:
     """A mean of the micro-batches' means, as that trainer's loss is one: four times in one forward are four forwards."""
-    whole, parts = (
-        trainers_gradients(PlainLoss, tmp_path, size=1, accumulation=4, penalised=penalised)
-        for penalised in (True, False)
-    )
+    whole, parts = (trainers_gradients(PlainLoss, tmp_path, size=1, accumulation=4, by=how) for how in (by, None))
     wanted: dict[str, Tensor] = {}
     for row in make_rows(4, seed=5):
         model = build_model("llama")
@@ -256,4 +259,10 @@ def test_example_unmodified_trl(tmp_path: Path) -> None:
 
 
 def test_every_example_is_run_here() -> None:
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == {"plain_pytorch", "transformers_trainer", "unmodified_trl"}
+    run_here = {"plain_pytorch", "transformers_trainer", "unmodified_trl"}
+    elsewhere = {"llama_factory", "ms_swift", "axolotl_plugin"}  # in environments of their own: docs/beside.md
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == run_here | elsewhere
+    for name in elsewhere:
+        source = (EXAMPLES / f"{name}.py").read_text(encoding="utf-8")
+        compile(source, name, "exec")
+        assert "FloorCallback(" in source and len(source.splitlines()) < 32

@@ -1,0 +1,65 @@
+"""What the core's tests share. They run in environments that hold other trainers too: see ``make test-core``."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from trimtab import Floor
+
+WIDTH, DEPTH, VOCABULARY = 32, 4, 64
+
+
+class Block(nn.Module):
+    """A decoder layer: what transformers' are to a hook, and nothing else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[B, T, D] -> [B, T, D]."""
+        return hidden + torch.tanh(self.mix(hidden))
+
+
+class Plain(nn.Module):
+    """A language model of torch alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config: Any = SimpleNamespace(num_hidden_layers=DEPTH, hidden_size=WIDTH)
+        self.embed = nn.Embedding(VOCABULARY, WIDTH)
+        self.layers = nn.ModuleList(Block() for _ in range(DEPTH))
+        self.head = nn.Linear(WIDTH, VOCABULARY)
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Logits, [B, T, V]."""
+        hidden = self.embed(input_ids)
+        for layer in self.layers:
+            hidden = layer(hidden)
+        logits: Tensor = self.head(hidden)
+        return logits
+
+
+@pytest.fixture
+def plain() -> Plain:
+    torch.manual_seed(0)
+    return Plain()
+
+
+@pytest.fixture
+def low_floor() -> Floor:
+    """A floor that a random model lies below, at layers 1 and 2."""
+    directions = torch.nn.functional.normalize(
+        torch.randn(2, WIDTH, generator=torch.Generator().manual_seed(7)), dim=-1
+    )
+    return Floor((1, 2), directions, torch.full((2,), 2.0), torch.ones(2))
