@@ -13,4 +13,4 @@ from swift import callbacks_map
 
 from trimtab import FloorCallback
 
-callbacks_map["floor"] = lambda args, trainer: FloorCallback(os.environ["FLOOR"], weight=0.7)
+callbacks_map["floor"] = lambda *_: FloorCallback(os.environ["FLOOR"], weight=0.7)
