@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import subprocess
 from pathlib import Path
@@ -33,6 +34,14 @@ def test_the_readme_loop_trains_towards_the_floor(tmp_path: Path, monkeypatch: p
     assert names["answers"].shape[0] == 2
     assert torch.isfinite(names["loss"])
     assert model.get_input_embeddings().weight.grad.abs().sum() > 0
+
+
+def test_the_map_says_what_the_modules_say() -> None:
+    spec = importlib.util.spec_from_file_location("write_map", ROOT / "docs" / "write_map.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.PAGE.read_text(encoding="utf-8") == module.the_map(), "run: python docs/write_map.py"
 
 
 def test_every_file_that_the_documents_link_to_is_there() -> None:

@@ -83,14 +83,33 @@ ALLOWED = {
 }
 
 
+def imported(path: Path) -> Iterator[str]:
+    """Modules of ours that a file imports, in whatever way: `from x import`, `import x`, or by name through importlib."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names: list[str] = []
+        if isinstance(node, ast.ImportFrom):
+            names = [node.module or ""]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.Call) and "import_module" in ast.unparse(node.func):
+            parts = [part for part in ast.walk(node.args[0]) if isinstance(part, ast.Constant)]
+            names = [str(part.value) for part in parts]
+        yield from (name for name in names if name.startswith("trimtab."))
+
+
 @pytest.mark.parametrize("folder", ALLOWED)
 def test_data_flows_one_way(folder: str) -> None:
     for path in (ROOT / folder).rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("trimtab."):
-                assert str(node.module).split(".")[1] in ALLOWED[folder], (
-                    f"{path.relative_to(ROOT)} imports {node.module}"
-                )
+        for name in imported(path):
+            assert name.split(".")[1] in ALLOWED[folder], f"{path.relative_to(ROOT)} imports {name}"
+
+
+def test_every_way_of_importing_is_seen(tmp_path: Path) -> None:
+    file = tmp_path / "x.py"
+    file.write_text(
+        "import trimtab.cli\nfrom trimtab.eval import stages\nimportlib.import_module(f'trimtab.train.{name}')\nimport torch\n"
+    )
+    assert list(imported(file)) == ["trimtab.cli", "trimtab.eval", "trimtab.train."]
 
 
 def _keys(model: type[BaseModel], above: str = "") -> Iterator[tuple[str, str]]:

@@ -1,0 +1,44 @@
+"""Write docs/map.md: a line a module, the first of its own docstring.
+
+python docs/write_map.py
+"""
+
+from __future__ import annotations
+
+import ast
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "map.md"
+HEAD = """# The map
+
+What each module is for, in its own words: the first line of each, written by `python docs/write_map.py`. Nothing imports
+anything that stands below it, but for `trimtab/`, whose names are lazy.
+"""
+# In the order in which they import each other.
+FOLDERS = ("trimtab", "axis", "losses", "recipes", "accelerate_configs", "train", "eval", "cli")
+
+
+def first_line(path: Path) -> str:
+    """The first line of a module's docstring."""
+    found = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+    assert found, f"{path.relative_to(ROOT)} does not say what it is for"
+    return found.splitlines()[0].rstrip(".").replace("``", "`")
+
+
+def the_map() -> str:
+    """The page."""
+    packages = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"]
+    assert {name.rpartition(".")[2] for name in packages} == set(FOLDERS)
+    parts = [HEAD]
+    for folder in FOLDERS:
+        parts.append(f"## {folder}/\n\n{first_line(ROOT / folder / '__init__.py')}.\n")
+        modules = [path for path in sorted((ROOT / folder).glob("*.py")) if path.stem != "__init__"]
+        if modules:
+            parts.append("\n".join(f"- `{path.stem}`: {first_line(path)}" for path in modules) + "\n")
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(the_map(), encoding="utf-8")
