@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from plain_model import high_floor
 
 from trimtab import Floor, FloorCallback, UserError, axis_floor_loss
 
@@ -16,6 +17,12 @@ peft = pytest.importorskip("peft")
 Trainer, TrainerCallback, TrainingArguments = (
     getattr(transformers, name) for name in ("Trainer", "TrainerCallback", "TrainingArguments")
 )
+
+
+@pytest.fixture
+def floor() -> Floor:
+    return high_floor()
+
 
 ROWS = [
     {"input_ids": [5, 9, 12, 40, 33, 7, 8, 2], "labels": [-100, -100, -100, 40, 33, 7, 8, 2]},
@@ -87,26 +94,26 @@ class Gradients(TrainerCallback):
 
 @pytest.mark.parametrize(("size", "accumulation"), [(4, 1), (1, 4), (2, 2)])
 def test_the_penalty_is_a_mean_over_the_tokens_of_the_step(
-    tmp_path: Path, low_floor: Floor, size: int, accumulation: int
+    tmp_path: Path, floor: Floor, size: int, accumulation: int
 ) -> None:
     found = []
-    for callbacks in ([FloorCallback(low_floor, weight=0.7)], []):
+    for callbacks in ([FloorCallback(floor, weight=0.7)], []):
         gradients = Gradients()
         trainer(tmp_path, [*callbacks, gradients], size=size, accumulation=accumulation).train()
         found.append(gradients.first)
     plain, batch = model(), collate(ROWS)
     out = plain(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], output_hidden_states=True)
-    states = {layer: out.hidden_states[layer + 1] for layer in low_floor.layers}
-    (0.7 * axis_floor_loss(states, low_floor, batch["labels"] != -100)).backward()
+    states = {layer: out.hidden_states[layer + 1] for layer in floor.layers}
+    (0.7 * axis_floor_loss(states, floor, batch["labels"] != -100)).backward()
     wanted = {name: p.grad for name, p in plain.named_parameters() if p.grad is not None}
     assert wanted
     for name, gradient in wanted.items():
         torch.testing.assert_close(found[0][name] - found[1][name], gradient, atol=1e-5, rtol=1e-3)
 
 
-def test_its_figures_stand_in_the_log_of_every_reporter(tmp_path: Path, low_floor: Floor) -> None:
+def test_its_figures_stand_in_the_log_of_every_reporter(tmp_path: Path, floor: Floor) -> None:
     noted = Noted()
-    low_floor.save(tmp_path / "floor.safetensors")
+    floor.save(tmp_path / "floor.safetensors")
     made = trainer(
         tmp_path / "run", [noted, FloorCallback(tmp_path / "floor.safetensors", weight=0.5)], rate=0.05, steps=8
     )
@@ -119,7 +126,7 @@ def test_its_figures_stand_in_the_log_of_every_reporter(tmp_path: Path, low_floo
     assert rows[-1]["floor_penalty"] < 0.9 * rows[0]["floor_penalty"]
 
 
-def test_nothing_is_left_after_a_training_that_ends_or_breaks_off(tmp_path: Path, low_floor: Floor) -> None:
+def test_nothing_is_left_after_a_training_that_ends_or_breaks_off(tmp_path: Path, floor: Floor) -> None:
     class Breaks(TrainerCallback):
         def on_step_end(self, *_: Any, **__: Any) -> None:
             raise KeyboardInterrupt
@@ -127,7 +134,7 @@ def test_nothing_is_left_after_a_training_that_ends_or_breaks_off(tmp_path: Path
     def hooks(given: Any) -> int:
         return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in given.modules())
 
-    given, callback = model(), FloorCallback(low_floor, weight=0.5)
+    given, callback = model(), FloorCallback(floor, weight=0.5)
     with pytest.raises(KeyboardInterrupt):
         trainer(tmp_path, [callback, Breaks()], given=given).train()
     assert hooks(given) > 0
@@ -136,22 +143,22 @@ def test_nothing_is_left_after_a_training_that_ends_or_breaks_off(tmp_path: Path
     assert hooks(given) == 0 and "training_step" not in vars(made)
 
 
-def test_an_adapter_learns(tmp_path: Path, low_floor: Floor) -> None:
+def test_an_adapter_learns(tmp_path: Path, floor: Floor) -> None:
     given = peft.get_peft_model(model(), peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
     noted = Noted()
-    trainer(tmp_path, [FloorCallback(low_floor, weight=2.0), noted], given=given, rate=0.05, steps=8).train()
+    trainer(tmp_path, [FloorCallback(floor, weight=2.0), noted], given=given, rate=0.05, steps=8).train()
     rows = [row for row in noted.rows if "loss" in row]
     assert rows[-1]["floor_penalty"] < rows[0]["floor_penalty"]
 
 
-def test_trl_s_trainer(tmp_path: Path, low_floor: Floor) -> None:
+def test_trl_s_trainer(tmp_path: Path, floor: Floor) -> None:
     trl = pytest.importorskip("trl")
     found = []
     for size, accumulation in ((4, 1), (1, 4)):
         gradients, noted = Gradients(), Noted()
         own: dict[str, Any] = {"dataset_kwargs": {"skip_prepare_dataset": True}, "bf16": False}
         trainer(
-            tmp_path, [FloorCallback(low_floor, weight=50.0), gradients, noted], kind=Sft, arguments=trl.SFTConfig,
+            tmp_path, [FloorCallback(floor, weight=50.0), gradients, noted], kind=Sft, arguments=trl.SFTConfig,
             size=size, accumulation=accumulation, **own,
         ).train()  # fmt: skip
         found.append(gradients.first)
@@ -174,26 +181,26 @@ def Sft(**given: Any) -> Any:
     return SFTTrainer(processing_class=tokenizer, **given)
 
 
-def test_a_model_that_runs_past_the_hooks_is_refused(tmp_path: Path, low_floor: Floor) -> None:
+def test_a_model_that_runs_past_the_hooks_is_refused(tmp_path: Path, floor: Floor) -> None:
     """As a framework with a fused forward does: it calls the layers' code and not the layers."""
     given = model()
     for layer in given.model.layers:
         kind = type(layer)
         layer.__class__ = type("Fused", (kind,), {"__call__": kind.forward})
     with pytest.raises(UserError, match=r"no trained token has passed layers \[1, 2\] in the first step"):
-        trainer(tmp_path, [FloorCallback(low_floor, weight=0.5)], given=given).train()
+        trainer(tmp_path, [FloorCallback(floor, weight=0.5)], given=given).train()
 
 
-def test_what_would_make_its_gradient_wrong_is_refused(tmp_path: Path, low_floor: Floor) -> None:
-    made = trainer(tmp_path, [FloorCallback(low_floor, weight=0.5)])
+def test_what_would_make_its_gradient_wrong_is_refused(tmp_path: Path, floor: Floor) -> None:
+    made = trainer(tmp_path, [FloorCallback(floor, weight=0.5)])
     made.args.fp16 = True
     with pytest.raises(UserError, match="scales its loss"):
         made.train()
     made.args.fp16, made.args._n_gpu = False, 2
     with pytest.raises(UserError, match="spreads each batch over 2 GPUs"):
         made.callback_handler.on_train_begin(made.args, made.state, made.control)
-    callback = FloorCallback(Floor((9,), low_floor.directions[:1], low_floor.tau[:1], low_floor.sigma[:1]), weight=0.5)
+    callback = FloorCallback(Floor((9,), floor.directions[:1], floor.tau[:1], floor.sigma[:1]), weight=0.5)
     with pytest.raises(UserError, match="layer"):
         trainer(tmp_path, [callback]).train()
     with pytest.raises(UserError, match="no trainer of transformers"):
-        FloorCallback(low_floor, weight=0.5).on_train_begin(TrainingArguments(str(tmp_path), use_cpu=True), None, None)
+        FloorCallback(floor, weight=0.5).on_train_begin(TrainingArguments(str(tmp_path), use_cpu=True), None, None)

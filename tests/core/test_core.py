@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from plain_model import high_floor, plain_model
 
 import trimtab
 from trimtab import (
@@ -25,6 +26,17 @@ from trimtab import (
 
 IDS = torch.randint(0, 64, (2, 7), generator=torch.Generator().manual_seed(1))
 MASK = torch.arange(7).expand(2, 7) > 2
+
+
+@pytest.fixture
+def floor() -> Floor:
+    return high_floor()
+
+
+@pytest.fixture
+def plain() -> Any:
+    return plain_model()
+
 
 # Packages of the extras: the trainers, the recipes and the evaluation stand on them, the core on none.
 BLOCKED = """
@@ -76,21 +88,21 @@ def test_a_missing_extra_is_named() -> None:
     assert done.returncode == 2 and "pip install 'trimtab[train]'" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_the_cap_holds_and_the_files_come_back(plain: Any, low_floor: Floor, tmp_path: Path) -> None:
+def test_the_cap_holds_and_the_files_come_back(plain: Any, floor: Floor, tmp_path: Path) -> None:
     seen = {}
     controller = ActivationController.of(plain)
-    with controller.capping(low_floor), controller.recording((3,)) as recording, torch.no_grad():
+    with controller.capping(floor), controller.recording((3,)) as recording, torch.no_grad():
         plain(IDS)
         seen["capped"] = recording.last(3)
     with controller.recording((1, 2, 3)) as recording, torch.no_grad():
         plain(IDS)
         seen["free"] = recording.last(3)
-        below = [recording.last(layer) @ low_floor.directions[i] for i, layer in enumerate(low_floor.layers)]
+        below = [recording.last(layer) @ floor.directions[i] for i, layer in enumerate(floor.layers)]
     assert all(bool((projection < 2.0).any()) for projection in below)
     assert not seen["capped"].equal(seen["free"])
-    low_floor.save(tmp_path / "floor.safetensors")
+    floor.save(tmp_path / "floor.safetensors")
     again = load_floor(tmp_path / "floor.safetensors")
-    assert again.layers == low_floor.layers and again.tau.equal(low_floor.tau)
+    assert again.layers == floor.layers and again.tau.equal(floor.tau)
     axis = Axis(torch.nn.functional.normalize(torch.randn(4, 32), dim=-1), None)
     axis.save(tmp_path / "axis.safetensors")
     torch.testing.assert_close(load_axis(tmp_path / "axis.safetensors").directions, axis.directions)
@@ -98,7 +110,7 @@ def test_the_cap_holds_and_the_files_come_back(plain: Any, low_floor: Floor, tmp
         load_floor(tmp_path / "none.safetensors")
 
 
-def test_the_gradient_of_the_penalty_by_three_routes(plain: Any, low_floor: Floor) -> None:
+def test_the_gradient_of_the_penalty_by_three_routes(plain: Any, floor: Floor) -> None:
     """By recorded states, by a formula of its own over the layers run by hand, and by the injection in the backward pass."""
 
     def gradients() -> list[torch.Tensor]:
@@ -106,23 +118,23 @@ def test_the_gradient_of_the_penalty_by_three_routes(plain: Any, low_floor: Floo
         plain.zero_grad()
         return found
 
-    with ActivationController.of(plain).recording(low_floor.layers) as recording:
+    with ActivationController.of(plain).recording(floor.layers) as recording:
         plain(IDS)
-    states = {layer: recording.last(layer, with_grad=True) for layer in low_floor.layers}
-    (0.7 * axis_floor_loss(states, low_floor, MASK)).backward()
+    states = {layer: recording.last(layer, with_grad=True) for layer in floor.layers}
+    (0.7 * axis_floor_loss(states, floor, MASK)).backward()
     recorded = gradients()
 
     hidden, total = plain.embed(IDS), torch.zeros(())
     for number, layer in enumerate(plain.layers):
         hidden = layer(hidden)
-        if number in low_floor.layers:
-            i = low_floor.layers.index(number)
-            total = total + (2.0 - hidden @ low_floor.directions[i]).clamp(min=0)[MASK].square().sum()
-    (0.7 * total / len(low_floor.layers) / MASK.sum()).backward()
+        if number in floor.layers:
+            i = floor.layers.index(number)
+            total = total + (2.0 - hidden @ floor.directions[i]).clamp(min=0)[MASK].square().sum()
+    (0.7 * total / len(floor.layers) / MASK.sum()).backward()
     by_hand = gradients()
 
     labels = IDS.masked_fill(~MASK, -100)
-    with floor_gradients(plain, low_floor, weight=0.7, accumulation=1):
+    with floor_gradients(plain, floor, weight=0.7, accumulation=1):
         (plain(IDS, labels=labels).sum() * 0).backward()
     injected = gradients()
     assert len(recorded) == len(by_hand)

@@ -1,4 +1,7 @@
-"""What the core's tests share. They run in environments that hold other trainers too: see ``make test-core``."""
+"""What the core's tests share: a model of torch alone, and a floor above it.
+
+No conftest, since a folder above has one. They run in environments that hold other trainers too: see ``make test-core``.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from types import SimpleNamespace
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor, nn
 
@@ -50,16 +52,13 @@ class Plain(nn.Module):
         return logits
 
 
-@pytest.fixture
-def plain() -> Plain:
+def plain_model() -> Plain:
+    """The model, with weights of a fixed seed."""
     torch.manual_seed(0)
     return Plain()
 
 
-@pytest.fixture
-def low_floor() -> Floor:
+def high_floor() -> Floor:
     """A floor that a random model lies below, at layers 1 and 2."""
-    directions = torch.nn.functional.normalize(
-        torch.randn(2, WIDTH, generator=torch.Generator().manual_seed(7)), dim=-1
-    )
-    return Floor((1, 2), directions, torch.full((2,), 2.0), torch.ones(2))
+    directions = torch.randn(2, WIDTH, generator=torch.Generator().manual_seed(7))
+    return Floor((1, 2), torch.nn.functional.normalize(directions, dim=-1), torch.full((2,), 2.0), torch.ones(2))
