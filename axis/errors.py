@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import sys
 import textwrap
 from pathlib import Path
 
@@ -136,7 +137,13 @@ def _known(error: BaseException) -> UserError | None:
         return error
     said = str(error)
     if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("trimtab"):
-        return not_installed(error.name.partition(".")[0])
+        package = error.name.partition(".")[0]
+        if package != error.name and package in sys.modules:
+            return UserError(
+                f"the installed {package} has no {error.name}: it is older than this part of trimtab needs",
+                remedy="pip install 'trimtab[train]' in an environment of its own: another trainer here may pin the older one",
+            )
+        return not_installed(package)
     if isinstance(error, OSError):
         return _of_system(error)
     if "embedded null" in said or isinstance(error, UnicodeEncodeError):

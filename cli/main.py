@@ -265,7 +265,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
-    arguments = parse(argv)
+    try:
+        arguments = parse(argv)
+    except ModuleNotFoundError as error:  # an option is read by a package of an extra
+        _print_error(str(known_fault(error) or error))
+        return 2
     handlers: dict[str, Callable[[argparse.Namespace], None]] = {
         "run": _run,
         "recipes": _recipes,

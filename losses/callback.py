@@ -3,7 +3,7 @@
     trainer = SFTTrainer(..., callbacks=[FloorCallback("floor.safetensors", weight=0.7)])
 
 It does what :func:`~trimtab.losses.floor_gradients` does around ``trainer.train()``, for frameworks that make the trainer
-themselves: the hooks are laid when training begins, and taken off when it ends.
+themselves: the hooks are laid when training begins, act within its steps, and are taken off when it ends.
 """
 
 from __future__ import annotations
@@ -17,14 +17,16 @@ from trimtab.axis.directions import Floor
 from trimtab.axis.errors import UserError
 from trimtab.axis.instruments import load_floor
 from trimtab.losses.axis_floor import Shape
-from trimtab.losses.injection import FloorInjection, check_arguments, telling
+from trimtab.losses.injection import FloorInjection, check_trainer, telling
 
 if TYPE_CHECKING:
     TrainerCallback: Any = object
 else:
     try:
         from transformers import TrainerCallback
-    except ModuleNotFoundError:  # nothing calls it then, and the name is still there to be looked at
+    except ModuleNotFoundError as error:  # nothing calls it then, and the name is still there to be looked at
+        if error.name != "transformers":
+            raise
         TrainerCallback = object
 
 
@@ -42,7 +44,7 @@ class FloorCallback(TrainerCallback):  # type: ignore[misc]
 
     Raises:
         UserError: when training begins, if the floor does not fit the model or the trainer's arguments make its gradient wrong;
-            after the first step, if no trained token has passed the floor's layers.
+            after the first step, if no forward has passed the floor's layers, or nothing that is trained lies below them.
     """
 
     def __init__(
@@ -64,8 +66,8 @@ class FloorCallback(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Lay the hooks."""
         self._remove()  # those of a training that was broken off
-        check_arguments(args)
         trainer = _trainer_of(args)
+        check_trainer(trainer)
         self._injection = FloorInjection(
             model, self.floor, weight=self.weight, accumulation=args.gradient_accumulation_steps, **self._options
         )
@@ -74,21 +76,29 @@ class FloorCallback(TrainerCallback):  # type: ignore[misc]
         self._seen = False
         # before the callbacks that report, which a trainer puts first: they are handed what `on_log` adds
         callbacks = trainer.callback_handler.callbacks
-        callbacks.remove(self)
-        callbacks.insert(0, self)
+        if self in callbacks:
+            callbacks.remove(self)
+            callbacks.insert(0, self)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """See after the first step that the penalty is there at all."""
+        """See in the first steps that the penalty is there at all."""
         if self._injection is None or self._seen:
             return
-        self._seen = self._injection.seen()
-        if not self._seen:
-            self._remove()
+        calls, passes, self._seen = self._injection.calls, self._injection.passes, self._injection.trained > 0
+        if passes:  # else: no token of these rows is labelled, and the next step is looked at
+            return
+        self._remove()
+        layers = list(self.floor.layers)
+        if calls == 0:
             raise UserError(
-                f"no trained token has passed layers {list(self.floor.layers)} in the first step: this framework runs the model "
-                "past their hooks, and nothing would be penalised",
+                f"no forward has passed layers {layers} in the first step: this framework runs the model past their hooks, and "
+                "nothing would be penalised",
                 remedy="switch its fused or patched forward off, or add axis_floor_loss to the loss by hand",
             )
+        raise UserError(
+            f"no weight at or below layer {max(layers)} is trained, so nothing can move a projection at layers {layers}",
+            remedy="adapt layers from the first on (layers_to_transform), or take a floor at layers above the adapted ones",
+        )
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Add the figures since the last log."""

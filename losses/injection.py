@@ -13,7 +13,8 @@ is added to the loss:
 * the reported loss does not hold the penalty; see :meth:`FloorInjection.figures` for it;
 * in a loop of one's own, with micro-batches of unlike length or several ranks, the penalty is a mean of means;
 * a scaled loss (float16 with a GradScaler) is not known of: use bfloat16 or float32;
-* every forward with gradient is penalised, the one of another loss term too.
+* every forward with gradient is penalised, the one of another loss term too; where checkpointed layers are computed anew with
+  their hooks (transformers before 5.24), the mask is that of the last such forward before the backward.
 """
 
 from __future__ import annotations
@@ -65,12 +66,26 @@ class FloorInjection:
         self.accumulation = accumulation
         self.margin = margin
         self.shape: Shape = shape
+        self.active = True
+        self.calls = self.passes = self.trained = 0
         self._tokens: Tensor | None = None
+        self._labels: Tensor | None = None
         self._mask: Tensor | None = None
+        self._labelled = self._outer = False
         self._sums = {"penalty": 0.0, "violations": 0.0, "slots": 0.0}
         base, layers = base_model_of(model), decoder_layers_of(model)
         check_fits(len(layers), width_of(model), floor=floor)
+        # PEFT before 0.21 calls the base's forward past its hooks, so the model that is handed in is listened to as well.
+        outer = (
+            [
+                model.register_forward_pre_hook(self._before_outer, with_kwargs=True),
+                model.register_forward_hook(self._after_outer),
+            ]
+            if model is not base
+            else []
+        )
         self._handles = [
+            *outer,
             base.register_forward_pre_hook(self._before, with_kwargs=True),
             *(layers[layer].register_forward_hook(_LayerHook(self, i)) for i, layer in enumerate(floor.layers)),
         ]
@@ -80,26 +95,29 @@ class FloorInjection:
         for handle in self._handles:
             handle.remove()
 
-    def of_step(self, accumulation: int, tokens: Tensor | float | None) -> None:
-        """What the next forwards are divided by.
+    def of_step(self, accumulation: int, tokens: Tensor | float | None, labels: Tensor | None = None) -> None:
+        """What the next forwards are divided by, and which tokens count where the model is given no labels.
 
         Args:
             accumulation: micro-batches of the step.
             tokens: labelled tokens of all its micro-batches, over the number of ranks where gradients are averaged over those;
                 None where nobody has counted them.
+            labels: of the micro-batch, [B, T].
         """
         self.accumulation = accumulation
         self._tokens = None if tokens is None else torch.as_tensor(tokens).clamp(min=1)
+        self._labels = labels
 
-    def divisor(self, own: Tensor) -> Tensor:
-        """What a forward with so many tokens of its own is divided by."""
-        if self._tokens is not None:
+    def divisor(self, own: Tensor, *, labelled: bool) -> Tensor:
+        """What a forward is divided by.
+
+        Args:
+            own: how many of its tokens count.
+            labelled: whether these are the labelled ones, of which there may be a count over the whole step.
+        """
+        if self._tokens is not None and labelled:
             return self._tokens.to(own.device)
         return own.clamp(min=1) * self.accumulation
-
-    def seen(self) -> bool:
-        """Whether a trained token has passed the layers since the figures were last asked for."""
-        return self._sums["slots"] > 0
 
     def figures(self) -> dict[str, float]:
         """Mean penalty a token and share of (token, layer) slots below the floor, since the last call."""
@@ -111,22 +129,50 @@ class FloorInjection:
         self._sums = dict.fromkeys(self._sums, 0.0)
         return found
 
+    def _before_outer(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        self._take(kwargs)
+        self._outer = True
+
+    def _after_outer(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._outer = False
+
     def _before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if not self._outer or kwargs.get("labels") is not None:  # a wrapper may have kept the labels to itself
+            self._take(kwargs)
+
+    def _take(self, kwargs: dict[str, Any]) -> None:
+        """Which tokens of a forward count; one without gradient may come between a forward and its checkpointed backward."""
+        if not torch.is_grad_enabled():
+            return
         labels, attention = kwargs.get("labels"), kwargs.get("attention_mask")
+        self._labelled = labels is not None
         if labels is not None:
             self._mask = labels.ne(-100)
         else:
             self._mask = attention.bool() if attention is not None and attention.dim() == 2 else None
 
+    def _counted(self, shape: torch.Size) -> tuple[Tensor | None, bool]:
+        """The mask of a forward's tokens, and whether it is that of labels; None where all count."""
+        fits = self._mask is not None and self._mask.shape == shape
+        if not (fits and self._labelled) and self._labels is not None and self._labels.shape == shape:
+            return self._labels.ne(-100), True
+        return (self._mask, self._labelled) if fits else (None, False)
+
     def on_layer(self, position: int, output: Any) -> Any:
         """What a layer's output becomes: the same, with a node in the backward pass."""
+        if not self.active:
+            return None
+        self.calls += 1
         hidden = stream_of(output, self.floor.hidden_size, self.floor.layers[position])
         if not hidden.requires_grad:
             return None
-        mask = self._mask
-        if mask is None or mask.shape != hidden.shape[:-1]:
+        self.passes += 1
+        mask, labelled = self._counted(hidden.shape[:-1])
+        if mask is None:
             mask = torch.ones(hidden.shape[:-1], dtype=torch.bool, device=hidden.device)
-        passed = _AddGradient.apply(hidden, mask.to(hidden.device), self, position)  # type: ignore[no-untyped-call]
+        mask = mask.to(hidden.device)
+        scale = self.weight / self.divisor(mask.sum(), labelled=labelled)
+        passed = _AddGradient.apply(hidden, mask, scale, self, position)  # type: ignore[no-untyped-call]
         return with_stream(output, passed)
 
 
@@ -143,7 +189,9 @@ class _AddGradient(torch.autograd.Function):
     """The identity, whose backward adds the penalty's gradient."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, mask: Tensor, injection: FloorInjection, position: int) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, mask: Tensor, scale: Tensor, injection: FloorInjection, position: int
+    ) -> Tensor:
         floor = injection.floor
         sigma = float(floor.sigma[position])
         shortfall = (
@@ -151,12 +199,13 @@ class _AddGradient(torch.autograd.Function):
         ) / sigma + injection.margin
         shortfall = shortfall.masked_fill(~mask, 0.0)
         ctx.save_for_backward(shortfall)
-        ctx.scale = injection.weight / (len(floor.layers) * sigma) / injection.divisor(mask.sum())
+        ctx.scale = scale / (len(floor.layers) * sigma)
         ctx.injection, ctx.position = injection, position
         sums = injection._sums
         sums["penalty"] += float(hinge(shortfall, injection.shape).sum())
         sums["violations"] += float((shortfall > 0).sum())
-        sums["slots"] += float(mask.sum())
+        sums["slots"] += (counted := int(mask.sum()))
+        injection.trained += counted
         return hidden.view_as(hidden)
 
     @staticmethod
@@ -168,7 +217,7 @@ class _AddGradient(torch.autograd.Function):
             slope = torch.autograd.grad(hinge(x, ctx.injection.shape).sum(), x)[0]
         direction = ctx.injection.floor.directions[ctx.position].to(gradient.device)
         added = (-ctx.scale * slope).unsqueeze(-1) * direction
-        return gradient + added.to(gradient.dtype), None, None, None
+        return gradient + added.to(gradient.dtype), None, None, None, None
 
 
 @contextlib.contextmanager
@@ -201,7 +250,7 @@ def floor_gradients(
             else "leave accumulation out",
         )
     if not alone:
-        check_arguments(trained.args)
+        check_trainer(trained)
     model = trained if alone else trained.model
     injection = FloorInjection(model, floor, weight=weight, accumulation=accumulation or 1, **options)
     try:
@@ -211,13 +260,14 @@ def floor_gradients(
         injection.remove()
 
 
-def check_arguments(arguments: Any) -> None:
-    """Refuse arguments of a trainer under which the penalty's gradient would be wrong.
+def check_trainer(trainer: Any) -> None:
+    """Refuse a trainer under which the penalty's gradient would be wrong.
 
     Raises:
         UserError: if the loss is scaled (float16), or one process spreads a batch over several GPUs.
     """
-    if arguments.fp16:
+    arguments, accelerator = trainer.args, getattr(trainer, "accelerator", None)
+    if arguments.fp16 or getattr(accelerator, "mixed_precision", None) == "fp16":
         raise UserError(
             "the trainer scales its loss (fp16), and the penalty would not be scaled with it",
             key="fp16",
@@ -230,25 +280,61 @@ def check_arguments(arguments: Any) -> None:
         )
 
 
+TOLD = "_trimtab_told"  # where a trainer holds the injections that its steps tell
+
+
 @contextlib.contextmanager
 def telling(trainer: Any, injection: FloorInjection) -> Iterator[None]:
-    """Tell the injection before each micro-batch what the trainer divides the step's loss by."""
-    own = vars(trainer).get("training_step")  # of a framework that has put one there
-    step = trainer.training_step
+    """Tell the injection before each micro-batch what the trainer divides the step's loss by; it acts within steps alone.
 
-    def told(model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
-        tokens, arguments = num_items_in_batch, trainer.args
-        if tokens is not None and getattr(arguments, "average_tokens_across_devices", False):
-            tokens = tokens / trainer.accelerator.num_processes  # those of all ranks; the gradients will be averaged
-        micro_batches = getattr(trainer, "current_gradient_accumulation_steps", arguments.gradient_accumulation_steps)
-        injection.of_step(micro_batches, tokens)
-        return step(model, inputs, num_items_in_batch)
-
-    trainer.training_step = told
+    So hooks that a training leaves behind, broken off, do nothing to the next.
+    """
+    injection.active = False
+    listening: list[FloorInjection] | None = vars(trainer).get(TOLD)
+    if listening is None:
+        listening = _listen(trainer)
+    listening.append(injection)
     try:
         yield
     finally:
-        if own is None:
-            del trainer.training_step
-        else:
-            trainer.training_step = own
+        listening.remove(injection)
+        if not listening:
+            _leave(trainer)
+
+
+def _listen(trainer: Any) -> list[FloorInjection]:
+    """Put a step of ours before the trainer's; the injections that it will tell."""
+    listening: list[FloorInjection] = []
+    own = vars(trainer).get("training_step")  # of a framework that has put one there
+    step = trainer.training_step
+
+    def told(model: Any, inputs: Any, *rest: Any, **named: Any) -> Any:
+        tokens = named.get("num_items_in_batch", rest[0] if rest else None)
+        arguments = trainer.args
+        if tokens is not None and getattr(arguments, "average_tokens_across_devices", False):
+            # those of all ranks; the gradients will be averaged over those that have rows of their own
+            sharing = trainer.get_tp_size() if hasattr(trainer, "get_tp_size") else 1
+            tokens = tokens / (trainer.accelerator.num_processes // sharing)
+        micro_batches = getattr(trainer, "current_gradient_accumulation_steps", arguments.gradient_accumulation_steps)
+        for injection in listening:
+            injection.of_step(micro_batches, tokens, inputs.get("labels") if hasattr(inputs, "get") else None)
+            injection.active = True
+        try:
+            return step(model, inputs, *rest, **named)
+        finally:
+            for injection in listening:
+                injection.active = False
+
+    trainer.training_step = told
+    setattr(trainer, TOLD, listening)
+    trainer._trimtab_own_step = own
+    return listening
+
+
+def _leave(trainer: Any) -> None:
+    """Give the trainer its own step back."""
+    own = trainer._trimtab_own_step
+    for name in (TOLD, "_trimtab_own_step", "training_step"):
+        delattr(trainer, name)
+    if own is not None:
+        trainer.training_step = own

@@ -10,7 +10,7 @@ import pytest
 import torch
 from plain_model import high_floor
 
-from trimtab import Floor, FloorCallback, UserError, axis_floor_loss
+from trimtab import Floor, FloorCallback, UserError, axis_floor_loss, floor_gradients
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
@@ -111,6 +111,134 @@ def test_the_penalty_is_a_mean_over_the_tokens_of_the_step(
         torch.testing.assert_close(found[0][name] - found[1][name], gradient, atol=1e-5, rtol=1e-3)
 
 
+def penalty_by_autograd(given: Any, floor: Floor, rows: list[Any] = ROWS) -> dict[str, torch.Tensor]:
+    """Gradient of 0.7 times the penalty over the labelled tokens of these rows."""
+    batch = collate(rows)
+    out = given(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], output_hidden_states=True)
+    states = {layer: out.hidden_states[layer + 1] for layer in floor.layers}
+    (0.7 * axis_floor_loss(states, floor, batch["labels"] != -100)).backward()
+    return {name: p.grad.clone() for name, p in given.named_parameters() if p.grad is not None}
+
+
+def assert_adds_the_penalty(folder: Path, floor: Floor, make: Any, **own: Any) -> None:
+    """The trainer's gradient with the callback, less that without it, is the penalty's."""
+    found = []
+    for callbacks in ([FloorCallback(floor, weight=0.7)], []):
+        gradients = Gradients()
+        trainer(folder, [*callbacks, gradients], given=make(), **own).train()
+        found.append(gradients.first)
+    wanted = penalty_by_autograd(make(), floor)
+    assert any(float(gradient.abs().max()) > 1e-3 for gradient in wanted.values())
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(found[0][name] - found[1][name], gradient, atol=2e-5, rtol=1e-3)
+
+
+def tuned(task: str | None = None, **own: Any) -> Any:
+    torch.manual_seed(1)
+    lora = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type=task, **own)
+    made = peft.get_peft_model(model(), lora)
+    for name, parameter in made.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return made
+
+
+@pytest.mark.parametrize("task", [None, "CAUSAL_LM"])
+@pytest.mark.parametrize(("size", "accumulation"), [(4, 1), (2, 2)])
+def test_under_an_adapter_labelled_tokens_count(
+    tmp_path: Path, floor: Floor, task: str | None, size: int, accumulation: int
+) -> None:
+    """PEFT before 0.21 calls the base past its hooks where the adapter has a task."""
+    assert_adds_the_penalty(tmp_path, floor, lambda: tuned(task), size=size, accumulation=accumulation)
+
+
+def test_labels_that_the_model_is_not_given_count_all_the_same(tmp_path: Path, floor: Floor) -> None:
+    assert_adds_the_penalty(tmp_path, floor, model, label_smoothing_factor=0.1)
+
+
+class LooksAgain(Trainer):
+    """One that runs the model on other rows, without gradient, before the backward, as some preference losses do."""
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        found = super().compute_loss(model, inputs, *args, **kwargs)
+        with torch.no_grad():
+            model(input_ids=inputs["input_ids"], labels=torch.full_like(inputs["input_ids"], -100))
+        return found
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_forward_beside_checkpointed_layers_changes_no_mask(tmp_path: Path, floor: Floor, reentrant: bool) -> None:
+    own = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
+
+    def make() -> Any:
+        made = tuned("CAUSAL_LM")
+        made.enable_input_require_grads()  # which transformers 5 does by itself
+        return made
+
+    assert_adds_the_penalty(tmp_path, floor, make, kind=LooksAgain, **own)
+
+
+def test_a_training_that_broke_off_leaves_nothing_that_acts(tmp_path: Path, floor: Floor) -> None:
+    """The next, with a callback of its own, gets the penalty once; and without one, not at all."""
+
+    class Breaks(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            raise KeyboardInterrupt
+
+    def broken() -> Any:
+        given = model()
+        with pytest.raises(KeyboardInterrupt):
+            trainer(tmp_path, [FloorCallback(floor, weight=0.7), Breaks()], given=given).train()
+        given.zero_grad()
+        return given
+
+    assert_adds_the_penalty(tmp_path, floor, broken)
+    found = []
+    for given in (broken(), model()):
+        gradients = Gradients()
+        trainer(tmp_path, [gradients], given=given).train()
+        found.append(gradients.first)
+    assert all(found[0][name].equal(gradient) for name, gradient in found[1].items())
+
+
+def test_two_floors_at_once_are_two_penalties(tmp_path: Path, floor: Floor) -> None:
+    other = Floor((2,), floor.directions[:1], torch.tensor([1.0]), torch.tensor([0.5]))
+    found = []
+    for callbacks in ([FloorCallback(floor, weight=0.7), FloorCallback(other, weight=0.7)], []):
+        gradients = Gradients()
+        made = trainer(tmp_path, [*callbacks, gradients], given=model())
+        made.train()
+        assert "training_step" not in vars(made)
+        found.append(gradients.first)
+    first, second = penalty_by_autograd(model(), floor), penalty_by_autograd(model(), other)
+    for name, gradient in first.items():
+        both = gradient + second.get(name, 0)
+        torch.testing.assert_close(found[0][name] - found[1][name], both, atol=2e-5, rtol=1e-3)
+
+
+def test_a_first_step_without_an_answer_is_no_fault(
+    tmp_path: Path, floor: Floor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    silent = [{**row, "labels": [-100] * len(row["labels"])} for row in ROWS[:1]]
+    monkeypatch.setitem(globals(), "ROWS", [*silent, *ROWS[1:]])
+    noted = Noted()
+    trainer(tmp_path, [FloorCallback(floor, weight=0.7), noted], kind=Sums, size=1, steps=2).train()
+    assert [row["floor_penalty"] > 0 for row in noted.rows if "loss" in row] == [False, True]
+
+
+class Sums(Trainer):
+    """One whose loss is 0 where there is no answer, and not 0 / 0."""
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        return model(**inputs).logits.float().square().mean()
+
+
+def test_adapters_above_the_floor_alone_are_refused(tmp_path: Path, floor: Floor) -> None:
+    given = tuned(layers_to_transform=[3])
+    with pytest.raises(UserError, match=r"no weight at or below layer 2 is trained"):
+        trainer(tmp_path, [FloorCallback(floor, weight=0.7)], given=given).train()
+
+
 def test_its_figures_stand_in_the_log_of_every_reporter(tmp_path: Path, floor: Floor) -> None:
     noted = Noted()
     floor.save(tmp_path / "floor.safetensors")
@@ -126,21 +254,12 @@ def test_its_figures_stand_in_the_log_of_every_reporter(tmp_path: Path, floor: F
     assert rows[-1]["floor_penalty"] < 0.9 * rows[0]["floor_penalty"]
 
 
-def test_nothing_is_left_after_a_training_that_ends_or_breaks_off(tmp_path: Path, floor: Floor) -> None:
-    class Breaks(TrainerCallback):
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            raise KeyboardInterrupt
-
-    def hooks(given: Any) -> int:
-        return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in given.modules())
-
-    given, callback = model(), FloorCallback(floor, weight=0.5)
-    with pytest.raises(KeyboardInterrupt):
-        trainer(tmp_path, [callback, Breaks()], given=given).train()
-    assert hooks(given) > 0
-    made = trainer(tmp_path, [callback], given=given)
+def test_nothing_is_left_after_a_training(tmp_path: Path, floor: Floor) -> None:
+    given = model()
+    made = trainer(tmp_path, [FloorCallback(floor, weight=0.5)], given=given)
     made.train()
-    assert hooks(given) == 0 and "training_step" not in vars(made)
+    assert not sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in given.modules())
+    assert "training_step" not in vars(made) and not [name for name in vars(made) if "trimtab" in name]
 
 
 def test_an_adapter_learns(tmp_path: Path, floor: Floor) -> None:
@@ -187,7 +306,7 @@ def test_a_model_that_runs_past_the_hooks_is_refused(tmp_path: Path, floor: Floo
     for layer in given.model.layers:
         kind = type(layer)
         layer.__class__ = type("Fused", (kind,), {"__call__": kind.forward})
-    with pytest.raises(UserError, match=r"no trained token has passed layers \[1, 2\] in the first step"):
+    with pytest.raises(UserError, match=r"no forward has passed layers \[1, 2\] in the first step"):
         trainer(tmp_path, [FloorCallback(floor, weight=0.5)], given=given).train()
 
 
@@ -197,8 +316,13 @@ def test_what_would_make_its_gradient_wrong_is_refused(tmp_path: Path, floor: Fl
     with pytest.raises(UserError, match="scales its loss"):
         made.train()
     made.args.fp16, made.args._n_gpu = False, 2
-    with pytest.raises(UserError, match="spreads each batch over 2 GPUs"):
-        made.callback_handler.on_train_begin(made.args, made.state, made.control)
+    with pytest.raises(UserError, match="spreads each batch over 2 GPUs"), floor_gradients(made, floor, weight=0.5):
+        pass
+    made.args._n_gpu = 0
+    made.accelerator.state._mixed_precision = "fp16"  # as `accelerate launch --mixed_precision fp16` sets it
+    with pytest.raises(UserError, match="scales its loss"):
+        made.train()
+    made.accelerator.state._mixed_precision = "no"
     callback = FloorCallback(Floor((9,), floor.directions[:1], floor.tau[:1], floor.sigma[:1]), weight=0.5)
     with pytest.raises(UserError, match="layer"):
         trainer(tmp_path, [callback]).train()

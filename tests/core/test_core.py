@@ -82,10 +82,19 @@ def test_types_are_told() -> None:
 
 
 def test_a_missing_extra_is_named() -> None:
-    code = BLOCKED.format(extras={"rich", "pydantic", "transformers"})
+    code = BLOCKED.format(extras={"rich", "pydantic", "transformers", "yaml"})
     code += "from trimtab.cli.main import main\nraise SystemExit(main(['check', 'smollm2-135m/sft']))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and "pip install 'trimtab[train]'" in done.stderr and "Traceback" not in done.stderr
+    given = ["project", "--model", "m", "--floor", "f", "--layers", "3-4", "t.json"]
+    for words in (code, code.replace("['check', 'smollm2-135m/sft']", repr(given))):
+        done = subprocess.run([sys.executable, "-c", words], capture_output=True, text=True, check=False)
+        assert done.returncode == 2 and "pip install 'trimtab[train]'" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_package_that_is_too_old_is_not_missing() -> None:
+    from trimtab.axis.errors import known_fault
+
+    there = known_fault(ModuleNotFoundError("No module named 'torch.of_tomorrow'", name="torch.of_tomorrow"))
+    assert there is not None and "older than this part of trimtab needs" in there.fault
 
 
 def test_the_cap_holds_and_the_files_come_back(plain: Any, floor: Floor, tmp_path: Path) -> None:
