@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TextIO
 
 import pytest
-from conftest import save_model
 from tiny_recipe import (
     PROBE,
     TWO_PROCESSES,
@@ -21,6 +20,7 @@ from tiny_recipe import (
     environment,
     launcher,
     needs_deepspeed,
+    save_small,
     small_disk,
     write_recipe,
 )
@@ -36,7 +36,7 @@ class Broken:
 
     def __init__(self, folder: Path, engine: str, how: str, disk: Path | None = None) -> None:
         model = folder / "model"
-        save_model(model)
+        save_small(model)
         self.folder, self.notes = (disk or folder) / "run", folder / "notes"
         self.notes.mkdir()
         recipe = write_recipe(folder / "recipe.yaml", model, "sft", **TWO_PROCESSES)
@@ -83,8 +83,9 @@ def test_a_killed_rank_ends_the_job_and_it_goes_on(tmp_path: Path, engine: str) 
     assert "rank      : 1" in said and "SIGKILL" in said
     assert Path(str(last_checkpoint(job.folder / "checkpoints"))).name == "checkpoint-2"
     assert not (job.folder / "adapter").exists()
-    assert job.start()[0] == 0, job.log.read_text(encoding="utf-8")[-3000:]
-    assert json.loads((job.notes / "rank-0.json").read_text(encoding="utf-8"))["from_step"] == 2
+    if engine == "ddp-cpu":  # under ZeRO-3 the job whose disk was full goes on, below
+        assert job.start()[0] == 0, job.log.read_text(encoding="utf-8")[-3000:]
+        assert json.loads((job.notes / "rank-0.json").read_text(encoding="utf-8"))["from_step"] == 2
 
 
 @pytest.mark.distributed

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import save_model
 from peft import PeftModel
 from tiny_recipe import (
     ROOT,
@@ -24,6 +23,7 @@ from tiny_recipe import (
     launch,
     needs_deepspeed,
     run,
+    save_small,
     write_recipe,
 )
 from transformers import AutoModelForCausalLM
@@ -42,7 +42,7 @@ FIGURES = {
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("engines") / "model")
+    return save_small(tmp_path_factory.mktemp("engines") / "model")
 
 
 def one_process(method: str, model: Path) -> Path:
@@ -141,7 +141,7 @@ def test_a_base_of_4_bits_is_sharded_and_trains_alike(tmp_path: Path) -> None:
     """Adapters are bfloat16 then, TRL's choice, so the steps part by its rounding; the first has the same loss and gradient."""
     pytest.importorskip("bitsandbytes")
     model = tmp_path / "model"  # wide enough for a block of 64 weights
-    save_model(model, hidden_size=64, intermediate_size=128, head_dim=16)
+    save_small(model, hidden_size=64, intermediate_size=128, head_dim=16)
     _, (note, _) = found = launch("fsdp2-qlora", "sft", model, tmp_path, quantization="nf4")
     assert (note["distributed_type"], note["processes"]) == ("FSDP", 2)
     # 0.68 where 4-bit blocks are stored as bytes: FSDP leaves those whole

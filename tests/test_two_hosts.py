@@ -16,7 +16,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import save_model
 from test_engines import one_process, rollouts
 from tiny_recipe import (
     PROBE,
@@ -27,6 +26,7 @@ from tiny_recipe import (
     environment,
     largest_difference,
     launcher,
+    save_small,
     write_recipe,
 )
 
@@ -70,7 +70,7 @@ def hosts() -> Iterator[list[str]]:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("hosts") / "model")
+    return save_small(tmp_path_factory.mktemp("hosts") / "model")
 
 
 @pytest.mark.distributed

@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from conftest import save_model
 from quick_python import quick_python
 from safetensors.torch import load_file
 
@@ -108,6 +109,11 @@ def _change_method(content: dict[str, Any], method: str, sampling: dict[str, Any
     if method == "grpo":
         del content["train"]["max_length"]
         content["train"] |= {"num_generations": 4, "max_completion_length": 6, "beta": 0.02}
+
+
+def save_small(folder: Path, **changes: Any) -> Path:
+    """A model with no layer more than the recipe's floor needs: each costs every rank a collective for every weight."""
+    return save_model(folder, num_hidden_layers=3, **changes)
 
 
 def environment(**extra: str) -> dict[str, str]:
