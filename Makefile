@@ -10,8 +10,7 @@ PYTHON ?= python3.11
 # The version that trimtab is tested with. TORCH=torch takes whatever is newest.
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
-# Test files run side by side, each process on one thread; two threads a process on two cores would be slower. Jobs of two ranks
-# come afterwards, one at a time: beside other work the ranks wait for each other five times as long.
+# Test files run side by side, each process on one thread; two threads a process on two cores would be slower.
 WORKERS ?= 2
 FOLDERS := axis losses train eval recipes cli accelerate_configs
 
@@ -24,8 +23,7 @@ demo: .venv/.ready-demo
 	$(BIN)/trimtab run smollm2-135m/demo --output-dir runs/demo
 
 test: .venv/.ready-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not distributed"
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m distributed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 # The oldest trainers that other frameworks pin, those in between, and none at all.
 CORES := bare old middle

@@ -15,6 +15,7 @@ import pytest
 from tiny_recipe import (
     PROBE,
     TWO_PROCESSES,
+    both_cores,
     command,
     environment,
     launcher,
@@ -49,7 +50,7 @@ class Broken:
 
     def start(self, **variables: str) -> tuple[int, float]:
         """Run the command; its exit code, and the seconds from the break to its end."""
-        with self.log.open("w") as file:
+        with both_cores(), self.log.open("w") as file:
             return self._started(file, variables)
 
     def _started(self, file: TextIO, variables: Mapping[str, str]) -> tuple[int, float]:

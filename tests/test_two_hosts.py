@@ -21,6 +21,7 @@ from tiny_recipe import (
     PROBE,
     TWO_PROCESSES,
     adapter,
+    both_cores,
     command,
     environment,
     largest_difference,
@@ -91,7 +92,7 @@ def test_two_hosts_train_the_adapter_of_one_process(
     variables = {
         "TRIMTAB_PROBE": str(notes), "TRIMTAB_ENGINE": engine, "TRIMTAB_METHOD": method, "GLOO_SOCKET_IFNAME": "cable",
     }  # fmt: skip
-    with contextlib.ExitStack() as running:
+    with both_cores(), contextlib.ExitStack() as running:
         processes = []
         for rank, host in enumerate(hosts):
             start = ["ip", "netns", "exec", host, *launcher(config, sys.executable), "--num_processes", "2"]
