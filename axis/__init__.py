@@ -3,8 +3,9 @@
 Names are loaded at their first use (PEP 562), so that torch is not imported by those who only need an error class or a path.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from trimtab.axis.lazy import lazy_names
 
 if TYPE_CHECKING:
     from trimtab.axis.directions import Axis, Floor
@@ -47,12 +48,7 @@ _HOME = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__ = lazy_names(__name__, _HOME)
 
 
 def __dir__() -> list[str]:

@@ -47,9 +47,10 @@ def check_inputs(recipe: Recipe) -> None:
     section = recipe.eval
     if section.conversations_file is not None:
         user = {"role": "user", "content": ""}
-        chats = [(talk.id, [*talk.opening, user]) for talk in load_replays(section.conversations_file)]
+        talks = load_replays(section.conversations_file)
+        chats = [(talk.id, [*talk.opening, user]) for talk in talks]
         check_rendering(recipe.model, chats, section.conversations_file, KEY)
-        _check_context(recipe, load_replays(section.conversations_file))
+        _check_context(recipe, talks)
     if section.boundary_file is not None:
         load_boundary_file(section.boundary_file)
     for tuning in section.durability:

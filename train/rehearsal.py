@@ -405,7 +405,7 @@ def _reward_faults(loaded: LoadedRecipe) -> list[Fault]:
 
 
 def judge_faults(sections: Mapping[str, JudgeSection | None]) -> list[Fault]:
-    """Judges that can't be asked from here: no key, no httpx, or a local model that isn't there.
+    """Judges that can't be asked from here: no key, no package, or a local model that isn't there.
 
     Args:
         sections: dotted key -> the section.

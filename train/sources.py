@@ -193,11 +193,14 @@ def _tell_control_tokens(
     except UserError:
         return  # whoever loads the model tells it
     names = [re.escape(token.content) for token in known if token.special or CONTROL.fullmatch(token.content)]
+    if not names:
+        return
+    any_name = re.compile("|".join(names))
     said = [
         (place, name[0])
         for place, messages in chats
         for message in messages
-        if names and (name := re.search("|".join(names), message["content"]))
+        if (name := any_name.search(message["content"]))
     ]
     if said:
         log.warning(

@@ -4,8 +4,9 @@ The names below need torch and safetensors alone, whatever trainer stands beside
 evaluation need ``pip install 'trimtab[train]'``. Names are loaded at their first use, so importing this imports no torch.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from trimtab.axis.lazy import lazy_names
 
 if TYPE_CHECKING:
     from trimtab.axis.directions import Axis, Floor
@@ -48,12 +49,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__ = lazy_names(__name__, _HOME)
 
 
 def __dir__() -> list[str]:
