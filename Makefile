@@ -12,7 +12,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 # Test files run side by side, each process on one thread; two threads a process on two cores would be slower.
 WORKERS ?= 2
-FOLDERS := axis losses train eval recipes cli accelerate_configs
+FOLDERS := axis losses recipes pipeline train eval chat cli accelerate_configs
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export HF_HUB_DISABLE_TELEMETRY := 1

@@ -10,11 +10,8 @@ from __future__ import annotations
 
 import bisect
 import contextlib
-import logging
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,14 +19,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from trimtab.axis.calibration import check_window, window_by_rule
-from trimtab.axis.chat import ChatFormat, Message, chat
+from trimtab.axis.chat import ChatFormat, Message
 from trimtab.axis.directions import Axis, Floor, check_fits
 from trimtab.axis.errors import UserError
-from trimtab.axis.files import write_json
 from trimtab.axis.hooks import ActivationController, project
-from trimtab.axis.instruments import check_instrument, load_instrument
 from trimtab.axis.layers import text_config_of
-from trimtab.axis.soundness import check_model, not_finite
+from trimtab.axis.soundness import not_finite
 from trimtab.axis.template import common_length, probes
 from trimtab.axis.transcripts import Transcript, load_transcript
 
@@ -38,12 +33,9 @@ __all__ = [
     "Transcript",
     "TurnReading",
     "load_transcript",
-    "project_command",
     "project_transcript",
     "turn_spans",
 ]
-
-log = logging.getLogger("trimtab")
 
 WIDEST_CHARACTER = 4  # tokens: the bytes of the longest UTF-8 character
 
@@ -265,115 +257,3 @@ def _pieces(
             pieces.append((joined[len(str(tokenizer.decode(context))) :], sum(held) / len(held)))
             context, group = group, []
     return pieces
-
-
-def _check_pages(html: str | Path | None, json: str | Path | None) -> None:
-    """Whether the files to write can be files, and two of them, before a model is loaded and read for them."""
-    for key, path in (("--html", html), ("--json", json)):
-        if path is not None and os.path.isdir(path):
-            raise UserError("this is a folder, and a file is wanted", file=path, key=key, remedy="name a file")
-    if html is not None and json is not None and os.path.realpath(html) == os.path.realpath(json):
-        raise UserError("the page and the numbers can't be one file", file=json, key="--json", remedy="name another")
-
-
-def project_command(
-    model: str,
-    floor: str | Path,
-    transcript: str | Path,
-    *,
-    experiment: str | None = None,
-    layers: Sequence[int] | None = None,
-    html: str | Path | None = None,
-    json: str | Path | None = None,
-    capped: bool = False,
-    template_kwargs: Mapping[str, Any] | None = None,
-) -> int:
-    """The command ``trimtab project``: tables on standard output, and the files that were asked for.
-
-    A conversation that can't be read keeps nothing from the others.
-
-    Args:
-        model: hub id, folder or embedded model.
-        floor: see :func:`trimtab.axis.instruments.load_instrument`.
-        transcript: see :func:`load_transcript`.
-        experiment: id in a published ``capping_config.pt``.
-        layers: see :func:`project_transcript`.
-        html: also write a page with the curves, the layers and the coloured text.
-        json: also write the numbers.
-        capped: read the model with the cap on.
-        template_kwargs: extra arguments of the chat template.
-
-    Returns:
-        0, the exit code.
-
-    Raises:
-        UserError: for whatever is wrong with the inputs; if it is some of the conversations, after the others are shown and
-            written.
-    """
-    from rich.console import Console
-
-    from trimtab.axis.compass_view import render_table, write_plot
-    from trimtab.axis.models import load_model, load_tokenizer, model_shape
-    from trimtab.axis.progress import track
-
-    _check_pages(html, json)
-    conversations = load_transcript(transcript)
-    instrument = load_instrument(floor, experiment)
-    if capped and not isinstance(instrument, Floor):
-        raise UserError("an axis alone can't cap", file=floor, key="--capped", remedy="give a floor.safetensors")
-    shape = model_shape(model)
-    check_instrument(instrument, *shape, floor)
-    if layers is not None:
-        check_window(layers, shape[0])
-        instrument = instrument.at(layers) if isinstance(instrument, Floor) else instrument
-    form = ChatFormat(load_tokenizer(model), template_kwargs)
-    form.prompt_text(chat("", "x"))  # a template that can't be used is told before the weights load
-    form.tell()
-    loaded = load_model(model)
-    check_model(loaded)
-    made_for = instrument.metadata.get("model")
-    if made_for not in (None, model):
-        log.warning(
-            "%s was made for %s: its numbers hold for %s only if that has the same weights", floor, made_for, model
-        )
-    courses: list[Any] = []  # of Course; pyright knows this module by two names
-    faults: dict[str, UserError] = {}
-    for conversation in track(conversations, "projections"):
-        if conversation.model not in (None, model):
-            log.info("%s: written by %s, read by %s", conversation.title, conversation.model, model)
-        try:
-            courses.append(
-                project_transcript(
-                    loaded.model,
-                    form,
-                    instrument,
-                    conversation.messages,
-                    layers=layers,
-                    capped=capped,
-                    title=conversation.title,
-                )
-            )
-        except UserError as error:
-            faults[conversation.title] = error
-    if not courses and len({error.fault for error in faults.values()}) == 1:
-        raise next(iter(faults.values()))
-    answers = [turn for course in courses for turn in course.assistant]
-    if answers and all(turn.below == 0 for turn in answers):
-        log.warning("%s: no token of an answer lies below this floor, so its cap would do nothing here", floor)
-    console = Console()
-    for course in courses:
-        console.print(render_table(course))
-    if json is not None:
-        write_json(json, {"model": model, "floor": str(floor), "courses": [course.as_json() for course in courses]})
-        print(f"numbers: {Path(json).resolve()}")
-    if html is not None:
-        write_plot(html, courses)
-        print(f"page: {Path(html).resolve()}")
-    if faults:
-        raise UserError(
-            f"{len(faults)} of {len(conversations)} conversations can't be read: "
-            + "; ".join(f"{title}: {error.fault}" for title, error in faults.items()),
-            file=transcript,
-            remedy=" ".join(dict.fromkeys(error.remedy for error in faults.values())),
-        )
-    return 0

@@ -45,9 +45,9 @@ from trimtab.cli.check import (
 )
 from trimtab.cli.launch import resolve_accelerate_config
 from trimtab.cli.work import estimate_work
+from trimtab.pipeline.run import open_run
 from trimtab.recipes.loader import LoadedRecipe, load_recipe
-from trimtab.train.prepare import rollouts_stage
-from trimtab.train.run import open_run
+from trimtab.train.pairs import rollouts_stage
 
 CONFIGS = Path(__file__).resolve().parent.parent / "tests" / "model_configs.json"
 RECIPES = ("qwen3-4b/distill", "qwen3-4b/grpo", "llama-3.1-8b/sft", "llama-3.1-8b/dpo")

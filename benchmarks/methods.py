@@ -11,8 +11,8 @@ kept; ``--seeds`` without a number makes none and writes the table alone. The ta
 to ``<folder>/methods.md``. Two such commands may work on one folder at a time, with other arms each; start the second one when
 the first has its floor.
 
-Seeds are pooled and every arm is held against the recipes' default, role by role (``trimtab.eval.pooling``); ``trimtab report
---compare docs/measured/capped-SFT-+-floor-*.json docs/measured/*.json`` shows the same with plots.
+Seeds are pooled and every arm is held against the recipes' default, role by role (``trimtab.eval.report.pooling``);
+``trimtab report --compare docs/measured/capped-SFT-+-floor-*.json docs/measured/*.json`` shows the same with plots.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from pathlib import Path
 from trimtab.axis.files import file_fingerprint, write_jsonl, write_text
 from trimtab.axis.logs import setup_logging
 from trimtab.cli.launch import launch_training
-from trimtab.eval.compare import load_runs
 from trimtab.eval.intervals import most_telling
-from trimtab.eval.pooling import Pooled, stand
-from trimtab.eval.report import load_report
+from trimtab.eval.report.compare import load_runs
+from trimtab.eval.report.page import load_report
+from trimtab.eval.report.pooling import Pooled, stand
 from trimtab.eval.schema import Report
 from trimtab.eval.stages import eval_stage, report_stage
+from trimtab.pipeline.run import Run, open_run
 from trimtab.recipes.loader import LoadedRecipe, load_recipe
-from trimtab.train.prepare import rollouts_stage
-from trimtab.train.run import Run, open_run
+from trimtab.train.pairs import rollouts_stage
 
 # The same for all, so that the arms share their axis and their base answers.
 EVAL = [

@@ -15,8 +15,8 @@ from typing import Any
 from trimtab.axis.chat import chat
 from trimtab.axis.extraction import rollout_items
 from trimtab.axis.sampling import batches_by_length
-from trimtab.eval.capability import size_of, tasks_of
-from trimtab.eval.pressure import identity_items, jailbreak_items
+from trimtab.eval.measures.capability import size_of, tasks_of
+from trimtab.eval.measures.pressure import identity_items, jailbreak_items
 from trimtab.eval.stages import (
     benign_items,
     boundary_probes_of,

@@ -31,10 +31,10 @@ from trimtab.cli.launch import default_accelerate, read_accelerate_config, resol
 from trimtab.cli.verify import find_faults
 from trimtab.cli.work import QUANTIZED, Work, estimate_work
 from trimtab.losses.divergence import CHUNK
+from trimtab.pipeline.instrument import check_counts, given_axis, given_floor
 from trimtab.recipes.loader import LoadedRecipe
 from trimtab.recipes.rules import floor_layers
 from trimtab.recipes.schema import Recipe
-from trimtab.train.prepare import check_counts, given_axis, given_floor
 from trimtab.train.rehearsal import meta_model_of
 
 log = logging.getLogger("trimtab")
@@ -423,14 +423,15 @@ def advice(recipe: Recipe, plan: MemoryPlan, strategy: Strategy, counted: Counte
 
 def _check_template(recipe: Recipe) -> None:
     """Hold the chat template against the recipe; a folder that has no tokenizer yet is told."""
-    from trimtab.train.prepare import chat_format, check_template  # which take a second to import
+    from trimtab.pipeline.loading import chat_format  # which takes a second to import
 
     folder = Path(resolve_name(recipe.model.name)[0])
     if folder.is_dir() and not any(folder.glob("tokenizer*")):
         log.warning("%s has no tokenizer: the chat template is not checked", folder)
         return
-    check_template(recipe)
-    chat_format(recipe.model).tell()
+    form = chat_format(recipe.model)
+    form.check()
+    form.tell()
 
 
 def _fewer_rows(calls: Sequence[Call]) -> list[str]:

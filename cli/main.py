@@ -358,8 +358,8 @@ def _opened(arguments: argparse.Namespace, *, make: bool) -> Any:
         if getattr(arguments, "base", None) is None
         else _subject_recipe(arguments)
     )
+    from trimtab.pipeline.run import MARKER, Run, open_run, run_folder
     from trimtab.train.job import check_trains
-    from trimtab.train.run import MARKER, Run, open_run, run_folder
 
     if arguments.command in ("rollouts", "train"):
         check_trains(loaded)
@@ -433,7 +433,7 @@ def _compare(arguments: argparse.Namespace) -> None:
             raise UserError(
                 f"--{option} is of one run", key=f"--{option}", remedy="give it with a recipe, without --compare"
             )
-    from trimtab.eval.compare import load_runs, write_comparison, write_csv
+    from trimtab.eval.report.compare import load_runs, write_comparison, write_csv
 
     reports = load_runs(arguments.compare)
     page = arguments.to or Path("comparison.html")
@@ -447,7 +447,8 @@ def _compare(arguments: argparse.Namespace) -> None:
 def _run(arguments: argparse.Namespace) -> None:
     run = _open(arguments)
     from trimtab.eval.stages import eval_stage, report_stage
-    from trimtab.train.prepare import floor_stage, rollouts_stage
+    from trimtab.pipeline.instrument import floor_stage
+    from trimtab.train.pairs import rollouts_stage
 
     trains = run.recipe.eval.tuned is None
     (rollouts_stage if trains else floor_stage)(run)
@@ -484,7 +485,7 @@ def _stage(arguments: argparse.Namespace) -> None:
 
         if arguments.command == "eval":
             if run.recipe.eval.tuned is not None:
-                from trimtab.train.prepare import floor_stage
+                from trimtab.pipeline.instrument import floor_stage
 
                 floor_stage(run)
                 _free_memory()
@@ -495,9 +496,10 @@ def _stage(arguments: argparse.Namespace) -> None:
         if arguments.command == "report":
             _export(run, arguments)
     else:
-        from trimtab.train import prepare
+        from trimtab.pipeline.instrument import axis_stage, floor_stage
+        from trimtab.train.pairs import rollouts_stage
 
-        work = {"axis": prepare.axis_stage, "floor": prepare.floor_stage, "rollouts": prepare.rollouts_stage}
+        work = {"axis": axis_stage, "floor": floor_stage, "rollouts": rollouts_stage}
         work[arguments.command](run)
 
 
@@ -505,9 +507,9 @@ def _export(run: Any, arguments: argparse.Namespace) -> None:
     """The report of a run in other forms."""
     from trimtab.axis.files import write_text
     from trimtab.eval import stages
-    from trimtab.eval.compare import write_csv
-    from trimtab.eval.inspect_log import write_inspect_logs
-    from trimtab.eval.report import load_report
+    from trimtab.eval.report.compare import write_csv
+    from trimtab.eval.report.inspect_log import write_inspect_logs
+    from trimtab.eval.report.page import load_report
 
     report = load_report(run.folder / "report.json")
     if arguments.csv is not None:
@@ -528,7 +530,7 @@ def _train(run: Any, arguments: argparse.Namespace) -> None:
 
 def _train_further(run: Any, arguments: argparse.Namespace) -> None:
     """The further fine-tunings whose outcome the evaluation measures: of the tuned weights, and of the base beside them."""
-    from trimtab.train.run import STARTS
+    from trimtab.pipeline.run import STARTS
 
     for tuning in run.recipe.eval.durability:
         for start in STARTS:
@@ -605,7 +607,7 @@ def _merge(arguments: argparse.Namespace) -> None:
 
 
 def _project(arguments: argparse.Namespace) -> None:
-    from trimtab.axis.compass import project_command
+    from trimtab.cli.compass import project_command
 
     project_command(
         arguments.model,
@@ -621,7 +623,7 @@ def _project(arguments: argparse.Namespace) -> None:
 
 
 def _chat(arguments: argparse.Namespace) -> None:
-    from trimtab.cli.chat import chat_command
+    from trimtab.chat.command import chat_command
 
     chat_command(
         arguments.run,

@@ -6,12 +6,12 @@ import tempfile
 from pathlib import Path
 
 from trimtab.cli.launch import check_machine, check_pair, default_accelerate, processes_of, resolve_accelerate_config
-from trimtab.eval.capability import check_tasks
+from trimtab.eval.measures.capability import check_tasks
 from trimtab.eval.stages import check_files
+from trimtab.pipeline.run import Run
 from trimtab.recipes.faults import Findings
 from trimtab.recipes.loader import LoadedRecipe
 from trimtab.train.rehearsal import judge_faults, rehearse, section_faults
-from trimtab.train.run import Run
 
 
 def find_faults(

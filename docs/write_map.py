@@ -17,7 +17,10 @@ What each module is for, in its own words: the first line of each, written by `p
 anything that stands below it, but for `trimtab/`, whose names are lazy.
 """
 # In the order in which they import each other.
-FOLDERS = ("trimtab", "axis", "losses", "recipes", "accelerate_configs", "train", "eval", "cli")
+FOLDERS = (
+    "trimtab", "axis", "losses", "recipes", "accelerate_configs", "pipeline", "train",
+    "eval", "eval/answers", "eval/measures", "eval/report", "chat", "cli",
+)  # fmt: skip
 
 
 def first_line(path: Path) -> str:
@@ -30,7 +33,7 @@ def first_line(path: Path) -> str:
 def the_map() -> str:
     """The page."""
     packages = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"]
-    assert {name.rpartition(".")[2] for name in packages} == set(FOLDERS)
+    assert {name.removeprefix("trimtab.").replace(".", "/") for name in packages} == set(FOLDERS)
     parts = [HEAD]
     for folder in FOLDERS:
         parts.append(f"## {folder}/\n\n{first_line(ROOT / folder / '__init__.py')}.\n")

@@ -22,14 +22,14 @@ from trimtab.axis.models import (
     pretrained_arguments,
 )
 from trimtab.axis.scoring import SCORE_BATCH
-from trimtab.eval.arms import Arms
+from trimtab.eval.answers.arms import Arms
+from trimtab.eval.answers.reading import llr_of, teacher_forced
 from trimtab.eval.intervals import Array, ClusterBootstrap
-from trimtab.eval.measure import llr_of, teacher_forced
-from trimtab.eval.report import load_report
+from trimtab.eval.report.page import load_report
 from trimtab.eval.schema import Estimate
 from trimtab.eval.stages import benign_items, default_items, role_items, rulers_of
-from trimtab.train.prepare import Prepared, load_section, sampling_options
-from trimtab.train.run import Run
+from trimtab.pipeline.loading import Prepared, load_section, sampling_options
+from trimtab.pipeline.run import Run
 
 log = logging.getLogger("trimtab")
 

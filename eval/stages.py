@@ -25,15 +25,10 @@ from trimtab.axis.models import EMBEDDED, Loaded
 from trimtab.axis.progress import progress_bar
 from trimtab.axis.replies import Missing
 from trimtab.axis.scoring import SCORE_BATCH, persona_llr
-from trimtab.eval.arms import CONTROL, Answers, Arms, Item
-from trimtab.eval.assemble import Measured, build_report
-from trimtab.eval.boundary_files import load_boundary_file
-from trimtab.eval.capability import measure_capability, tasks_of
-from trimtab.eval.card import model_card
-from trimtab.eval.durability import after
-from trimtab.eval.inputs import check_inputs
-from trimtab.eval.intervals import ClusterBootstrap
-from trimtab.eval.measure import (
+from trimtab.eval.answers.arms import CONTROL, Answers, Arms, Item
+from trimtab.eval.answers.boundary_files import load_boundary_file
+from trimtab.eval.answers.inputs import check_inputs
+from trimtab.eval.answers.reading import (
     Ruler,
     coloured,
     firing_fraction,
@@ -42,20 +37,25 @@ from trimtab.eval.measure import (
     read_means,
     teacher_forced,
 )
-from trimtab.eval.prediction import position_r2
-from trimtab.eval.pressure import Suite, jailbreaks, susceptibility
-from trimtab.eval.replays import load_replays
-from trimtab.eval.report import load_report, render_html, write_report
-from trimtab.eval.rerouting import components, probe_auc
+from trimtab.eval.answers.replays import load_replays
+from trimtab.eval.answers.weights import Weights, open_subjects
+from trimtab.eval.intervals import ClusterBootstrap
+from trimtab.eval.measures.capability import measure_capability, tasks_of
+from trimtab.eval.measures.durability import after
+from trimtab.eval.measures.prediction import position_r2
+from trimtab.eval.measures.pressure import Suite, jailbreaks, susceptibility
+from trimtab.eval.measures.rerouting import components, probe_auc
+from trimtab.eval.measures.simulated import LiveTurn, live_conversations, simulated_suite, spread_out, user_model
+from trimtab.eval.report.assemble import Measured, build_report
+from trimtab.eval.report.card import model_card
+from trimtab.eval.report.page import load_report, render_html, write_report
 from trimtab.eval.schema import ArmAnswer, Estimate, Report, Rerouting, Transcript, Turn
-from trimtab.eval.simulated import LiveTurn, live_conversations, simulated_suite, spread_out, user_model
-from trimtab.eval.weights import Weights, open_subjects
+from trimtab.pipeline.loading import Prepared, sampling_options
+from trimtab.pipeline.run import STARTS, Run
+from trimtab.pipeline.subject import Subject, check_subject, find_subject, trained_subject, tuned_subject
 from trimtab.recipes import data
 from trimtab.recipes.data import BoundaryProbe
 from trimtab.recipes.schema import EvalSection, deciding
-from trimtab.train.prepare import Prepared, sampling_options
-from trimtab.train.run import STARTS, Run
-from trimtab.train.subject import Subject, check_subject, find_subject, trained_subject, tuned_subject
 
 log = logging.getLogger("trimtab")
 

@@ -33,7 +33,7 @@ from trimtab.axis.directions import Floor, unit
 from trimtab.axis.hooks import cap
 from trimtab.axis.models import Loaded
 from trimtab.axis.sampling import SamplingOptions
-from trimtab.eval.arms import Arms
+from trimtab.eval.answers.arms import Arms
 
 torch.set_num_threads(1)
 

@@ -20,12 +20,12 @@ from transformers import AutoModelForCausalLM
 from trimtab.axis import UserError
 from trimtab.axis.adapter_files import SUPPORTED
 from trimtab.axis.models import load_model
+from trimtab.chat.arms import open_live
 from trimtab.cli.main import main
-from trimtab.eval import weights as weights_module
-from trimtab.eval.live import open_live
-from trimtab.eval.weights import open_subjects, open_weights
+from trimtab.eval.answers import weights as weights_module
+from trimtab.eval.answers.weights import open_subjects, open_weights
+from trimtab.pipeline.subject import check_subject, find_subject
 from trimtab.recipes.schema import ModelSection
-from trimtab.train.subject import check_subject, find_subject
 
 IDS = torch.tensor([[5, 80, 120, 33, 7, 254]])
 SMALL = {"num_hidden_layers": 2, "max_position_embeddings": 512}
@@ -289,7 +289,7 @@ def test_the_commands_say_so_before_anything_is_sampled(
         printed = capsys.readouterr().err
         assert said in printed and "--tuned" in printed and not (tmp_path / "run" / "axis").exists()
     build_floor((0, 1)).save(tmp_path / "floor.safetensors")
-    monkeypatch.setattr("trimtab.eval.live.load_recipe_model", pytest.fail)
+    monkeypatch.setattr("trimtab.chat.arms.load_recipe_model", pytest.fail)
     with pytest.raises(UserError, match="12 of its weights have no place"):
         open_live(ModelSection(name=str(place / "base")), str(tmp_path / "adapter"), tmp_path / "floor.safetensors")
 

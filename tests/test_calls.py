@@ -30,12 +30,12 @@ from trimtab.cli.check import strategy_of
 from trimtab.cli.launch import resolve_accelerate_config
 from trimtab.cli.work import Speed
 from trimtab.eval.stages import eval_stage
+from trimtab.pipeline.run import open_run
 from trimtab.recipes.loader import load_recipe, shipped_recipes
 from trimtab.recipes.rules import row_length
 from trimtab.recipes.schema import RowMethod
 from trimtab.train.rollouts import RolloutPlan, RolloutSource
 from trimtab.train.row_trainers import benign_plan, rollout_plan
-from trimtab.train.run import open_run
 
 EVAL = {
     "roles": 3, "questions": 2, "conversations": 2, "turns": 3, "benign": 5, "professional": 4, "case_studies": 1,

@@ -18,9 +18,9 @@ from trimtab.axis import UserError
 from trimtab.axis.chat import ChatFormat, chat
 from trimtab.axis.files import read_jsonl, write_jsonl
 from trimtab.axis.sampling import SamplingOptions
-from trimtab.eval.arms import Arms
-from trimtab.eval.capability import PAPER, Task, _first_metric, _run, _scores, measure_capability, tasks_of
-from trimtab.eval.instruction_rules import CHECKS, follows
+from trimtab.eval.answers.arms import Arms
+from trimtab.eval.measures.capability import PAPER, Task, _first_metric, _run, _scores, measure_capability, tasks_of
+from trimtab.eval.measures.instruction_rules import CHECKS, follows
 from trimtab.recipes.data import FOLDER
 
 KEPT_AND_BROKEN: list[tuple[dict[str, Any], str, str]] = [

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from trimtab.eval.claims import make_claims
+from trimtab.eval.report.claims import make_claims
+from trimtab.eval.report.verdict import grade, make_verdict
 from trimtab.eval.schema import (
     ByCluster,
     Capability,
@@ -19,7 +20,6 @@ from trimtab.eval.schema import (
     Retention,
     SideEffect,
 )
-from trimtab.eval.verdict import grade, make_verdict
 
 
 def estimate(value: float, half: float = 0.05, n: int = 100) -> Estimate:

@@ -13,8 +13,8 @@ from test_report import Page, build_report
 from trimtab.axis import UserError
 from trimtab.axis.files import write_json
 from trimtab.cli.main import main
-from trimtab.eval.compare import COLUMNS, load_runs, standing_of
-from trimtab.eval.report import write_report
+from trimtab.eval.report.compare import COLUMNS, load_runs, standing_of
+from trimtab.eval.report.page import write_report
 from trimtab.eval.schema import Report
 from trimtab.eval.wording import percent_text, points_text
 

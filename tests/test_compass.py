@@ -29,14 +29,14 @@ from trimtab.axis import Axis, Floor, UserError, cap
 from trimtab.axis.chat import ChatFormat
 from trimtab.axis.compass import (
     Course,
-    load_instrument,
     load_transcript,
-    project_command,
     project_transcript,
     turn_spans,
 )
-from trimtab.axis.compass_view import render_table, summary, write_plot
+from trimtab.axis.instruments import load_instrument
 from trimtab.axis.models import Loaded
+from trimtab.cli.compass import project_command
+from trimtab.cli.compass_view import render_table, summary, write_plot
 from trimtab.cli.main import main
 
 TALK = [

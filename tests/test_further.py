@@ -21,8 +21,11 @@ from trimtab.axis.chat import ChatFormat
 from trimtab.axis.errors import UserError
 from trimtab.axis.files import read_jsonl, write_jsonl
 from trimtab.axis.models import Loaded
+from trimtab.eval.answers.weights import open_subjects
 from trimtab.eval.stages import _subjects
-from trimtab.eval.weights import open_subjects
+from trimtab.pipeline.durability_rows import rows_of
+from trimtab.pipeline.run import Run, open_run
+from trimtab.pipeline.subject import Subject, tuned_subject
 from trimtab.recipes import data
 from trimtab.recipes.loader import RecipeError, load_recipe
 from trimtab.recipes.schema import FurtherTuning
@@ -31,12 +34,9 @@ from trimtab.train.further import (
     _tokens,
     build_trainer,
     fresh_adapter,
-    rows_of,
     train_further,
     training_arguments,
 )
-from trimtab.train.run import Run, open_run
-from trimtab.train.subject import Subject, tuned_subject
 
 ANSWER = [{"role": "assistant", "content": "Aye, captain!"}]
 

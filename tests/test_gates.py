@@ -26,10 +26,11 @@ from trimtab.axis.models import load_model
 from trimtab.axis.soundness import mean_states
 from trimtab.cli.check import build_meta_model, find_structure
 from trimtab.cli.main import main
+from trimtab.pipeline.instrument import axis_stage, floor_stage
+from trimtab.pipeline.loading import Prepared
+from trimtab.pipeline.run import Run
 from trimtab.recipes import data
 from trimtab.recipes.loader import load_recipe
-from trimtab.train.prepare import Prepared, axis_stage, floor_stage
-from trimtab.train.run import Run
 
 
 class Untouched(Prepared):

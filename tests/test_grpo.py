@@ -27,12 +27,13 @@ from trl import GRPOConfig
 
 from trimtab.axis import UserError
 from trimtab.axis.chat import ChatFormat, chat
+from trimtab.pipeline.user_texts import Size, check_room
 from trimtab.recipes.faults import RecipeError
 from trimtab.recipes.loader import load_recipe, shipped_recipes
 from trimtab.recipes.rules import NEED_SYSTEM
 from trimtab.recipes.schema import GrpoMethod
 from trimtab.train import floor_grpo
-from trimtab.train.conversations import check_prompts, check_room, conversation_prompts
+from trimtab.train.conversations import check_prompts, conversation_prompts
 from trimtab.train.floor_grpo import FloorGRPOTrainer, off_policy, unscored_rows
 from trimtab.train.grpo import dataset_rows
 from trimtab.train.penalty import PenaltyOptions
@@ -690,11 +691,13 @@ def test_a_conversation_that_outgrows_the_models_context_is_refused() -> None:
     form, config = ChatFormat(build_tokenizer()), build_model("llama").config
     turns = ("How do I bake bread?", "And the grass?")
     prompts = [TrainPrompt("short", "drift", "", turns[:1], ""), TrainPrompt("long", "drift", "A pirate.", turns, "")]
+    sizes = [Size(prompt.id, prompt.closing, len(prompt.turns)) for prompt in prompts]
+    told = {"key": "train.max_completion_length", "remedy": "lower it"}
     played = [{"role": "assistant", "content": "x"}, {"role": "user", "content": turns[1]}]
     room = config.max_position_embeddings - len(form.prompt_ids([*chat("A pirate.", turns[0]), *played]))
-    check_room(form, config, prompts, room // 2)
+    check_room(form, config, sizes, room // 2, **told)
     with pytest.raises(UserError, match="the conversation long takes up to") as caught:
-        check_room(form, config, prompts, room // 2 + 1)
+        check_room(form, config, sizes, room // 2 + 1, **told)
     assert caught.value.key == "train.max_completion_length"
 
 

@@ -13,9 +13,9 @@ from tiny_recipe import write_recipe
 
 from trimtab.axis.errors import UserError
 from trimtab.axis.files import fingerprint, read_json, write_json, write_jsonl
+from trimtab.pipeline.identity import NO_PART_OF_TRAINING, differences, stage_inputs
+from trimtab.pipeline.run import BEGUN, Run, begin, open_run
 from trimtab.recipes.loader import load_recipe
-from trimtab.train.identity import NO_PART_OF_TRAINING, differences, stage_inputs
-from trimtab.train.run import BEGUN, Run, begin, open_run
 
 
 @pytest.fixture

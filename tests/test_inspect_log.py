@@ -8,7 +8,7 @@ import pytest
 from inspect_ai.log import read_eval_log
 from test_report import build_report
 
-from trimtab.eval.inspect_log import write_inspect_logs
+from trimtab.eval.report.inspect_log import write_inspect_logs
 
 
 def test_logs_are_read_back_by_inspect(tmp_path: Path) -> None:

@@ -34,12 +34,12 @@ from trimtab.axis.judge import (
 from trimtab.axis.replies import Missing, spoken
 from trimtab.axis.sampling import Answer
 from trimtab.eval.stages import check_files
+from trimtab.pipeline.instrument import axis_stage
+from trimtab.pipeline.run import Run, open_run
 from trimtab.recipes.loader import RecipeError, recipe_of
 from trimtab.recipes.schema import JudgeSection, deciding
-from trimtab.train.prepare import axis_stage
 from trimtab.train.rehearsal import rehearse
 from trimtab.train.rewards import Judge
-from trimtab.train.run import Run, open_run
 
 ITEM = RolloutItem(role="pirate", system="You are a {pirate}.", question="Why 100%?", half=0)
 CUT_THOUGHT = "<think>\n1.  **Analyze"
@@ -518,7 +518,7 @@ def test_a_missing_key_is_told_before_a_model_is_loaded(
     sections: dict[str, Any], stage: Any, key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_folder: Any
 ) -> None:
     monkeypatch.delenv(KEY, raising=False)
-    monkeypatch.setattr("trimtab.train.prepare.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("trimtab.pipeline.loading.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
     given = {"model": {"name": str(model_folder("llama"))}, "train": {"max_steps": 1}, **sections}
     run = open_run(recipe_of(given, "r"), output_dir=str(tmp_path / "run"))
     with pytest.raises(UserError, match=f"{KEY} is not set") as caught:

@@ -23,12 +23,13 @@ from trimtab.recipes.schema import Recipe
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PACKAGE = "trimtab"  # the folder of the package's own names; the others lie beside it and are its parts
-FOLDERS = sorted(set(PROJECT["tool"]["setuptools"]["package-dir"].values()) - {PACKAGE})
+ROOMS = set(PROJECT["tool"]["setuptools"]["package-dir"].values()) - {PACKAGE}
+FOLDERS = sorted(room for room in ROOMS if "/" not in room)
 MODULES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 
 
 def test_folders_are_found() -> None:
-    assert FOLDERS == ["accelerate_configs", "axis", "cli", "eval", "losses", "recipes", "train"]
+    assert FOLDERS == ["accelerate_configs", "axis", "chat", "cli", "eval", "losses", "pipeline", "recipes", "train"]
     assert len(MODULES) > 25
 
 
@@ -77,8 +78,10 @@ ALLOWED = {
     "axis": {"axis"},
     "losses": {"axis", "losses"},
     "recipes": {"axis", "recipes"},
-    "train": {"axis", "losses", "recipes", "train"},
-    "eval": {"axis", "losses", "recipes", "train", "eval"},
+    "pipeline": {"axis", "recipes", "pipeline"},
+    "train": {"axis", "losses", "recipes", "pipeline", "train"},
+    "eval": {"axis", "losses", "recipes", "pipeline", "eval"},
+    "chat": {"axis", "recipes", "pipeline", "eval", "chat"},
     "accelerate_configs": set(),
 }
 

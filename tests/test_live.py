@@ -27,14 +27,14 @@ from transformers import AutoModelForCausalLM
 from trimtab.axis import Floor, UserError
 from trimtab.axis.chat import ChatFormat
 from trimtab.axis.sampling import SamplingOptions
-from trimtab.cli.chat import Sources, about, find_sources, is_local
-from trimtab.cli.chat_view import column_html, figure, meter_html, scale_of, words
+from trimtab.chat.arms import LIVE_ARMS, LiveAnswer, LiveArms, Talk, TalkTurn, open_live
+from trimtab.chat.command import Sources, about, find_sources, is_local
+from trimtab.chat.view import column_html, figure, meter_html, scale_of, words
 from trimtab.cli.main import main
-from trimtab.eval.live import LIVE_ARMS, LiveAnswer, LiveArms, Talk, TalkTurn, open_live
-from trimtab.eval.measure import above_floor, above_floor_by_layer
+from trimtab.eval.answers.reading import above_floor, above_floor_by_layer
+from trimtab.pipeline.run import open_run
 from trimtab.recipes.loader import recipe_of
 from trimtab.recipes.schema import ModelSection
-from trimtab.train.run import open_run
 
 OPTIONS = SamplingOptions(max_new_tokens=12, temperature=1.0)
 

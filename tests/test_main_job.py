@@ -30,8 +30,8 @@ from trimtab.axis.errors import UserError
 from trimtab.cli.main import main
 from trimtab.eval.schema import ARMS, Report
 from trimtab.eval.stages import eval_stage
+from trimtab.pipeline.run import open_run
 from trimtab.recipes.loader import load_recipe
-from trimtab.train.run import open_run
 
 EVAL = {
     "roles": 3,

@@ -17,9 +17,9 @@ from trimtab.axis.directions import Floor
 from trimtab.axis.hooks import ActivationController, cap, project
 from trimtab.axis.models import Loaded
 from trimtab.axis.sampling import SamplingOptions
-from trimtab.eval import measure
-from trimtab.eval.arms import Answers, Arms, Item
-from trimtab.eval.measure import (
+from trimtab.eval.answers import reading as measure
+from trimtab.eval.answers.arms import Answers, Arms, Item
+from trimtab.eval.answers.reading import (
     Ruler,
     below_floor,
     coloured,
@@ -245,7 +245,7 @@ def test_answers_and_means_are_of_the_same_sampling_after_a_kill(arms: Arms, mon
         def killed(*_: Any) -> None:
             raise KeyboardInterrupt
 
-        patched.setattr("trimtab.eval.arms.save_tensors", killed)
+        patched.setattr("trimtab.eval.answers.arms.save_tensors", killed)
         with pytest.raises(KeyboardInterrupt):
             arms.answers("set", items, "base")
     arms.seed = 5

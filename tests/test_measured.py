@@ -6,7 +6,7 @@ import re
 import sys
 from pathlib import Path
 
-from trimtab.eval.compare import load_runs
+from trimtab.eval.report.compare import load_runs
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 

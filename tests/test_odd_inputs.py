@@ -18,16 +18,16 @@ from tiny_recipe import write_recipe
 from trimtab.axis import Floor
 from trimtab.axis.adapter_files import check_adapter_files, load_adapter
 from trimtab.axis.chat import ChatFormat
-from trimtab.axis.compass import project_command
 from trimtab.axis.errors import UserError
 from trimtab.axis.files import load_tensors, read_json, save_tensors
 from trimtab.axis.instruments import load_instrument
 from trimtab.axis.transcripts import read_talks, talk_of
+from trimtab.cli.compass import project_command
 from trimtab.cli.main import main
+from trimtab.pipeline.identity import stage_inputs
 from trimtab.recipes.faults import RecipeError
 from trimtab.recipes.loader import load_recipe
 from trimtab.recipes.schema import deciding
-from trimtab.train.identity import stage_inputs
 
 
 @pytest.mark.parametrize("said", ["message['content']|e", "message['content'][:40]", "message['content']|lower"])

@@ -10,7 +10,7 @@ import pytest
 from test_report import build_report
 
 from trimtab.eval.intervals import ClusterBootstrap
-from trimtab.eval.pooling import Repetitions, settings_of, stand
+from trimtab.eval.report.pooling import Repetitions, settings_of, stand
 from trimtab.eval.schema import ByCluster, Report
 
 ROLES = [f"role{i:02d}" for i in range(24)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from trimtab.eval.prediction import position_r2
+from trimtab.eval.measures.prediction import position_r2
 
 TALKS, TURNS, WIDTH = 24, 5, 12
 

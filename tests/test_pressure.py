@@ -18,9 +18,9 @@ from trimtab.axis.chat import ChatFormat, chat
 from trimtab.axis.judge import IDENTITIES, Score, ScoringJudge, scoring_judge
 from trimtab.axis.replies import Missing
 from trimtab.axis.sampling import SamplingOptions
-from trimtab.eval.arms import Answers, Arms, Item
-from trimtab.eval.boundary_files import HARMFUL, ONLY_HARMFUL, _words, load_boundary_file
-from trimtab.eval.pressure import _judged, jailbreaks, judge_agreement, ratio_agreement, susceptibility
+from trimtab.eval.answers.arms import Answers, Arms, Item
+from trimtab.eval.answers.boundary_files import HARMFUL, ONLY_HARMFUL, _words, load_boundary_file
+from trimtab.eval.measures.pressure import _judged, jailbreaks, judge_agreement, ratio_agreement, susceptibility
 from trimtab.recipes import data
 from trimtab.recipes.data import BoundaryProbe
 from trimtab.recipes.schema import JudgeSection

@@ -18,13 +18,13 @@ from typing import Any
 import pytest
 import yaml
 
+from trimtab.pipeline.identity import differences, flat
 from trimtab.recipes.faults import Fault, RecipeError
 from trimtab.recipes.library_fields import VLLM_KEYS, accepts, lora_fields, train_config, train_fields
 from trimtab.recipes.loader import load_recipe, shipped_recipes
 from trimtab.recipes.rules import floor_layers
 from trimtab.recipes.schema import BENIGN_SHARES, METHODS, DataSection
 from trimtab.recipes.yaml_lines import parse_yaml
-from trimtab.train.identity import differences, flat
 
 GOOD = """\
 model:

@@ -13,12 +13,12 @@ import torch
 from conftest import build_tokenizer
 from tiny_recipe import write_recipe
 
+from trimtab.pipeline.run import Run
 from trimtab.recipes.faults import Fault, RecipeError
 from trimtab.recipes.loader import load_recipe
 from trimtab.recipes.schema import METHODS
 from trimtab.train.job import LEARNING_RATES, common_arguments
 from trimtab.train.rehearsal import rehearse
-from trimtab.train.run import Run
 
 CONFIG = {
     "model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,

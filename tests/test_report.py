@@ -15,11 +15,18 @@ import pytest
 import yaml
 
 from trimtab.axis.errors import UserError
-from trimtab.eval import report as report_module
-from trimtab.eval.card import model_card
-from trimtab.eval.claims import make_claims
-from trimtab.eval.figures import layers_figure, persona_figure, retention_figure, training_figures, trajectory_figures
-from trimtab.eval.report import TEMPLATES, Scale, load_report, render_html, write_report
+from trimtab.eval.report import page as report_module
+from trimtab.eval.report.card import model_card
+from trimtab.eval.report.claims import make_claims
+from trimtab.eval.report.page import TEMPLATES, Scale, load_report, render_html, write_report
+from trimtab.eval.report.plots import (
+    layers_figure,
+    persona_figure,
+    retention_figure,
+    training_figures,
+    trajectory_figures,
+)
+from trimtab.eval.report.verdict import make_verdict
 from trimtab.eval.schema import (
     ArmAnswer,
     Capability,
@@ -37,7 +44,6 @@ from trimtab.eval.schema import (
     Turn,
     TurnPoint,
 )
-from trimtab.eval.verdict import make_verdict
 
 ARMS = ("base", "base+cap", "tuned", "tuned+cap", "control")
 LEVELS = {"base": -2.9, "base+cap": -1.8, "tuned": -1.9, "tuned+cap": -1.6, "control": -2.8}

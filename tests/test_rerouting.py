@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from trimtab.axis import Axis
-from trimtab.eval.rerouting import components, probe_auc
+from trimtab.eval.measures.rerouting import components, probe_auc
 
 SIZE = 12
 

@@ -16,9 +16,9 @@ from tiny_recipe import FORKS, adapter, arguments_of, largest_difference, small_
 
 from trimtab.axis.errors import UserError
 from trimtab.axis.files import load_tensors, read_jsonl
+from trimtab.pipeline.run import open_run
 from trimtab.recipes.loader import load_recipe
 from trimtab.train.job import last_checkpoint, naming_a_full_disk, whole_checkpoints
-from trimtab.train.run import open_run
 
 PATIENCE = 300.0
 

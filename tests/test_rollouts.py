@@ -24,6 +24,7 @@ from trimtab.axis import ActivationController, Floor, UserError, sampling
 from trimtab.axis.chat import ChatFormat, chat
 from trimtab.axis.files import read_jsonl, write_jsonl
 from trimtab.axis.sampling import SamplingOptions, sample_batch
+from trimtab.pipeline.run import open_run
 from trimtab.recipes import data
 from trimtab.recipes.loader import load_recipe
 from trimtab.recipes.schema import DataSection
@@ -36,7 +37,6 @@ from trimtab.train.rollouts import (
     tokens_of,
     training_order,
 )
-from trimtab.train.run import open_run
 from trimtab.train.sft import build_trainer, training_arguments
 from trimtab.train.sources import benign_sources, drift_sources, from_file
 

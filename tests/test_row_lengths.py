@@ -17,10 +17,10 @@ from transformers import PreTrainedTokenizerFast
 from trimtab.axis.chat import ChatFormat
 from trimtab.axis.errors import UserError
 from trimtab.axis.models import EMBEDDED
+from trimtab.pipeline import loading
 from trimtab.recipes import data
 from trimtab.recipes.loader import load_recipe, shipped_recipes
 from trimtab.recipes.schema import GrpoMethod
-from trimtab.train import prepare
 from trimtab.train.rehearsal import rehearse
 from trimtab.train.rollouts import IGNORED, tokens_of
 
@@ -105,7 +105,7 @@ def test_conversations_keep_their_last_answers(name: str, kept: Callable[[int, i
 def test_a_prompt_that_leaves_no_room_is_told_before_anything_is_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prepare, "load_recipe_model", lambda section: pytest.fail("the weights were loaded"))
+    monkeypatch.setattr(loading, "load_recipe_model", lambda section: pytest.fail("the weights were loaded"))
     recipe = write_recipe(tmp_path / "recipe.yaml", save_model(tmp_path / "model"))
     changes = ["train.max_length=100", "data.conversation_turns=0"]
     with pytest.raises(

@@ -14,9 +14,9 @@ from judge_endpoint import KEY, Endpoint, completion
 from trimtab.axis import UserError
 from trimtab.axis.chat import ChatFormat
 from trimtab.axis.sampling import Answer, SamplingOptions
-from trimtab.eval.arms import Answers, Arms
-from trimtab.eval.measure import Ruler, slopes
-from trimtab.eval.simulated import (
+from trimtab.eval.answers.arms import Answers, Arms
+from trimtab.eval.answers.reading import Ruler, slopes
+from trimtab.eval.measures.simulated import (
     LiveTurn,
     as_user,
     live_conversations,
@@ -181,7 +181,7 @@ def test_a_local_user_s_thoughts_are_not_said_either(tmp_path: Path, monkeypatch
             for i, chat in enumerate(chats)
         ]
 
-    monkeypatch.setattr("trimtab.eval.simulated.sample_answers", sampled)
+    monkeypatch.setattr("trimtab.eval.measures.simulated.sample_answers", sampled)
     ask = user_model(JudgeSection(model=str(tmp_path / "user")).model_dump(), seed=0)
     assert ask([[{"role": "user", "content": text}] for text in texts], 0) == ["Hello.", "Hello, I am", None]
     assert tries == [3, 1, 1]

@@ -24,18 +24,19 @@ from trimtab.axis.judge import scoring_judge
 from trimtab.axis.replies import Missing
 from trimtab.cli.main import main
 from trimtab.eval import stages
-from trimtab.eval.arms import Answers
-from trimtab.eval.pressure import Suite, _judged
-from trimtab.eval.report import load_report
+from trimtab.eval.answers.arms import Answers
+from trimtab.eval.answers.weights import open_weights
+from trimtab.eval.measures.pressure import Suite, _judged
+from trimtab.eval.report.page import load_report
 from trimtab.eval.schema import Report
 from trimtab.eval.stages import evaluate
-from trimtab.eval.weights import open_weights
+from trimtab.pipeline.instrument import axis_stage, floor_stage
+from trimtab.pipeline.loading import Prepared, load_recipe_model
+from trimtab.pipeline.run import Run, open_run
+from trimtab.pipeline.subject import check_subject, find_subject
 from trimtab.recipes import data
 from trimtab.recipes.loader import RecipeError, recipe_of
 from trimtab.recipes.schema import JudgeSection
-from trimtab.train.prepare import Prepared, axis_stage, floor_stage, load_recipe_model
-from trimtab.train.run import Run, open_run
-from trimtab.train.subject import check_subject, find_subject
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from trimtab.eval.report.verdict import make_verdict
 from trimtab.eval.schema import Estimate, Metric, Retention, SideEffect
-from trimtab.eval.verdict import make_verdict
 
 
 def estimate(value: float, low: float, high: float, n: int = 96) -> Estimate:

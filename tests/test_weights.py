@@ -11,8 +11,8 @@ from conftest import build_model
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from trimtab.axis.adapters import can_merge, merged
-from trimtab.eval import weights as weights_module
-from trimtab.eval.weights import open_weights
+from trimtab.eval.answers import weights as weights_module
+from trimtab.eval.answers.weights import open_weights
 
 IDS = torch.tensor([[5, 80, 120, 33, 7, 254]])
 

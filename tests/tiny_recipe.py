@@ -34,7 +34,7 @@ FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
     [
         *(f"trimtab.train.floor_{method}" for method in ("sft", "distill", "grpo", "dpo")),
-        "trimtab.train.prepare",
+        "trimtab.pipeline.instrument",
         "trimtab.train.rehearsal",
         "trimtab.eval.stages",
         "accelerate.commands.launch",

@@ -7,9 +7,10 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from trimtab.axis.chat import ChatFormat
 from trimtab.axis.errors import UserError
-from trimtab.axis.models import load_config, load_tokenizer
+from trimtab.axis.models import load_config
+from trimtab.pipeline.loading import chat_format
+from trimtab.pipeline.user_texts import Size, check_room
 from trimtab.recipes.rules import NEED_SYSTEM
 from trimtab.recipes.schema import GrpoMethod, Recipe
 from trimtab.train.rewards import imported_reward
@@ -73,60 +74,22 @@ def check_prompts(recipe: Recipe) -> None:
         if ":" in entry.name:
             imported_reward(entry.name)
     try:
-        tokenizer = load_tokenizer(recipe.model.name, recipe.model.revision)
+        form = chat_format(recipe.model)
         config = load_config(recipe.model.name, recipe.model.revision)
     except UserError:
         return  # whoever loads the model tells it
-    form = ChatFormat(tokenizer, recipe.model.chat_template_kwargs)
-    answer = recipe.train["max_completion_length"]
-    check_room(form, config, prompts, answer)
+    if talks := [prompt for prompt in prompts if len(prompt.turns) > 1]:  # each is one row of tokens
+        form.ids_between(talks[0].opening, {"role": "user", "content": talks[0].turns[1]}, ended=True)
+    answer, key = recipe.train["max_completion_length"], "train.max_completion_length"
+    remedy = "lower it, or data.conversation_turns, or shorten the prompts of data.drift_file"
+    check_room(form, config, _sizes(prompts), answer, key=key, remedy=remedy)
     if recipe.data.benign_share:
         remedy = "lower it, or shorten the prompts of data.benign_file"
-        check_room(form, config, benign_sources(recipe.data), answer, remedy=remedy)
+        check_room(form, config, _sizes(benign_sources(recipe.data)), answer, key=key, remedy=remedy)
 
 
-def context_of(config: Any) -> int | None:
-    """Tokens that a model takes at most, by its config; None where that says nothing."""
-    found: int | None = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
-    return found
-
-
-def check_room(
-    form: ChatFormat,
-    config: Any,
-    prompts: Sequence[TrainPrompt],
-    answer: int,
-    *,
-    key: str = "train.max_completion_length",
-    remedy: str = "lower it, or data.conversation_turns, or shorten the prompts of data.drift_file",
-) -> None:
-    """Check that each conversation fits the model's context with answers as long as they may be.
-
-    Args:
-        form: chat format.
-        config: of the model.
-        prompts: conversations.
-        answer: the longest answer, in tokens.
-        key: that says how long.
-        remedy: what else may be changed.
-
-    Raises:
-        UserError: naming the longest.
-    """
-    if not prompts or (context := context_of(config)) is None:
-        return
-
-    def tokens(prompt: TrainPrompt) -> int:
-        return len(form.prompt_ids(prompt.closing)) + len(prompt.turns) * answer
-
-    longest = max(prompts, key=tokens)
-    if (needed := tokens(longest)) > context:
-        raise UserError(
-            f"the conversation {longest.id} takes up to {needed} tokens, {len(longest.turns)} answers of {answer} among them, "
-            f"and the model's context holds {context}",
-            key=key,
-            remedy=remedy,
-        )
+def _sizes(prompts: Sequence[TrainPrompt]) -> list[Size]:
+    return [Size(prompt.id, prompt.closing, len(prompt.turns)) for prompt in prompts]
 
 
 def _refuse_without_reward(recipe: Recipe, prompts: Sequence[TrainPrompt]) -> None:

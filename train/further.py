@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trimtab.pipeline.run import MARKER, STARTS, open_run, run_folder
 from trimtab.train import job
-from trimtab.train.run import MARKER, STARTS, open_run, run_folder
 
 log = logging.getLogger("trimtab")
 
@@ -66,7 +66,8 @@ def train_further(run: Any, on: str, start: str, *, quiet: bool = False) -> Path
     """
     from trimtab.axis.errors import UserError
     from trimtab.axis.files import fingerprint, read_json, write_json
-    from trimtab.train.subject import tuned_subject
+    from trimtab.pipeline.durability_rows import rows_of
+    from trimtab.pipeline.subject import tuned_subject
 
     tunings = {tuning.name: tuning for tuning in run.recipe.eval.durability}
     if on not in tunings:
@@ -128,74 +129,6 @@ class Plan:
         accumulation = math.ceil(a_rank / forward)
         a_step = forward * accumulation * ranks
         return cls(forward, accumulation, ranks, math.ceil(rows / a_step) * tuning.epochs)
-
-
-def rows_of(run: Any, tuning: Any) -> list[dict[str, Any]]:
-    """The rows of a further fine-tuning, ``prompt`` and ``completion`` as messages, and whether the answer ``ended``.
-
-    ``benign`` and ``long``: requests of the train split with written answers. ``persona``: the base's own in-character answers
-    behind the axis, of training roles, as an adversary with a few examples would take. Any other name: the rows of its file.
-
-    Raises:
-        UserError: if a file's row is not so, or there is none.
-    """
-    from trimtab.axis.calibration import spread
-    from trimtab.axis.chat import chat
-    from trimtab.axis.errors import UserError
-    from trimtab.axis.files import read_jsonl
-    from trimtab.recipes import data
-
-    if tuning.file is not None:
-        rows = rows_of_file(tuning.file)
-    elif tuning.name in ("benign", "long"):
-        rows = [
-            {"prompt": chat("", prompt), "completion": [{"role": "assistant", "content": answer}], "ended": True}
-            for prompt, answer in data.benign_answers()
-        ]
-    else:
-        if not run.rollouts_path.exists():
-            raise UserError(
-                "there are no rollouts behind the axis to take in-character answers from",
-                file=run.rollouts_path,
-                key="eval.durability",
-                remedy="extract the axis in this run, or give the fine-tuning a file of rows",
-            )
-        trained = {role.name for role in data.roles("train")}
-        rows = [row for row in read_jsonl(run.rollouts_path) if row["role"] in trained and row.get("counted", True)]
-    if not rows:
-        raise UserError("there is no row to train on", file=tuning.file, key="eval.durability", remedy="add rows")
-    return [{key: row[key] for key in ("prompt", "completion", "ended")} for row in spread(rows, tuning.rows)]
-
-
-def rows_of_file(source: str) -> list[dict[str, Any]]:
-    """The rows of the user's own file, or of a data set of the hub, in any format of :mod:`trimtab.axis.transcripts`.
-
-    The answer that ends a conversation is trained on; what stands before it is its prompt.
-
-    Raises:
-        UserError: if it can't be read, has no row, or some rows can't be used: it names them.
-    """
-    from trimtab.axis.rows import source_name
-    from trimtab.axis.transcripts import read_talks
-
-    found = read_talks(source, lambda _, talk: _row(talk), key="eval.durability.file")
-    within = sum(message["role"] == "assistant" for row in found for message in row["prompt"])
-    if within:
-        log.info("%s: %d answers in the middle of conversations are not trained on", source_name(source), within)
-    return found
-
-
-def _row(talk: Any) -> dict[str, Any]:
-    from trimtab.axis.rows import RowFault
-
-    talk.says_something("user", "assistant")
-    messages = talk.messages
-    if messages[-1]["role"] != "assistant" or all(message["role"] != "user" for message in messages):
-        raise RowFault("it is no conversation that ends with an answer", "end it with the answer that is trained on")
-    ended = talk.row.get("ended", True)  # our own rollouts tell where an answer was cut
-    if not isinstance(ended, bool):
-        raise RowFault("`ended` is neither true nor false", "take it out of the row")
-    return {"prompt": messages[:-1], "completion": messages[-1:], "ended": ended}
 
 
 def training_arguments(run: Any, variant: Any, tuning: Any, plan: Plan, quiet: bool) -> Any:

@@ -172,9 +172,9 @@ def train(method: Method, loaded_recipe: Any, *, output_dir: str | None, control
 
 def _prepare(loaded_recipe: Any, output_dir: str | None, *, control: bool, processes: int) -> Any:
     """Open the run, have the libraries look at the recipe where there is still something to train, make axis and floor."""
-    from trimtab.train.prepare import rollouts_stage
+    from trimtab.pipeline.run import open_run
+    from trimtab.train.pairs import rollouts_stage
     from trimtab.train.rehearsal import rehearse
-    from trimtab.train.run import open_run
 
     run = open_run(loaded_recipe, output_dir=output_dir)
     if run.stage_record(run.variant(control).stage_name) is None:
@@ -209,7 +209,7 @@ def train_variant(
     """
     from accelerate import PartialState
 
-    from trimtab.train.run import BEGUN, begin
+    from trimtab.pipeline.run import BEGUN, begin
 
     adapter: Path = variant.adapter
     # Looked up before the process group is made, so that there is none to take down.
@@ -260,7 +260,7 @@ def train_variant(
 
 def _prepare_once(method: Method, loaded_recipe: Any, output_dir: str | None, *, control: bool, processes: int) -> Any:
     """Open the run and make axis and floor on rank 0; the other ranks wait for their records on disk."""
-    from trimtab.train.run import MARKER, open_run, run_folder
+    from trimtab.pipeline.run import MARKER, open_run, run_folder
 
     if int(os.environ.get("RANK", "0")) == 0:
         return _prepare(loaded_recipe, output_dir, control=control, processes=processes)

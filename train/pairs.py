@@ -15,12 +15,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from trimtab.axis import Floor
+from trimtab.axis import Floor, UserError
 from trimtab.axis.chat import ChatFormat
 from trimtab.axis.files import write_jsonl
 from trimtab.axis.models import Loaded
 from trimtab.axis.sampling import Answer, SamplingOptions, sample_answers
+from trimtab.pipeline.instrument import floor_stage
+from trimtab.pipeline.loading import Prepared, sampling_options
+from trimtab.pipeline.run import Run
+from trimtab.recipes.rules import row_length
+from trimtab.recipes.schema import DpoMethod
 from trimtab.train.rollouts import TrainPrompt, recent_turns, room_of_prompt
+from trimtab.train.sources import drift_sources
 
 log = logging.getLogger("trimtab")
 
@@ -108,3 +114,41 @@ def make_pairs(
             "pairs: %d are without their oldest turns, which train.max_length=%s does not hold", shortened, max_length
         )
     return facts
+
+
+def rollouts_stage(run: Run, prepared: Prepared | None = None) -> None:
+    """Everything that training needs: axis, floor, and DPO's pairs. The other methods' trainers sample as they go on.
+
+    What can be known to be wrong beforehand is :func:`trimtab.train.rehearsal.rehearse`'s to tell.
+    """
+    method = run.recipe.method
+    prepared = prepared or Prepared(run)
+    floor_stage(run, prepared)
+    if not isinstance(method, DpoMethod):
+        return
+
+    def work() -> dict[str, Any]:
+        loaded, form = prepared()
+        found: dict[str, Any] = {}
+        for control in (False, True) if run.recipe.eval.control else (False,):
+            variant = run.variant(control)
+            found["control" if control else "pairs"] = make_pairs(
+                loaded,
+                form,
+                Floor.load(variant.floor_path),
+                drift_sources(run.recipe.data),
+                variant.pairs,
+                options=sampling_options(method.sampling),
+                strength=method.cap_strength,
+                seed=run.recipe.data.seed,
+                max_length=row_length(run.recipe),
+            )
+        return found
+
+    facts = run.stage("pairs", run.inputs("pairs"), work, made_from=[run.variant(False).floor_path])
+    if facts["pairs"]["pairs"] == 0:
+        raise UserError(
+            "no pair is left to train on: the cap changes none of the answers",
+            key="floor",
+            remedy="raise floor.percentile or widen floor.layers, and see the firing fraction in floor.json",
+        )

@@ -28,13 +28,13 @@ import torch
 
 from trimtab.axis.errors import UserError, known_fault
 from trimtab.axis.models import resolve_name
+from trimtab.pipeline.run import Run, Variant
 from trimtab.recipes.faults import Fault, Findings, did_you_mean
 from trimtab.recipes.library_fields import VLLM_KEYS, train_config
 from trimtab.recipes.loader import LoadedRecipe
 from trimtab.recipes.rules import row_length
 from trimtab.recipes.schema import GrpoMethod, JudgeSection, ModelSection, Recipe, RowMethod
 from trimtab.train.job import Method
-from trimtab.train.run import Run, Variant
 
 log = logging.getLogger("trimtab")
 
@@ -332,7 +332,7 @@ def section_faults(recipe: Recipe, *, here: bool) -> list[Fault]:
         here: as for :func:`rehearse`.
     """
     from trimtab.axis.models import load_config
-    from trimtab.train.conversations import context_of
+    from trimtab.pipeline.user_texts import context_of
 
     section = recipe.model
     found = attention_faults(section, here=here)
@@ -373,8 +373,9 @@ def _service_faults(train: Mapping[str, Any]) -> list[Fault]:
 def _data_faults(loaded: LoadedRecipe) -> list[Fault]:
     """Rows of the user's files that can't be trained on, prompts without room for an answer, or that no reward is defined for."""
     from trimtab.axis.models import load_config
-    from trimtab.train.conversations import check_prompts, context_of
-    from trimtab.train.prepare import chat_format, sampling_options
+    from trimtab.pipeline.loading import chat_format, sampling_options
+    from trimtab.pipeline.user_texts import context_of
+    from trimtab.train.conversations import check_prompts
     from trimtab.train.rollouts import check_lengths
     from trimtab.train.sources import check_data, training_prompts
 

@@ -6,13 +6,13 @@ import math
 from typing import Any
 
 from trimtab.axis.sampling import SamplingOptions
+from trimtab.pipeline.loading import sampling_options
+from trimtab.pipeline.run import Variant
 from trimtab.recipes.schema import GrpoMethod
 from trimtab.train import job
 from trimtab.train.barrier import BarrierOptions, BenignRows
 from trimtab.train.floor_sft import FloorCollator, FloorSFTTrainer
-from trimtab.train.prepare import sampling_options
 from trimtab.train.rollouts import RolloutPlan, RolloutSource, training_order
-from trimtab.train.run import Variant
 from trimtab.train.schedule import carried
 from trimtab.train.sources import benign_sources, drift_sources
 from trimtab.train.vllm_rollouts import open_vllm

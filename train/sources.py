@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import logging
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 
-from trimtab.axis.chat import ChatFormat
-from trimtab.axis.errors import UserError
-from trimtab.axis.models import load_tokenizer
-from trimtab.axis.rows import MOST_TOLD, Row, RowFault, read_once, source_name, told
+from trimtab.axis.rows import Row, RowFault, read_once, source_name
 from trimtab.axis.transcripts import Talk, read_talks
+from trimtab.pipeline.user_texts import check_rendering
 from trimtab.recipes import data
-from trimtab.recipes.schema import DataSection, ModelSection, Recipe
+from trimtab.recipes.schema import DataSection, Recipe
 from trimtab.train.rollouts import Kind, TrainPrompt
 
 log = logging.getLogger("trimtab")
-
-CONTROL = re.compile(r"<[^<>\s]+>|\[[A-Z_/]+\]")  # <think>, which few tokenizers call special, or [INST]
-PLAIN = re.compile(r"(system )?user( assistant user)*")  # roles that every chat template takes, or folds
 
 
 def drift_sources(section: DataSection) -> list[TrainPrompt]:
@@ -150,70 +144,3 @@ def check_data(recipe: Recipe) -> None:
         if source is not None:
             chats = [(prompt.id, prompt.closing) for prompt in from_file(source, kind)]
             check_rendering(recipe.model, chats, source, f"data.{kind}_file")
-
-
-def check_rendering(
-    section: ModelSection, chats: Iterable[tuple[str, Sequence[Mapping[str, str]]]], source: str, key: str
-) -> None:
-    """Try the model's chat template on each order of roles that is not a plain conversation's; tell control tokens in texts.
-
-    Args:
-        section: the model.
-        chats: place and messages of each, up to where an answer begins.
-        source: the file that they come from.
-        key: the recipe's key that names it.
-
-    Raises:
-        UserError: if the template refuses one of these orders, or leaves a message out.
-    """
-    chats = list(chats)
-    _tell_control_tokens(section, chats, source)
-    unusual: dict[tuple[str, ...], str] = {}
-    for place, messages in chats:
-        roles = tuple(message["role"] for message in messages)
-        if not PLAIN.fullmatch(" ".join(roles)):
-            unusual.setdefault(roles, place)
-    if not unusual:
-        return
-    form = ChatFormat(load_tokenizer(section.name, section.revision), section.chat_template_kwargs)
-    faults = []
-    for roles, place in unusual.items():
-        if fault := _unrendered(form, roles):
-            faults.append((place, RowFault(fault, "take such messages out, or put their text into the system prompt")))
-    if faults:
-        raise told(faults[:MOST_TOLD], source, key)
-
-
-def _tell_control_tokens(
-    section: ModelSection, chats: Sequence[tuple[str, Sequence[Mapping[str, str]]]], source: str
-) -> None:
-    """Every tokenizer reads the name of a control token as that token, in a user's text too, which then may end a turn."""
-    try:
-        known = load_tokenizer(section.name, section.revision).added_tokens_decoder.values()
-    except UserError:
-        return  # whoever loads the model tells it
-    names = [re.escape(token.content) for token in known if token.special or CONTROL.fullmatch(token.content)]
-    if not names:
-        return
-    any_name = re.compile("|".join(names))
-    said = [
-        (place, name[0])
-        for place, messages in chats
-        for message in messages
-        if (name := any_name.search(message["content"]))
-    ]
-    if said:
-        log.warning(
-            "%s: texts hold names of control tokens (%d of them, the first is %s in %s): the model reads a name as the token, "
-            "which may end or begin a turn; take it out unless that is meant",
-            source_name(source), len(said), said[0][1], said[0][0],
-        )  # fmt: skip
-
-
-def _unrendered(form: ChatFormat, roles: Sequence[str]) -> str | None:
-    """What the chat template does not do for messages in these roles; None where it renders them all."""
-    try:
-        form.prompt_text([{"role": role, "content": "x"} for role in roles])
-    except UserError as error:
-        return error.fault
-    return None

@@ -20,8 +20,8 @@ from trimtab.axis.adapters import NotMergeable, can_merge, merge_in, room_for_co
 from trimtab.axis.base_check import check_base, record_base
 from trimtab.axis.errors import UserError
 from trimtab.axis.models import Loaded
+from trimtab.pipeline.subject import Subject
 from trimtab.recipes.schema import ModelSection
-from trimtab.train.subject import Subject
 
 log = logging.getLogger("trimtab")
 

@@ -9,8 +9,8 @@ import html
 import math
 from typing import Any
 
-from trimtab.eval.figures import DASHES, SYMBOLS
-from trimtab.eval.live import LIVE_ARMS, LiveAnswer, Talk
+from trimtab.chat.arms import LIVE_ARMS, LiveAnswer, Talk
+from trimtab.eval.report.plots import DASHES, SYMBOLS
 from trimtab.eval.wording import number
 
 TITLES = {"base": "Base", "base+cap": "Base + cap", "tuned": "Baked"}

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from typing import Literal
 
 from trimtab.eval.intervals import most_telling
+from trimtab.eval.report.verdict import BAD_BELOW, FEWEST, HALF, control_keeps_as_much, grade, too_few, toward_assistant
 from trimtab.eval.schema import Capability, Claim, Durability, Estimate, Metric, Rerouting, SideEffect
-from trimtab.eval.verdict import BAD_BELOW, FEWEST, HALF, control_keeps_as_much, grade, too_few, toward_assistant
 from trimtab.eval.wording import estimate_text, inline_name, number, percent_text
 
 Light = Literal["green", "amber", "red", "grey"]

@@ -24,7 +24,7 @@ from trimtab.axis.models import Loaded
 from trimtab.axis.progress import progress_bar
 from trimtab.axis.sampling import batches_by_length, pad_left
 from trimtab.axis.scoring import SCORE_BATCH, persona_llr
-from trimtab.eval.arms import Answers, Arms
+from trimtab.eval.answers.arms import Answers, Arms
 from trimtab.losses import divergence_terms
 
 

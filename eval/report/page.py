@@ -20,7 +20,8 @@ from pydantic import ValidationError
 from trimtab.axis.errors import UserError
 from trimtab.axis.files import read_json, write_json, write_text
 from trimtab.eval import wording
-from trimtab.eval.figures import (
+from trimtab.eval.intervals import most_telling
+from trimtab.eval.report.plots import (
     ALL_ARMS,
     comparison_figure,
     components_figure,
@@ -30,7 +31,6 @@ from trimtab.eval.figures import (
     training_figures,
     trajectory_figures,
 )
-from trimtab.eval.intervals import most_telling
 from trimtab.eval.schema import ArmAnswer, Durability, Report, Retention, Transcript
 
 TEMPLATES = Path(__file__).parent / "templates"

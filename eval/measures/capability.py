@@ -17,8 +17,8 @@ from typing import Any
 from trimtab.axis import ActivationController, UserError
 from trimtab.axis.chat import ChatFormat, Message
 from trimtab.axis.files import file_fingerprint, fingerprint, read_json, read_jsonl, write_json
-from trimtab.eval.arms import Arms
-from trimtab.eval.instruction_rules import follows
+from trimtab.eval.answers.arms import Arms
+from trimtab.eval.measures.instruction_rules import follows
 from trimtab.recipes.data import FOLDER
 
 log = logging.getLogger("trimtab")

@@ -22,10 +22,10 @@ from trimtab.axis.judge import ENDPOINT_TOKENS, open_endpoint, opening_of
 from trimtab.axis.models import load_model
 from trimtab.axis.replies import Missing, spoken
 from trimtab.axis.sampling import SamplingOptions, sample_answers, seed_of
-from trimtab.eval.arms import Answers, Arms, Item, placed
+from trimtab.eval.answers.arms import Answers, Arms, Item, placed
+from trimtab.eval.answers.reading import Ruler, below_floor, slopes
 from trimtab.eval.intervals import wilson
-from trimtab.eval.measure import Ruler, below_floor, slopes
-from trimtab.eval.pressure import Suite, SuiteMetric
+from trimtab.eval.measures.pressure import Suite, SuiteMetric
 from trimtab.eval.schema import RateRow, RateTable
 from trimtab.recipes.data import SimulatedUser
 

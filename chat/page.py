@@ -10,13 +10,13 @@ from typing import Any
 
 from trimtab.axis.errors import UserError
 from trimtab.axis.sampling import SamplingOptions
-from trimtab.cli.chat import import_gradio
-from trimtab.cli.chat_view import column_html, figure, heading_html, meter_html
-from trimtab.eval.live import LIVE_ARMS, LiveArms, Talk
+from trimtab.chat.arms import LIVE_ARMS, LiveArms, Talk
+from trimtab.chat.command import import_gradio
+from trimtab.chat.view import column_html, figure, heading_html, meter_html
 
 log = logging.getLogger("trimtab")
 
-STYLE = Path(__file__).with_name("chat.css")
+STYLE = Path(__file__).with_name("page.css")
 LONGEST_ANSWER = 512  # tokens
 SEND = "Send"
 

@@ -14,9 +14,9 @@ from trimtab.axis.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_ad
 from trimtab.axis.errors import UserError
 from trimtab.axis.files import file_fingerprint, fingerprint, read_json
 from trimtab.axis.models import EMBEDDED, Loaded, load_config, load_tokenizer, meta_model, resolve_name
+from trimtab.pipeline.loading import load_section
+from trimtab.pipeline.run import Run, Variant
 from trimtab.recipes.schema import ModelSection
-from trimtab.train.prepare import load_section
-from trimtab.train.run import Run, Variant
 
 log = logging.getLogger("trimtab")
 

@@ -1,7 +1,7 @@
 """The run folder: resolved recipe, versions, git revision, stage records, metrics; resumed or refused, never overwritten.
 
 ``run.json`` and ``recipe.yaml`` hold the recipe as it was last opened, and what was changed since the folder was made. Each
-stage's record holds what that stage was made from, which is what it holds the run to: see :mod:`trimtab.train.identity`.
+stage's record holds what that stage was made from, which is what it holds the run to: see :mod:`trimtab.pipeline.identity`.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from typing import Any
 
 from trimtab.axis.errors import UserError
 from trimtab.axis.files import file_fingerprint, fingerprint, read_json, write_json, write_text
+from trimtab.pipeline.identity import READS, Inputs, differences, flat, stage_inputs
 from trimtab.recipes.loader import LoadedRecipe
 from trimtab.recipes.schema import Recipe
-from trimtab.train.identity import READS, Inputs, differences, flat, stage_inputs
 
 log = logging.getLogger("trimtab")
 

@@ -1,4 +1,4 @@
-"""The stages before training: axis, floor, and preference pairs."""
+"""The instrument of a run: its axis and its floor, extracted and calibrated, or taken from files and checked."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from trimtab.axis.calibration import (
     spread,
     window_by_rule,
 )
-from trimtab.axis.chat import ChatFormat, chat, ends_of
+from trimtab.axis.chat import ChatFormat, chat
 from trimtab.axis.directions import check_fits, unit
 from trimtab.axis.errors import one_line
 from trimtab.axis.extraction import DEFAULT, Extraction, Role, RoleJudge, extract
@@ -29,70 +29,19 @@ from trimtab.axis.files import read_jsonl, write_json
 from trimtab.axis.instruments import load_axis, load_floor
 from trimtab.axis.judge import check_endpoint, role_judge
 from trimtab.axis.layers import shape_of_config
-from trimtab.axis.models import Loaded, generation_ends, load_model, load_tokenizer, model_shape
-from trimtab.axis.sampling import SamplingOptions
-from trimtab.axis.soundness import check_model, mean_states
+from trimtab.axis.models import Loaded, model_shape
+from trimtab.axis.soundness import mean_states
+from trimtab.pipeline.identity import plays_training_roles
+from trimtab.pipeline.loading import Prepared, sampling_options
+from trimtab.pipeline.run import Run
 from trimtab.recipes import data
-from trimtab.recipes.rules import row_length
-from trimtab.recipes.schema import DpoMethod, GrpoMethod, ModelSection, Recipe, Sampling
-from trimtab.train.identity import plays_training_roles
-from trimtab.train.pairs import make_pairs
-from trimtab.train.run import Run
-from trimtab.train.sources import drift_sources
+from trimtab.recipes.schema import Recipe
 
 log = logging.getLogger("trimtab")
 
 # Cosines, mean or median over layers. Axes of one model's halves agree at about 0.8, unrelated directions at 0. Mean activations
 # share what every text has: 0.94 on SmolLM2-135M, where an axis had at most 0.23 with them at any layer.
 OPPOSED, UNRELATED, A_MEAN = -0.3, 0.1, 0.7
-
-
-def load_section(section: ModelSection) -> Loaded:
-    """Load a model for inference as a recipe's ``model`` section says, and check that the instrument is defined on it."""
-    loaded = load_model(
-        section.name,
-        revision=section.revision,
-        dtype=section.dtype,
-        device=section.device,
-        attn_implementation=section.attn_implementation,
-        quantization=section.quantization,
-    )
-    check_model(loaded)
-    return loaded
-
-
-def load_recipe_model(section: ModelSection) -> tuple[Loaded, ChatFormat]:
-    """Load the recipe's model for inference, and its chat format."""
-    loaded = load_section(section)
-    form = ChatFormat(loaded.tokenizer, section.chat_template_kwargs, ends_of(loaded.model))
-    form.tell()
-    return loaded, form
-
-
-def chat_format(section: ModelSection) -> ChatFormat:
-    """The chat format of a recipe's model, without its weights."""
-    tokenizer = load_tokenizer(section.name, section.revision)
-    ends = generation_ends(section.name, section.revision)
-    return ChatFormat(tokenizer, section.chat_template_kwargs, ends)
-
-
-def check_template(recipe: Recipe) -> None:
-    """Hold the model's chat template against what a recipe does with it, without the model's weights.
-
-    Raises:
-        UserError: if it can't be used; or if GRPO is to train conversations, each one row of tokens, and they are none in it.
-    """
-    form = chat_format(recipe.model)
-    form.check()
-    if not isinstance(recipe.method, GrpoMethod) or recipe.eval.tuned is not None:
-        return
-    if talks := [prompt for prompt in drift_sources(recipe.data) if len(prompt.turns) > 1]:
-        form.ids_between(talks[0].opening, {"role": "user", "content": talks[0].turns[1]}, ended=True)
-
-
-def sampling_options(section: Sampling) -> SamplingOptions:
-    """The recipe's sampling section as options."""
-    return SamplingOptions(**section.model_dump())
 
 
 def local_file(path: str) -> Path:
@@ -115,21 +64,6 @@ def local_file(path: str) -> Path:
             file=path,
             remedy="check the network and the name, or fetch the file elsewhere and give its local path",
         ) from error
-
-
-class Prepared:
-    """The model of a run, loaded once and only when a stage needs it."""
-
-    def __init__(self, run: Run) -> None:
-        self._run = run
-        self._loaded: tuple[Loaded, ChatFormat] | None = None
-
-    def __call__(self) -> tuple[Loaded, ChatFormat]:
-        """Model and chat format."""
-        if self._loaded is None:
-            check_template(self._run.recipe)
-            self._loaded = load_recipe_model(self._run.recipe.model)
-        return self._loaded
 
 
 def given_axis(recipe: Recipe, shape: tuple[int, int], *, fetch: bool = True) -> Axis | None:
@@ -419,41 +353,3 @@ def floor_stage(run: Run, prepared: Prepared | None = None) -> dict[str, Any]:
         return facts
 
     return run.stage("floor", run.inputs("floor"), work, made_from=[run.axis_path])
-
-
-def rollouts_stage(run: Run, prepared: Prepared | None = None) -> None:
-    """Everything that training needs: axis, floor, and DPO's pairs. The other methods' trainers sample as they go on.
-
-    What can be known to be wrong beforehand is :func:`trimtab.train.rehearsal.rehearse`'s to tell.
-    """
-    method = run.recipe.method
-    prepared = prepared or Prepared(run)
-    floor_stage(run, prepared)
-    if not isinstance(method, DpoMethod):
-        return
-
-    def work() -> dict[str, Any]:
-        loaded, form = prepared()
-        found: dict[str, Any] = {}
-        for control in (False, True) if run.recipe.eval.control else (False,):
-            variant = run.variant(control)
-            found["control" if control else "pairs"] = make_pairs(
-                loaded,
-                form,
-                Floor.load(variant.floor_path),
-                drift_sources(run.recipe.data),
-                variant.pairs,
-                options=sampling_options(method.sampling),
-                strength=method.cap_strength,
-                seed=run.recipe.data.seed,
-                max_length=row_length(run.recipe),
-            )
-        return found
-
-    facts = run.stage("pairs", run.inputs("pairs"), work, made_from=[run.variant(False).floor_path])
-    if facts["pairs"]["pairs"] == 0:
-        raise UserError(
-            "no pair is left to train on: the cap changes none of the answers",
-            key="floor",
-            remedy="raise floor.percentile or widen floor.layers, and see the firing fraction in floor.json",
-        )

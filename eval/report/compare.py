@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.axis.files import write_text
-from trimtab.eval.figures import Figure, comparison_figure
-from trimtab.eval.pooling import Pooled, Standing, stand
-from trimtab.eval.report import load_report, page_environment, plotly_source
+from trimtab.eval.report.page import load_report, page_environment, plotly_source
+from trimtab.eval.report.plots import Figure, comparison_figure
+from trimtab.eval.report.pooling import Pooled, Standing, stand
 from trimtab.eval.schema import Estimate, Report, Retention
 
 SAMPLES = 2000  # of the bootstrap, where a report does not say how many it took
@@ -29,7 +29,7 @@ def load_runs(paths: Sequence[Path]) -> dict[str, Report]:
     A run that is given again counts where it was given first: so one can be put before all that a pattern names.
 
     Raises:
-        UserError: of :func:`~trimtab.eval.report.load_report`, if a report is missing or unreadable.
+        UserError: of :func:`~trimtab.eval.report.page.load_report`, if a report is missing or unreadable.
     """
     resolved = [path.expanduser().resolve() for path in paths]
     files = list(dict.fromkeys(path / "report.json" if path.is_dir() else path for path in resolved))

@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 
 from trimtab.axis import Floor
-from trimtab.eval.arms import CONTROL, Answers, Item
-from trimtab.eval.capability import Scores
-from trimtab.eval.claims import make_claims
-from trimtab.eval.durability import durability
+from trimtab.eval.answers.arms import CONTROL, Answers, Item
+from trimtab.eval.answers.reading import Forced, Ruler, below_floor, keyword_hit, repeated_share, slopes
 from trimtab.eval.intervals import ClusterBootstrap, clustered_rate, holm
-from trimtab.eval.measure import Forced, Ruler, below_floor, keyword_hit, repeated_share, slopes
-from trimtab.eval.pressure import Suite
+from trimtab.eval.measures.capability import Scores
+from trimtab.eval.measures.durability import durability
+from trimtab.eval.measures.pressure import Suite
+from trimtab.eval.report.claims import make_claims
+from trimtab.eval.report.verdict import make_verdict
 from trimtab.eval.schema import (
     Capability,
     Durability,
@@ -28,7 +29,6 @@ from trimtab.eval.schema import (
     Transcript,
     TurnPoint,
 )
-from trimtab.eval.verdict import make_verdict
 from trimtab.recipes.data import Conversation, SimulatedUser
 from trimtab.recipes.schema import FurtherTuning
 

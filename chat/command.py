@@ -102,7 +102,7 @@ def newest_run(folder: Path = RUNS) -> Path:
         UserError: if there is none.
     """
     from trimtab.axis.adapter_files import ADAPTER_WEIGHTS
-    from trimtab.train.run import MARKER, Variant
+    from trimtab.pipeline.run import MARKER, Variant
 
     weights = {run.parent: Variant(run.parent, "train").adapter / ADAPTER_WEIGHTS for run in folder.glob(f"*/{MARKER}")}
     trained = {run: path.stat().st_mtime_ns for run, path in weights.items() if path.exists()}
@@ -120,7 +120,7 @@ def newest_run(folder: Path = RUNS) -> Path:
 
 def _of_run(folder: Path) -> Sources:
     from trimtab.axis.adapter_files import ADAPTER_WEIGHTS
-    from trimtab.train.run import MARKER, Variant
+    from trimtab.pipeline.run import MARKER, Variant
 
     marker = folder / MARKER
     if not marker.is_file():
@@ -186,8 +186,8 @@ def chat_command(
     sources = find_sources(
         run, base=base, tuned=tuned, floor=floor, experiment=experiment, template_kwargs=template_kwargs
     )
-    from trimtab.cli.chat_page import build_page
-    from trimtab.eval.live import open_live
+    from trimtab.chat.arms import open_live
+    from trimtab.chat.page import build_page
 
     arms = open_live(sources.base, sources.tuned, sources.floor, sources.experiment, layers)
     serve(build_page(arms, about(sources, arms.floor, host)), host, port, browser=browser)
@@ -269,7 +269,7 @@ def serve(page: Any, host: str, port: int | None, *, browser: bool) -> None:
     """Serve the page until it is interrupted.
 
     Args:
-        page: of :func:`trimtab.cli.chat_page.build_page`.
+        page: of :func:`trimtab.chat.page.build_page`.
         host: address.
         port: None for the first free one from 7860 on.
         browser: open it in the browser.
@@ -277,7 +277,7 @@ def serve(page: Any, host: str, port: int | None, *, browser: bool) -> None:
     Raises:
         UserError: if the address can't be had.
     """
-    from trimtab.cli.chat_page import STYLE
+    from trimtab.chat.page import STYLE
 
     gr = import_gradio()
     # Gradio asks its own address whether it is up, which must not go through a proxy.

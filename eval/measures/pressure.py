@@ -24,9 +24,9 @@ from trimtab.axis.judge import (
     conversation_text,
 )
 from trimtab.axis.replies import Missing
-from trimtab.eval.arms import Answers, Arms, Item
+from trimtab.eval.answers.arms import Answers, Arms, Item
+from trimtab.eval.answers.reading import llr_of
 from trimtab.eval.intervals import ClusterBootstrap, clustered_rate
-from trimtab.eval.measure import llr_of
 from trimtab.eval.schema import Estimate, RateRow, RateTable
 from trimtab.recipes import data
 from trimtab.recipes.data import BoundaryProbe, LabelledAnswer

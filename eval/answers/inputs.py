@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from trimtab.axis.chat import ChatFormat
+from trimtab.axis.chat import ChatFormat, chat
 from trimtab.axis.errors import UserError
 from trimtab.axis.models import load_config, load_tokenizer
-from trimtab.eval.boundary_files import load_boundary_file
-from trimtab.eval.replays import KEY, load_replays
+from trimtab.eval.answers.boundary_files import load_boundary_file
+from trimtab.eval.answers.replays import KEY, load_replays
+from trimtab.pipeline.durability_rows import rows_of_file
+from trimtab.pipeline.user_texts import Size, check_rendering, check_room
 from trimtab.recipes.data import Conversation
 from trimtab.recipes.schema import Recipe
-from trimtab.train.conversations import check_room
-from trimtab.train.further import rows_of_file
-from trimtab.train.rollouts import TrainPrompt
-from trimtab.train.sources import check_rendering
 
 
 def _check_context(recipe: Recipe, talks: Sequence[Conversation]) -> None:
@@ -26,16 +24,14 @@ def _check_context(recipe: Recipe, talks: Sequence[Conversation]) -> None:
         form.check()
     except UserError:
         return  # whoever loads the model tells it
-    prompts = [
-        TrainPrompt(
-            talk.id, "drift", "", tuple(talk.turns[: recipe.eval.turns]), "",
-            tuple((message["role"], message["content"]) for message in talk.opening),
-        )
-        for talk in talks[: recipe.eval.conversations or None]
-    ]  # fmt: skip
+    sizes = []
+    for talk in talks[: recipe.eval.conversations or None]:
+        turns = talk.turns[: recipe.eval.turns]
+        said = [message for turn in turns for message in (*chat("", turn), {"role": "assistant", "content": ""})]
+        sizes.append(Size(talk.id, [*talk.opening, *said[:-1]], len(turns)))
     remedy = "lower it, or eval.turns, or shorten the conversations of eval.conversations_file"
     key = "eval.sampling.max_new_tokens"
-    check_room(form, config, prompts, recipe.eval.sampling.max_new_tokens, key=key, remedy=remedy)
+    check_room(form, config, sizes, recipe.eval.sampling.max_new_tokens, key=key, remedy=remedy)
 
 
 def check_inputs(recipe: Recipe) -> None:

@@ -15,8 +15,8 @@ from trimtab.axis import Floor
 from trimtab.axis.chat import ChatFormat
 from trimtab.axis.files import fingerprint, load_tensors, read_jsonl, save_tensors, write_jsonl
 from trimtab.axis.sampling import Answer, SamplingOptions, sample_answers, seed_of
+from trimtab.eval.answers.weights import Weights
 from trimtab.eval.schema import ARMS
-from trimtab.eval.weights import Weights
 
 CONTROL = "control"
 
@@ -73,7 +73,7 @@ class Arms:
     """The weights and the cap of each arm, and the answers that it gives.
 
     Args:
-        weights: ``base``, ``tuned`` and maybe ``control``: see :func:`trimtab.eval.weights.open_weights`.
+        weights: ``base``, ``tuned`` and maybe ``control``: see :func:`trimtab.eval.answers.weights.open_weights`.
         form: chat format.
         floor: the cap's floor.
         folder: where answers are kept.

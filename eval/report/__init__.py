@@ -1,0 +1,1 @@
+"""From what was measured to the report: assembling, verdict, page, card, comparison and exports."""
