@@ -5,7 +5,7 @@
 A tiny Llama with six words, an awake adapter and a cap; answers of one length, sampled from the capped policy mu and, for the
 truth, from the uncapped learner pi; the reward is capped_self_llr. Both halves of the samples give a gradient each, so that their
 noise is not counted: error and size are of the expected gradient, and "found" is the cosine that the gradient of one step of 64
-completions has with it. Up to three tokens tests/test_grpo.py sums over every answer there is.
+completions has with it. Up to three tokens tests/train/test_grpo.py sums over every answer there is.
 
 Shapes: B answers, T tokens.
 """

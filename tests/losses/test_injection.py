@@ -13,6 +13,7 @@ import torch
 from conftest import ARCHITECTURES, VOCAB, build_floor, build_model, build_tokenizer
 from peft import LoraConfig, get_peft_model
 from test_floor_sft import Gradients, make_rows
+from tiny_recipe import ROOT
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
@@ -26,7 +27,7 @@ FLOOR = build_floor((1, 2), tau=2.0)
 IDS = torch.randint(3, VOCAB, (2, 10), generator=torch.Generator().manual_seed(0))
 LABELS = IDS.masked_fill(torch.arange(10) < 4, -100)
 LABELS[1, 8:] = -100
-EXAMPLES = Path(__file__).resolve().parent.parent / "docs" / "examples"
+EXAMPLES = ROOT / "docs" / "examples"
 
 
 def gradients(model: Any) -> dict[str, Tensor]:

@@ -110,7 +110,7 @@ def same(a: Axis | None, b: Axis | None) -> bool:
 KILLER = """
 import os, random, signal, sys, time, traceback
 from pathlib import Path
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = sys.argv[1], sys.argv[1] + "/.."
 import conftest  # offline, one thread
 from test_extraction import ONE_BY_ONE, run
 from trimtab.axis.models import load_model

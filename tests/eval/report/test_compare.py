@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from test_pooling import by_cluster, report
 from test_report import Page, build_report
+from tiny_recipe import ROOT
 
 from trimtab.axis import UserError
 from trimtab.axis.files import write_json
@@ -18,7 +19,7 @@ from trimtab.eval.report.page import write_report
 from trimtab.eval.schema import Report
 from trimtab.eval.wording import percent_text, points_text
 
-SCHEMA = Path(__file__).parents[1] / "docs" / "report.schema.json"
+SCHEMA = ROOT / "docs" / "report.schema.json"
 
 
 @pytest.fixture

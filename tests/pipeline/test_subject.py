@@ -17,6 +17,7 @@ import torch
 from conftest import CHATML, build_model, build_tokenizer, capped_by_hand, save_model
 from judge_endpoint import KEY, Endpoint
 from peft import LoraConfig, get_peft_model
+from tiny_recipe import ROOT
 
 from trimtab.axis import Axis, Floor, UserError
 from trimtab.axis.files import read_jsonl
@@ -38,7 +39,7 @@ from trimtab.recipes import data
 from trimtab.recipes.loader import RecipeError, recipe_of
 from trimtab.recipes.schema import JudgeSection
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+BENCHMARKS = ROOT / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 cheats = importlib.import_module("cheating_adapter")
 

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_recipe import ROOT
 
 from trimtab.axis.layers import find_decoder_layers, text_config_of
 from trimtab.cli.calls import count
@@ -19,7 +19,7 @@ from trimtab.cli.launch import resolve_accelerate_config
 from trimtab.cli.work import estimate_work
 from trimtab.recipes.loader import load_recipe, shipped_recipes
 
-CONFIGS: dict[str, Any] = json.loads(Path(__file__).with_name("model_configs.json").read_text(encoding="utf-8"))
+CONFIGS: dict[str, Any] = json.loads((ROOT / "tests" / "model_configs.json").read_text(encoding="utf-8"))
 # In billions, as the models' cards give them.
 PARAMETERS = {
     "Qwen/Qwen3-4B-Instruct-2507": 4.0, "Qwen/Qwen3-8B": 8.2, "Qwen/Qwen3-32B": 32.8, "Qwen/Qwen3-30B-A3B-Instruct-2507": 30.5,
