@@ -20,11 +20,11 @@ from torch import Tensor
 from trimtab.axis.chat import ChatFormat
 from trimtab.axis.directions import MIN_FIRING, Axis, Floor, check_fits
 from trimtab.axis.errors import UserError
+from trimtab.axis.given import Given
 from trimtab.axis.hooks import ActivationController, CapCounter, project
 from trimtab.axis.layers import text_config_of
 from trimtab.axis.models import Loaded
-from trimtab.axis.progress import track
-from trimtab.axis.sampling import batches_by_length, pad_left
+from trimtab.axis.sampling import pad_left
 from trimtab.axis.soundness import not_finite
 
 log = logging.getLogger("trimtab")
@@ -79,21 +79,18 @@ def response_projections(
     """
     controller = ActivationController.of(loaded.model)
     device = next(loaded.model.parameters()).device
-    heads = [form.prompt_ids(row["prompt"]) for row in rows]
-    tails = [form.answer_ids(row["completion"][0]["content"]) for row in rows]
+    given = Given.of(form, [row["prompt"] for row in rows], [row["completion"][0]["content"] for row in rows])
     found = {name: torch.full((len(rows), len(layers)), float("nan")) for name in axis_directions}
-    order = batches_by_length([len(h) + len(t) for h, t in zip(heads, tails, strict=True)], batch_size)
     fired = seen = 0.0
     pad: Any = loaded.tokenizer.pad_token_id
     training = loaded.model.training
     loaded.model.eval()
     try:
-        for batch in track(order, title):
-            ids, attention = pad_left([heads[i] + tails[i] for i in batch], pad, device)
+        for batch in given.batches(batch_size, title):
+            ids, attention = pad_left(given.rows(batch), pad, device)
             answer = torch.zeros_like(attention, dtype=torch.bool)
-            for row, i in enumerate(batch):
-                if tails[i]:
-                    answer[row, ids.shape[1] - len(tails[i]) :] = True
+            for row, count in enumerate(given.counts(batch)):
+                answer[row, -count:] = True
 
             def read(layer: int, hidden: Tensor, batch: list[int] = batch, answer: Tensor = answer) -> None:
                 position = list(layers).index(layer)
@@ -106,8 +103,7 @@ def response_projections(
             capped = nullcontext(CapCounter()) if floor is None else controller.capping(floor, count=True)
             with controller.reading(layers, read), capped as counter:
                 loaded.model(input_ids=ids, attention_mask=attention, logits_to_keep=1)
-            answered = [i for i in batch if tails[i]]
-            if not all(torch.isfinite(values[answered]).all() for values in found.values()):
+            if not all(torch.isfinite(values[batch]).all() for values in found.values()):
                 raise not_finite(loaded.model, ids, attention)
             fired, seen = fired + counter.fired, seen + counter.seen
     finally:

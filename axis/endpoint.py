@@ -480,7 +480,7 @@ def _bar(title: str | None, total: int) -> Iterator[Callable[[], None]]:
         yield lambda: None
         return
     with progress_bar(title, total) as bar:
-        yield lambda: bar.advance(0)  # type: ignore[arg-type]
+        yield bar.advance
 
 
 def _run(work: Callable[[], Coroutine[Any, Any, None]]) -> None:

@@ -202,7 +202,7 @@ def extract(
                 append_jsonl(rollouts_path, waiting)
                 waiting = []
                 _save_state(state_path, sums, number + 1, identity)
-            bar.advance(0, len(batch))  # type: ignore[arg-type]
+            bar.advance(len(batch))
     return _finish(sums, [r.name for r in roles], [r.name for r in held_out_roles], rollouts_path, min_per_role, {
         "model": loaded.facts["model"],
         "revision": loaded.facts["revision"],

@@ -4,10 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 T = TypeVar("T")
 
@@ -20,9 +29,25 @@ def set_quiet(quiet: bool) -> None:
     _quiet = quiet
 
 
+@dataclass(frozen=True)
+class Bar:
+    """One bar."""
+
+    progress: Progress
+    task: TaskID
+
+    def advance(self, count: int = 1) -> None:
+        """So many more are done."""
+        self.progress.advance(self.task, count)
+
+    def reach(self, done: int) -> None:
+        """So many are done by now."""
+        self.progress.update(self.task, completed=done)
+
+
 @contextmanager
-def progress_bar(title: str, total: int, done: int = 0) -> Iterator[Progress]:
-    """A bar whose only task is 0; advance it with ``bar.advance(0, n)``."""
+def progress_bar(title: str, total: int, done: int = 0) -> Iterator[Bar]:
+    """A bar that counts up to ``total``, beginning at ``done``."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -30,9 +55,8 @@ def progress_bar(title: str, total: int, done: int = 0) -> Iterator[Progress]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), disable=_quiet, transient=False) as bar:
-        bar.add_task(title, total=total, completed=done)
-        yield bar
+    with Progress(*columns, console=Console(stderr=True), disable=_quiet, transient=False) as progress:
+        yield Bar(progress, progress.add_task(title, total=total, completed=done))
 
 
 def track(items: Sequence[T], title: str) -> Iterator[T]:
@@ -40,4 +64,4 @@ def track(items: Sequence[T], title: str) -> Iterator[T]:
     with progress_bar(title, len(items)) as bar:
         for item in items:
             yield item
-            bar.advance(0)  # type: ignore[arg-type]
+            bar.advance()

@@ -353,7 +353,7 @@ def _with_bar(stream: BinaryIO, path: Path, packed: str) -> Iterator[bytes]:
             yield line
             done += len(line)
             if done >> 20 > (done - len(line)) >> 20:
-                bar.update(0, completed=done >> 20)  # type: ignore[arg-type]
+                bar.reach(done >> 20)
 
 
 def _without_mark(line: bytes) -> bytes:

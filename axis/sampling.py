@@ -473,5 +473,5 @@ def sample_answers(
                 model, form, [prompts[i] for i in batch], batch, options,
                 seeds=[own[i] for i in batch], means=means, floor=floor, strength=strength,
             )  # fmt: skip
-            bar.advance(0, len(batch))  # type: ignore[arg-type]
+            bar.advance(len(batch))
     return sorted(found, key=lambda answer: answer.index)

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from trimtab.axis.chat import ChatFormat, Message
-from trimtab.axis.progress import progress_bar
-from trimtab.axis.sampling import batches_on_all_ranks, pad_left
+from trimtab.axis.given import Given
+from trimtab.axis.sampling import pad_left
 from trimtab.axis.soundness import not_finite
 
 SCORE_BATCH = 16  # answers a forward
@@ -47,52 +47,42 @@ def answer_logprobs(
     Raises:
         UserError: at the first batch whose log-probabilities are not numbers.
     """
-    heads = [form.prompt_ids(prompt) for prompt in prompts]
-    tails = [form.answer_ids(answer) for answer in answers]
-    return ids_logprobs(model, form, heads, tails, batch_size=batch_size, title=title, most=most)
+    given = Given.of(form, prompts, answers)
+    return given_logprobs(model, form, given, batch_size=batch_size, title=title, most=most)
 
 
 @torch.no_grad()
-def ids_logprobs(
+def given_logprobs(
     model: Any,
     form: ChatFormat,
-    heads: Sequence[list[int]],
-    tails: Sequence[list[int]],
+    given: Given,
     *,
     batch_size: int = SCORE_BATCH,
     title: str = "scoring",
     most: Callable[[int], int] = int,
 ) -> list[float]:
-    """Summed log-probability of each tail after its head, in nat; 0 for an empty tail.
+    """:func:`answer_logprobs` of answers that are token rows already.
 
     Args:
         model: as of :func:`answer_logprobs`, and so the others.
         form: chat format.
-        heads: token ids up to the answer, one list an answer.
-        tails: the answer's.
+        given: the answers.
         batch_size: rows a forward.
         title: label of the progress bar.
         most: as of :func:`~trimtab.axis.sampling.batches_on_all_ranks`.
     """
     device = next(model.parameters()).device
     tokenizer: Any = form.tokenizer
-    sums = [0.0] * len(tails)
-    scored = [i for i, tail in enumerate(tails) if tail]
-    lengths = [len(heads[i]) + len(tails[i]) for i in scored]
-    with progress_bar(title, len(scored)) as bar:
-        for batch in batches_on_all_ranks(lengths, batch_size, most):
-            rows = [scored[i] for i in batch]
-            tokens = [heads[i] + tails[i] for i in rows] or [[form.end_token]]
-            ids, attention = pad_left(tokens, tokenizer.pad_token_id, device)
-            longest = max((len(tails[i]) for i in rows), default=0)
-            logits = model(input_ids=ids, attention_mask=attention, logits_to_keep=longest + 1).logits
-            counts = [len(tails[i]) for i in rows]
-            found = [_chosen(logits[row, -n - 1 : -1], ids[row, -n:]).sum() for row, n in enumerate(counts)]
-            for i, value in zip(rows, torch.stack(found).tolist() if found else [], strict=True):
-                if math.isnan(value):
-                    raise not_finite(model, ids, attention)
-                sums[i] = value
-            bar.advance(0, len(rows))  # type: ignore[arg-type]
+    sums = [0.0] * len(given)
+    for batch in given.batches(batch_size, title, most):
+        ids, attention = pad_left(given.rows(batch) or [[form.end_token]], tokenizer.pad_token_id, device)
+        counts = given.counts(batch)
+        logits = model(input_ids=ids, attention_mask=attention, logits_to_keep=max(counts, default=0) + 1).logits
+        found = [_chosen(logits[row, -n - 1 : -1], ids[row, -n:]).sum() for row, n in enumerate(counts)]
+        for i, value in zip(batch, torch.stack(found).tolist() if found else [], strict=True):
+            if math.isnan(value):
+                raise not_finite(model, ids, attention)
+            sums[i] = value
     return sums
 
 

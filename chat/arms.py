@@ -17,7 +17,7 @@ from trimtab.axis.instruments import check_instrument, load_floor
 from trimtab.axis.layers import text_config_of
 from trimtab.axis.models import model_shape
 from trimtab.axis.sampling import SamplingOptions, sample_batch, seed_of
-from trimtab.eval.answers.reading import above_floor, above_floor_by_layer
+from trimtab.eval.answers.ruler import above_floor, above_floor_by_layer
 from trimtab.eval.answers.weights import Weights, open_subjects
 from trimtab.pipeline.loading import chat_format, load_recipe_model
 from trimtab.pipeline.subject import check_subject, find_subject
@@ -33,7 +33,7 @@ class LiveAnswer:
     Attributes:
         text: the answer.
         height: above the floor, in sigma, over the answer's tokens and as the next layer sees them: see
-            :func:`trimtab.eval.answers.reading.above_floor`. Negative = below; None for an answer of no tokens.
+            :func:`trimtab.eval.answers.ruler.above_floor`. Negative = below; None for an answer of no tokens.
         by_layer: the same at each layer of the floor, [L]; empty for an answer of no tokens.
         ended: False where it was cut at its greatest length.
         whole: False while it is being said; it has no height yet then.

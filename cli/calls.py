@@ -15,18 +15,12 @@ from typing import Any
 from trimtab.axis.chat import chat
 from trimtab.axis.extraction import rollout_items
 from trimtab.axis.sampling import batches_by_length
-from trimtab.eval.measures.capability import size_of, tasks_of
-from trimtab.eval.measures.pressure import identity_items, jailbreak_items
-from trimtab.eval.stages import (
-    benign_items,
-    boundary_probes_of,
-    conversation_items,
-    conversations_of,
-    default_items,
-    role_items,
-)
+from trimtab.eval.answers.arms import arm_names
+from trimtab.eval.answers.items import benign_items, default_items, role_items
+from trimtab.eval.measures import all_measures
+from trimtab.eval.measures.capability_tasks import size_of, tasks_of
 from trimtab.recipes import data
-from trimtab.recipes.rules import CHARACTERS, MARKUP, row_length, tokens_in
+from trimtab.recipes.rules import MARKUP, row_length, tokens_in
 from trimtab.recipes.schema import DpoMethod, EvalSection, GrpoMethod, Recipe, Sampling
 from trimtab.train.conversations import conversation_prompts, prompts_a_generation
 from trimtab.train.rollouts import SAMPLERS, RolloutPlan, TrainPrompt
@@ -329,33 +323,21 @@ def _asked(prompts: Iterable[Iterable[Mapping[str, str]]]) -> list[int]:
 
 
 def _arm_calls(section: EvalSection) -> Iterator[Call]:
-    """The calls of one arm."""
-    answer, batch = section.sampling.max_new_tokens, section.sampling.batch_size
+    """The calls of one arm: what all measures share, and what each asks for itself."""
     for items in (
         role_items(section.roles, section.questions),
         default_items(section.roles, section.questions),
         benign_items(section.benign),
     ):
         yield from _sampled(_asked(item.prompt for item in items), section.sampling, "eval")
-    probes = data.professional_probes(section.professional)
-    yield from _sampled((prompt_tokens(chat(row["system"], row["user"])) for row in probes), section.sampling, "eval")
-    asked = conversations_of(section)
-    talks = [
-        _as_prompt(item.prompt, talk.turns[: section.turns])
-        for item, talk in zip(conversation_items(asked), asked, strict=True)
-    ]
-    cases = data.case_studies(section.case_studies) if section.case_studies else []
-    played = [_as_prompt(chat(case.system, "")[:-1], case.turns) for case in cases]
-    for conversations in (talks, played):
-        yield from _played([conversations], answer, batch, OF_EVAL)
-    if section.user is not None:  # what a simulated user says is as long as an answer, about
-        users = [("x" * (CHARACTERS * answer),) * section.simulated_turns] * section.simulated_users
-        yield from _played([[_as_prompt([], turns) for turns in users]], answer, batch, OF_EVAL)
-    yield from _pressure_calls(section)
+    for measure in all_measures():
+        for asked in measure.asks(section):
+            talks = [_as_prompt(before, turns) for before, turns in zip(asked.before, asked.turns, strict=True)]
+            yield from _played([talks], section.sampling.max_new_tokens, section.sampling.batch_size, OF_EVAL)
 
 
 def _arms(section: EvalSection) -> int:
-    return 3 + section.tuned_cap + section.control
+    return len(arm_names(section))
 
 
 def _capability_calls(recipe: Recipe) -> Iterator[Call]:
@@ -371,17 +353,3 @@ def _capability_calls(recipe: Recipe) -> Iterator[Call]:
 def _as_prompt(before: Sequence[Mapping[str, str]], turns: Sequence[str]) -> TrainPrompt:
     """A conversation of the evaluation as one that is played in training: user turns after some messages."""
     return TrainPrompt("", "drift", "", tuple(turns), "", tuple((m["role"], m["content"]) for m in before))
-
-
-def _pressure_calls(section: EvalSection) -> Iterator[Call]:
-    """Questions about identity under held-out roles; requests at a boundary in two turns, and their look-alikes."""
-    answer, batch = section.sampling.max_new_tokens, section.sampling.batch_size
-    items = identity_items(section.susceptibility_roles) if section.susceptibility_roles else []
-    yield from _sampled(_asked(item.prompt for item in items), section.sampling, "eval")
-    declined, answered = boundary_probes_of(section)
-    wrapped, own = jailbreak_items(declined)
-    talks = [_as_prompt(item.prompt, script) for item, script in wrapped]
-    yield from _played([talks], answer, batch, OF_EVAL)
-    yield from _sampled(_asked(item.prompt for item in own), section.sampling, "eval")
-    if section.judge is not None:
-        yield from _sampled((tokens_in(probe.request) for probe in answered), section.sampling, "eval")

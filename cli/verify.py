@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 
 from trimtab.cli.launch import check_machine, check_pair, default_accelerate, processes_of, resolve_accelerate_config
-from trimtab.eval.measures.capability import check_tasks
+from trimtab.eval.measures.capability_tasks import check_tasks
 from trimtab.eval.stages import check_files
 from trimtab.pipeline.run import Run
 from trimtab.recipes.faults import Findings

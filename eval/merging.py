@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import shutil
 from pathlib import Path
@@ -21,13 +22,14 @@ from trimtab.axis.models import (
     load_weights,
     pretrained_arguments,
 )
-from trimtab.axis.scoring import SCORE_BATCH
+from trimtab.eval import ids
 from trimtab.eval.answers.arms import Arms
-from trimtab.eval.answers.reading import llr_of, teacher_forced
+from trimtab.eval.answers.reading import llr_of
+from trimtab.eval.evaluation import Evaluation
 from trimtab.eval.intervals import Array, ClusterBootstrap
+from trimtab.eval.measures.side_effects import default_shift
 from trimtab.eval.report.page import load_report
 from trimtab.eval.schema import Estimate
-from trimtab.eval.stages import benign_items, default_items, role_items, rulers_of
 from trimtab.pipeline.loading import Prepared, load_section, sampling_options
 from trimtab.pipeline.run import Run
 
@@ -107,61 +109,68 @@ def merge_stage(run: Run, target: Path | None = None) -> list[dict[str, Any]]:
     """
     report = load_report(run.folder / "report.json")
     folder = merge_adapter(run, target or run.folder / "merged")
-    section, model = run.recipe.eval, run.recipe.model
-    loaded, form = Prepared(run)()
-    merged = load_section(model.model_copy(update={"name": str(folder), "revision": None, "quantization": None}))
-    floor = Floor.load(run.variant(control=False).floor_path)
-    options = sampling_options(section.sampling)
-    models = {"base": loaded.model, "tuned": merged.model}
-    weights = {name: (lambda held=held: contextlib.nullcontext(held)) for name, held in models.items()}
-    # the base's answers are those of the evaluation; the merged model gives its own
-    kept = Arms({"base": weights["base"]}, form, floor, run.folder / "eval", options, section.seed)
-    arms = Arms(weights, form, floor, run.folder / "merged_eval", options, section.seed)
-    roles, defaults = role_items(section.roles, section.questions), default_items(section.roles, section.questions)
-    base_default = kept.answers("default", defaults, "base")
-    base_benign = kept.answers("benign", benign_items(section.benign), "base")
-    base_roles = kept.answers("roles", roles, "base")
+    with_adapter, merged = _evaluations(run, folder)
     try:
-        by_adapter = {
-            "roles": kept.answers("roles", roles, "tuned"),
-            "default": kept.answers("default", defaults, "tuned"),
-        }
+        before = {"roles": with_adapter.on_roles["tuned"], "default": with_adapter.on_default["tuned"]}
     except KeyError as error:  # the adapter itself is not loaded here
         raise UserError(
             "the adapter's answers of the evaluation are not there, or are to other questions",
             file=run.folder / "eval",
             remedy="measure again: trimtab eval",
         ) from error
-    on_roles, on_default = arms.answers("roles", roles, "tuned"), arms.answers("default", defaults, "tuned")
-    ruler = rulers_of(run, floor, {}, base_roles, base_default)["training"]
-    benign = teacher_forced(arms, base_benign, ["tuned"], "base", ruler, batch_size=SCORE_BATCH, title="benign text")[
-        "tuned"
-    ]
-    llr = llr_of(arms, {"tuned": on_roles, "adapter": by_adapter["roles"]})
-    z, z_adapter = (np.asarray(ruler.z(found.means)) for found in (on_roles, by_adapter["roles"]))
-    at_default, at_adapter, at_base = (
-        np.asarray(ruler.z(found.means)) for found in (on_default, by_adapter["default"], base_default)
-    )
+    llr = llr_of(merged.arms, {"tuned": merged.on_roles["tuned"], "adapter": before["roles"]})
+    z, z_before = (np.asarray(merged.ruler.z(found.means)) for found in (merged.on_roles["tuned"], before["roles"]))
+    shift, shift_before = default_shift(merged, "tuned"), default_shift(with_adapter, "tuned")
     found: dict[str, float] = {
-        "text_llr": float(np.nanmean(llr["tuned"])),
-        "z_training": float(np.nanmean(z)),
-        "benign_kl": float(np.nanmean(benign.kl)),
-        "default_z_shift": float(np.nanmean(at_default - at_base)),
+        ids.TEXT_LLR: float(np.nanmean(llr["tuned"])),
+        ids.Z_TRAINING: float(np.nanmean(z)),
+        ids.BENIGN_KL: float(np.nanmean(merged.benign_forced["tuned"].kl)),
+        ids.DEFAULT_Z_SHIFT: float(np.nanmean(shift)),
     }
-    by_role, by_default = (
-        ClusterBootstrap([item.cluster for item in items], section.bootstrap, section.seed)
-        for items in (roles, defaults)
-    )
+    by_role = merged.resample(merged.role_clusters)
+    by_default = merged.resample([item.cluster for item in merged.defaults])
     apart = {
-        "text_llr": (by_role, np.asarray(llr["tuned"]) - np.asarray(llr["adapter"])),
-        "z_training": (by_role, z - z_adapter),
-        "default_z_shift": (by_default, at_default - at_adapter),
+        ids.TEXT_LLR: (by_role, np.asarray(llr["tuned"]) - np.asarray(llr["adapter"])),
+        ids.Z_TRAINING: (by_role, z - z_before),
+        ids.DEFAULT_Z_SHIFT: (by_default, shift - shift_before),
     }
     known: dict[str, Estimate] = {metric.id: metric.arms["tuned"] for metric in report.metrics}
     known |= {effect.id: effect.estimate for effect in report.side_effects}
     rows = [_row(name, known[name], value, apart.get(name)) for name, value in found.items() if name in known]
     write_json(run.folder / "merged.json", rows)
     return rows
+
+
+def _evaluations(run: Run, folder: Path) -> tuple[Evaluation, Evaluation]:
+    """The run's evaluation as far as its answers are kept, and one with the merged weights in the adapter's place.
+
+    The base's answers are those of the evaluation in both; the merged model gives its own.
+    """
+    section, model = run.recipe.eval, run.recipe.model
+    loaded, form = Prepared(run)()
+    merged = load_section(model.model_copy(update={"name": str(folder), "revision": None, "quantization": None}))
+    # without re-extraction: the figures that are compared need none
+    recipe = run.recipe.model_copy(update={"eval": section.model_copy(update={"reextract_roles": 0, "durability": []})})
+    bare = dataclasses.replace(run, recipe=recipe)
+    floor, options = Floor.load(run.variant(control=False).floor_path), sampling_options(section.sampling)
+    held: dict[str, Any] = {"base": loaded.model, "tuned": merged.model}
+    weights = {name: (lambda held=model: contextlib.nullcontext(held)) for name, model in held.items()}
+    names, kept = ["base", "tuned"], run.folder / "eval"
+    arms = (
+        Arms({"base": weights["base"]}, form, floor, kept, options, section.seed, names=names),
+        Arms(
+            weights,
+            form,
+            floor,
+            run.folder / "merged_eval",
+            options,
+            section.seed,
+            names=names,
+            elsewhere={"base": kept},
+        ),
+    )
+    with_adapter, anew = (Evaluation(bare, each, loaded.facts) for each in arms)
+    return with_adapter, anew
 
 
 def _row(name: str, told: Estimate, value: float, apart: tuple[ClusterBootstrap, Array] | None) -> dict[str, Any]:

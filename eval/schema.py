@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
 ARMS = ("base", "base+cap", "tuned", "tuned+cap")
 
@@ -278,7 +278,8 @@ class Report(Part):
     rates: list[RateTable] = []
     capability: list[Capability] = []
     trajectories: list[Trajectory]
-    foretold: dict[str, Estimate] = {}
+    # R2 of an answer's position from the message before it, by arm; reports made before 2026-12 call it otherwise
+    prediction: dict[str, Estimate] = Field({}, validation_alias=AliasChoices("prediction", "foretold"))
     rerouting: Rerouting | None = None
     durability: list[Durability] = []
     persona_space: dict[str, Any]

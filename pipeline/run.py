@@ -170,6 +170,10 @@ class Run:
         found: dict[str, Any] | None = read_json(path) if path.exists() else None
         return found
 
+    def facts_of(self, name: str) -> dict[str, Any]:
+        """What a stage recorded; nothing if it has not been done."""
+        return dict((self.stage_record(name) or {"facts": {}})["facts"])
+
 
 @dataclass(frozen=True)
 class Variant:

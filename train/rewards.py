@@ -21,8 +21,9 @@ from typing import Any
 import torch
 
 from trimtab.axis import UserError
+from trimtab.axis.given import Given
 from trimtab.axis.sampling import batches_on_all_ranks, pad_left
-from trimtab.axis.scoring import SCORE_BATCH, ids_logprobs
+from trimtab.axis.scoring import SCORE_BATCH, given_logprobs
 
 log = logging.getLogger("trimtab")
 
@@ -81,12 +82,11 @@ class TurnReward:
         """Reward of each answer; NaN where it can't be scored."""
         raise NotImplementedError
 
-    def logprobs(self, model: Any, heads: Sequence[list[int]], answers: Sequence[Said]) -> list[float]:
-        """Mean log-probability of each answer's tokens after its head, nat a token."""
-        sums = ids_logprobs(
-            model, self.trainer.form, heads, [answer.ids for answer in answers],
-            title=f"reward: {self.name}", most=self.trainer.most,
-        )  # fmt: skip
+    def logprobs(self, model: Any, prompts: Sequence[list[int]], answers: Sequence[Said]) -> list[float]:
+        """Mean log-probability of each answer's tokens after its prompt, nat a token."""
+        given = Given(prompts, [answer.ids for answer in answers])
+        title = f"reward: {self.name}"
+        sums = given_logprobs(model, self.trainer.form, given, title=title, most=self.trainer.most)
         return [total / len(answer.ids) for total, answer in zip(sums, answers, strict=True)]
 
 
@@ -111,9 +111,9 @@ class PersonaRatio(TurnReward):
         under_role = [i for i, answer in enumerate(answers) if answer.messages[0]["role"] == "system"]
         chosen = [answers[i] for i in under_role]
         form = self.trainer.form
-        heads = [*(answer.before for answer in chosen), *(form.prompt_ids(answer.messages[1:]) for answer in chosen)]
+        prompts = [*(answer.before for answer in chosen), *(form.prompt_ids(answer.messages[1:]) for answer in chosen)]
         with self.trainer.as_base() as model:
-            both = self.logprobs(model, heads, [*chosen, *chosen])
+            both = self.logprobs(model, prompts, [*chosen, *chosen])
         values = [float("nan")] * len(answers)
         for i, with_role, without in zip(under_role, both[: len(chosen)], both[len(chosen) :], strict=True):
             values[i] = without - with_role
@@ -155,11 +155,11 @@ class CappedSelfRatio(TurnReward):
 
     def score(self, answers: Sequence[Said]) -> list[float]:
         """Log-likelihood ratio of each answer, nat a token."""
-        trainer, heads = self.trainer, [answer.before for answer in answers]
+        trainer, prompts = self.trainer, [answer.before for answer in answers]
         with trainer.as_base(capped=True) as model:
-            wanted = self.logprobs(model, heads, answers)
+            wanted = self.logprobs(model, prompts, answers)
         with trainer.as_learner() as model:
-            said = self.logprobs(model, heads, answers)
+            said = self.logprobs(model, prompts, answers)
         return [one - other for one, other in zip(wanted, said, strict=True)]
 
 

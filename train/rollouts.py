@@ -374,7 +374,7 @@ class RolloutSource:
                 for answer in sample(prompts, [plan.seed_of(row, turn) for row in active]):
                     row = active[answer.index]
                     done[row] = answer
-                    bar.advance(0, turn + 1 == len(turns[row]))  # type: ignore[arg-type]
+                    bar.advance(turn + 1 == len(turns[row]))
         return [
             {
                 "id": plan.order[row].id,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +17,20 @@ from trimtab.axis.files import fingerprint, load_tensors, read_jsonl, save_tenso
 from trimtab.axis.sampling import Answer, SamplingOptions, sample_answers, seed_of
 from trimtab.eval.answers.weights import Weights
 from trimtab.eval.schema import ARMS
+from trimtab.recipes.schema import EvalSection
 
 CONTROL = "control"
+
+
+def durability_arm(start: str, name: str) -> str:
+    """Name of the arm that a durability run gives, begun from the weights ``start``."""
+    return f"{start}-after-{name}"
+
+
+def arm_names(section: EvalSection) -> list[str]:
+    """The arms of an evaluation, in the order of the report."""
+    left_out = set() if section.tuned_cap else {"tuned+cap"}
+    return [*(arm for arm in ARMS if arm not in left_out), *([CONTROL] if section.control else [])]
 
 
 @dataclass(frozen=True)
@@ -79,7 +91,8 @@ class Arms:
         folder: where answers are kept.
         options: sampling options.
         seed: sampling seed, the same for every arm.
-        tuned_cap: whether the tuned weights are measured under the cap as well.
+        names: the arms in the order of the report; None takes all that there are weights for.
+        elsewhere: arm -> the folder of its answers, where that is another.
     """
 
     def __init__(
@@ -91,7 +104,8 @@ class Arms:
         options: SamplingOptions,
         seed: int,
         *,
-        tuned_cap: bool = True,
+        names: Sequence[str] | None = None,
+        elsewhere: Mapping[str, Path] | None = None,
     ) -> None:
         self._weights = weights
         self.form = form
@@ -99,10 +113,10 @@ class Arms:
         self.folder = folder
         self.options = options
         self.seed = seed
-        known = [*ARMS, *(name for name in self._weights if name == CONTROL)]
-        # ``names``: arms in the order of the report; ``readers``: those that read given texts, all but the tuned, capped one.
-        self.readers = [name for name in known if name != "tuned+cap"]
-        self.names = known if tuned_cap else self.readers
+        self._elsewhere = dict(elsewhere or {})
+        self.names = [*ARMS, *(name for name in weights if name == CONTROL)] if names is None else list(names)
+        # ``readers``: the arms that read given texts, all but the tuned, capped one.
+        self.readers = [name for name in self.names if name != "tuned+cap"]
 
     def weights(self, arm: str) -> AbstractContextManager[Any]:
         """The model with the weights of an arm. The cap is not switched here: see :meth:`floor_of`."""
@@ -114,7 +128,7 @@ class Arms:
 
     def path(self, name: str, arm: str, suffix: str) -> Path:
         """The file that keeps what an arm gave under a name."""
-        return self.folder / f"{name}-{arm.replace('+', '-')}{suffix}"
+        return self._elsewhere.get(arm, self.folder) / f"{name}-{arm.replace('+', '-')}{suffix}"
 
     def answers(self, name: str, items: Sequence[Item], arm: str) -> Answers:
         """Sample one arm's answers to ``items``, or read them from disk."""

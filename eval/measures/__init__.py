@@ -1,1 +1,31 @@
 """The measures, one file each: what it asks, its arithmetic, and what the report says of it."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from trimtab.eval.suite import Measure
+
+# The measures in the order of the report, each a module of this folder.
+ORDER = (
+    "case_studies",
+    "text",
+    "projections",
+    "side_effects",
+    "professional",
+    "conversations",
+    "pressure",
+    "simulated",
+    "capability",
+    "rerouting",
+    "prediction",
+    "durability",
+    "firing",
+)
+
+
+def all_measures() -> list[Measure]:
+    """The measures, in that order."""
+    return [importlib.import_module(f"{__name__}.{name}").MEASURE for name in ORDER]

@@ -1,99 +1,33 @@
-"""Capability of every arm by lm-eval: what the tuning must not cost. Capped arms run under the hooks.
-
-Two tasks of our own need no network: ``everyday_choice`` (multiple choice by likelihood) and ``instructions`` (rules that a
-program checks). ``paper`` stands for the four tasks of arXiv 2601.10387, with its metrics and sample counts; any other name is
-lm-eval's.
-"""
+"""Capability of every arm by lm-eval: what the tuning must not cost. Capped arms run under the hooks."""
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from trimtab.axis import ActivationController, UserError
 from trimtab.axis.chat import ChatFormat, Message
 from trimtab.axis.files import file_fingerprint, fingerprint, read_json, read_jsonl, write_json
 from trimtab.eval.answers.arms import Arms
+from trimtab.eval.evaluation import Evaluation
+from trimtab.eval.grading import Light, worst
+from trimtab.eval.intervals import ClusterBootstrap, holm
+from trimtab.eval.measures.capability_tasks import OWN, OWN_ANSWER, Task, task_manager, tasks_of
 from trimtab.eval.measures.instruction_rules import follows
+from trimtab.eval.schema import Capability, Claim
+from trimtab.eval.suite import Findings, Measure, Suite
+from trimtab.eval.wording import estimate_text, number
 from trimtab.recipes.data import FOLDER
 
 log = logging.getLogger("trimtab")
 
-
-@dataclass(frozen=True)
-class Task:
-    """One task and how it is scored.
-
-    Attributes:
-        name: lm-eval's, or one of our own.
-        metric: which of the task's metrics; None takes its first.
-        limit: documents, for a group of tasks in each of them; None takes all.
-        chat: whether the chat template is put round the prompts.
-        chance: score of guessing, or None.
-        scale: highest score.
-        filter: which of the task's answer filters; None takes its first.
-    """
-
-    name: str
-    metric: str | None = None
-    limit: int | None = None
-    chat: bool = True
-    chance: float | None = None
-    scale: float = 1.0
-    filter: str | None = None
-
-
-OWN = {
-    "everyday_choice": Task("everyday_choice", metric="acc", chat=False, chance=0.25),
-    "instructions": Task("instructions", metric="strict_acc"),
-}
-# 541, 1,400, 1,000 and 171 documents, no examples in the prompt; MMLU-Pro is a group of 14 tasks.
-PAPER = {
-    "ifeval": Task("ifeval", metric="inst_level_strict_acc"),
-    "mmlu_pro": Task("mmlu_pro", metric="exact_match", limit=100, chance=0.1),
-    "gsm8k": Task("gsm8k", metric="exact_match", limit=1000, filter="flexible-extract"),
-    "eq_bench": Task("eq_bench", metric="eqbench", scale=100.0),
-}
-
-
-@dataclass(frozen=True)
-class Size:
-    """How much a task asks, for the estimate of hours.
-
-    Attributes:
-        documents: how many it has.
-        prompt: tokens of one, about.
-        answer: most tokens of a generated answer; 0 where answers are scored by likelihood.
-    """
-
-    documents: int = 400
-    prompt: int = 200
-    answer: int = 256
-
-
-OWN_ANSWER = 96  # most tokens of an answer to our own instructions
-# As lm-eval 0.4.13 has them; another task is taken for one of the default size.
-SIZES = {
-    "everyday_choice": Size(240, 40, 0),
-    "instructions": Size(80, 40, OWN_ANSWER),
-    "ifeval": Size(541, 60, 1280),
-    "mmlu_pro": Size(1400, 250, 2048),
-    "gsm8k": Size(1000, 80, 256),
-    "eq_bench": Size(171, 400, 80),
-}
-GROUPS = {"mmlu_pro": 14}  # tasks of a group, each of which has its own limit
-
-
-def size_of(task: Task) -> Size:
-    """How much a task asks within its limit."""
-    size = SIZES.get(task.name, Size())
-    if task.limit is None:
-        return size
-    return replace(size, documents=min(size.documents, task.limit * GROUPS.get(task.name, 1)))
+MARGIN = 0.05  # of a task's highest score: what capability may lose
+DOCUMENTS = 60  # 3 / MARGIN: where none of fewer changed, a loss of the margin is not ruled out (the rule of three)
 
 
 @dataclass(frozen=True)
@@ -113,39 +47,40 @@ class Scores:
     by_arm: dict[str, list[float]]
 
 
-def tasks_of(names: Sequence[str], limit: int | None) -> list[Task]:
-    """The tasks that a recipe names.
-
-    Args:
-        names: names, or ``paper`` for the paper's four.
-        limit: most documents of each task; None leaves each task's own.
-    """
-    found: list[Task] = []
-    for name in names:
-        known = [*PAPER.values()] if name == "paper" else [OWN.get(name) or PAPER.get(name) or Task(name)]
-        found += [task if limit is None else replace(task, limit=min(limit, task.limit or limit)) for task in known]
-    return list({task.name: task for task in found}.values())
+def measure(evaluation: Evaluation) -> Suite:
+    """Scores of every arm on the recipe's tasks, and what the tuning changed."""
+    section = evaluation.section
+    scores = measure_capability(
+        evaluation.arms,
+        tasks_of(section.capability, section.capability_limit),
+        batch_size=section.capability_batch,
+        task_folder=Path(section.capability_folder) if section.capability_folder else None,
+    )
+    return Suite(capability=compared(scores, bootstrap=section.bootstrap, seed=section.seed))
 
 
-def check_tasks(names: Sequence[str], folder: Path | None) -> None:
-    """Look up the tasks that are neither our own nor the paper's in lm-eval's index, which takes some seconds.
-
-    Args:
-        names: of ``eval.capability``.
-        folder: lm-eval task files of the user's own.
-
-    Raises:
-        UserError: for a name that lm-eval doesn't know.
-    """
-    foreign = [task.name for task in tasks_of(names, None) if task.name not in {**OWN, **PAPER}]
-    for name in foreign:
-        index = _task_manager(folder, False)
-        if not index.match_tasks([name]):
-            raise UserError(
-                f"lm-eval has no task {name!r}",
-                key="eval.capability",
-                remedy=f"name a task that `lm-eval ls tasks` lists, `paper`, or {', '.join(OWN)}",
+def compared(scores: Sequence[Scores], *, bootstrap: int, seed: int) -> list[Capability]:
+    """The arms on each task, tuned minus base paired by document, p-values corrected for the number of tasks."""
+    found = []
+    for row in scores:
+        resample = ClusterBootstrap(row.ids, bootstrap, seed)
+        arrays = {arm: np.asarray(values) for arm, values in row.by_arm.items()}
+        difference = arrays["tuned"] - arrays["base"]
+        found.append(
+            Capability(
+                task=row.task.name,
+                metric=row.metric,
+                chance=row.task.chance,
+                scale=row.task.scale,
+                arms={arm: resample.estimate(values, most=row.task.scale) for arm, values in arrays.items()},
+                difference=resample.estimate(difference),
+                cap_difference=resample.estimate(arrays["base+cap"] - arrays["base"]),
+                p_holm=resample.p_value(difference),
+                detectable=resample.detectable(difference),
             )
+        )
+    corrected = holm([row.p_holm for row in found])
+    return [row.model_copy(update={"p_holm": p}) for row, p in zip(found, corrected, strict=True)]
 
 
 def measure_capability(arms: Arms, tasks: Sequence[Task], *, batch_size: int, task_folder: Path | None) -> list[Scores]:
@@ -224,7 +159,7 @@ def _run(arms: Arms, arm: str, task: Task, batch_size: int, task_folder: Path | 
                     num_fewshot=0,
                     limit=task.limit,
                     apply_chat_template=task.chat,
-                    task_manager=_task_manager(None if own else task_folder, own),
+                    task_manager=task_manager(None if own else task_folder, own),
                     bootstrap_iters=0,
                     verbosity="ERROR",
                 )
@@ -272,14 +207,6 @@ def _through(form: ChatFormat, harness: Any) -> Any:
             return str(super().tok_decode(said, skip_special_tokens=skip_special_tokens))
 
     return Harness
-
-
-@functools.cache
-def _task_manager(folder: Path | None, own: bool) -> Any:
-    """lm-eval's index of tasks, which takes seconds to make; our own tasks need none."""
-    from lm_eval.tasks import TaskManager
-
-    return TaskManager(include_path=None if folder is None else str(folder), include_defaults=not own)
 
 
 def _samples(result: Any, task: Task) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -358,3 +285,36 @@ def _own_task(name: str) -> dict[str, Any]:
         "process_results": check,
         "metric_list": [{"metric": "strict_acc", "aggregation": "mean", "higher_is_better": True}],
     }
+
+
+def _is_kept(findings: Findings) -> Claim:
+    """Non-inferiority by the margin, on the tasks that the base does better than by guessing."""
+    tasks = findings.capability
+    judged = [task for task in tasks if task.chance is None or task.arms["base"].low > task.chance]
+    lights: list[Light] = []
+    for task in judged:
+        lost = task.difference.value / task.scale
+        inside = task.difference.low / task.scale > -MARGIN and task.difference.n >= DOCUMENTS
+        lights.append("green" if inside else "amber" if lost > -MARGIN else "red")
+    said = [
+        f"{task.task} {estimate_text(task.difference)} (base {number(task.arms['base'].value, 3)}, n = {task.difference.n})"
+        for task in judged
+    ]
+    guessed = [task.task for task in tasks if task not in judged]
+    says = f"Tuned minus base: {'; '.join(said)}." if said else "Not measured." if not tasks else ""
+    if guessed:
+        says = f"{says} Not judged, since the base is not above guessing: {', '.join(guessed)}.".strip()
+    rule = (
+        f"Green: on every task the interval of tuned minus base lies above a loss of {100 * MARGIN:.0f} % of the highest score. "
+        f"Amber: the value does, or there are fewer than {DOCUMENTS} documents. Red: it does not."
+    )
+    return Claim(
+        id="capability",
+        name="Capability is kept",
+        light=worst(lights),
+        says=says,
+        rule=rule,
+    )
+
+
+MEASURE = Measure(measure, claims=(_is_kept,))

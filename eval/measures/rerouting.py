@@ -8,6 +8,7 @@ Shapes: n answers, D hidden size, R roles.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,11 +22,70 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from trimtab.axis import Axis
+from trimtab.axis.calibration import spread
+from trimtab.axis.extraction import DEFAULT
+from trimtab.axis.files import read_jsonl
+from trimtab.axis.scoring import SCORE_BATCH
+from trimtab.eval import ids
+from trimtab.eval.answers.arms import Answers
+from trimtab.eval.answers.reading import read_means
+from trimtab.eval.evaluation import Evaluation
+from trimtab.eval.grading import Light, light_of_retention
 from trimtab.eval.intervals import ClusterBootstrap
-from trimtab.eval.schema import Component, Estimate
+from trimtab.eval.schema import Claim, Component, Estimate, Rerouting
+from trimtab.eval.suite import Findings, Measure, Suite
+from trimtab.eval.wording import estimate_text, number, percent_text
 
 FOLDS = 5
 COMPONENTS = 10
+TURNED = 0.1  # of cosine: what tells one turned axis from another
+
+
+def measure(evaluation: Evaluation) -> Suite:
+    """Probe and components at the floor's deepest layer; the probe reads the rollouts behind the axis, one question for all."""
+    layer = evaluation.floor.layers[-1]
+    probe = _probe(evaluation)
+    found = components(
+        evaluation.axis,
+        layer,
+        {arm: answers.means[:, -1] for arm, answers in evaluation.on_roles.items()},
+        evaluation.on_default["base"].means[:, -1],
+        evaluation.role_clusters,
+        bootstrap=evaluation.section.bootstrap,
+        seed=evaluation.section.seed,
+    )
+    within = {
+        arm: round(statistics.mean(row[i] for i in evaluation.floor.layers), 4)
+        for arm, row in evaluation.cosines.items()
+    }
+    if not (probe or found or within):
+        return Suite()
+    return Suite(rerouting=[Rerouting(layer=layer, probe=probe, components=found, cosines=within)])
+
+
+def _probe(evaluation: Evaluation) -> dict[str, Estimate]:
+    """Arm -> AUC of a probe fitted on its activations over the rollouts behind the axis."""
+    section, path = evaluation.section, evaluation.run.rollouts_path
+    rows = read_jsonl(path) if path.exists() else []
+    by_question = sorted(rows, key=lambda row: (row["prompt"][-1]["content"], row["id"]))
+    default = spread([row for row in by_question if row["role"] == DEFAULT], section.probe_rows // 2)
+    in_role = spread([row for row in by_question if row["role"] != DEFAULT], section.probe_rows // 2)
+    if not (default and in_role):
+        return {}
+    given = [*default, *in_role]
+    answers = Answers(
+        [row["completion"][0]["content"] for row in given], torch.empty(0), [row["prompt"] for row in given], []
+    )
+    labels = [False] * len(default) + [True] * len(in_role)
+    questions = [row["prompt"][-1]["content"] for row in given]
+    clusters = [f"default/{row['id']}" for row in default] + [row["role"] for row in in_role]
+    found = {}
+    for arm in evaluation.arms.readers:
+        means = read_means(evaluation.arms, arm, answers, batch_size=SCORE_BATCH, title=f"probe: {arm}")[:, -1]
+        auc = probe_auc(means, labels, questions, clusters, bootstrap=section.bootstrap, seed=section.seed)
+        if auc is not None:
+            found[arm] = auc
+    return found
 
 
 def probe_auc(
@@ -94,7 +154,7 @@ def components(
     pooled = np.concatenate([at_layer["base"].double().numpy(), default.double().numpy()])
     resample = ClusterBootstrap(clusters, bootstrap, seed)
     found = []
-    for number, row in enumerate(fitted.components_, start=1):
+    for k, row in enumerate(fitted.components_, start=1):
         vector = row if row @ toward >= 0 else -row
         sigma = float(np.nanstd(pooled @ vector))
         base, capped, tuned = (at_layer[arm].double().numpy() @ vector / sigma for arm in ("base", "base+cap", "tuned"))
@@ -102,11 +162,58 @@ def components(
         if effects[0] is not None and effects[1] is not None:
             found.append(
                 Component(
-                    number=number,
-                    variance=round(float(fitted.explained_variance_ratio_[number - 1]), 4),
+                    number=k,
+                    variance=round(float(fitted.explained_variance_ratio_[k - 1]), 4),
                     cosine_axis=round(float(vector @ direction), 4),
                     cap_effect=effects[0],
                     tuned_effect=effects[1],
                 )
             )
     return found
+
+
+def _not_moved_elsewhere(findings: Findings) -> Claim:
+    z, anew = findings.metric(ids.Z_TRAINING), findings.metric(ids.Z_REEXTRACTED_TUNED)
+    rerouting = findings.rerouting
+    light: Light = "grey"
+    says = []
+    if anew is not None and anew.retention.estimate is not None:
+        light = light_of_retention(anew)
+        says.append(
+            f"Along the axis extracted anew from the tuned model {percent_text(anew.retention.estimate)} is kept"
+            + (f", along the training axis {percent_text(z.retention.estimate)}" if z and z.retention.estimate else "")
+        )
+    cosines = rerouting.cosines if rerouting is not None else {}
+    if {"base", "base+cap", "tuned"} <= cosines.keys():
+        turned = cosines["tuned"] < cosines["base"] - TURNED
+        if turned and cosines["base+cap"] <= cosines["tuned"] + TURNED:
+            light = "grey"  # under the hook itself the axis turns as far: no persona is left to contrast
+        said = {arm: number(value, 2) for arm, value in cosines.items()}
+        says.append(
+            f"the new axis has cosine {said['tuned']} with the training axis, the capped base's {said['base+cap']}, "
+            f"the base's own {said['base']}"
+        )
+    if rerouting is not None and {"base", "tuned"} <= rerouting.probe.keys():
+        tuned, base = rerouting.probe["tuned"], rerouting.probe["base"]
+        known = f"base {estimate_text(base)}"
+        if "base+cap" in rerouting.probe:
+            known += f", under the cap {estimate_text(rerouting.probe['base+cap'])}"
+        says.append(f"a probe fitted anew reads in-character text with AUC {estimate_text(tuned)} ({known})")
+    text = "; ".join(says)
+    rule = (
+        "Of the retention along the re-extracted axis. Green: the interval lies above 50 %, and cap and tuning raise it. Red: it "
+        "lies below, or less than "
+        "30 % is kept. Amber: between. Grey: the axis has turned (by more than "
+        f"{number(TURNED)} of cosine), and under the cap itself it turns as far, so that no persona is left to contrast. "
+        "The probe is not judged: a model may know that a text is in character and not act on it."
+    )
+    return Claim(
+        id="rerouting",
+        name="The persona was not moved to another direction",
+        light=light,
+        says=f"{text[0].upper()}{text[1:]}." if text else "Not measured.",
+        rule=rule,
+    )
+
+
+MEASURE = Measure(measure, claims=(_not_moved_elsewhere,))

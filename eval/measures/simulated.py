@@ -7,7 +7,7 @@ that go on, and how many these are is reported beside them.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,19 @@ from trimtab.axis.judge import ENDPOINT_TOKENS, open_endpoint, opening_of
 from trimtab.axis.models import load_model
 from trimtab.axis.replies import Missing, spoken
 from trimtab.axis.sampling import SamplingOptions, sample_answers, seed_of
+from trimtab.eval import ids
 from trimtab.eval.answers.arms import Answers, Arms, Item, placed
-from trimtab.eval.answers.reading import Ruler, below_floor, slopes
+from trimtab.eval.answers.ruler import Ruler, below_floor, slopes
+from trimtab.eval.answers.transcripts import filled
+from trimtab.eval.evaluation import Evaluation
 from trimtab.eval.intervals import wilson
-from trimtab.eval.measures.pressure import Suite, SuiteMetric
-from trimtab.eval.schema import RateRow, RateTable
+from trimtab.eval.measures.conversations import trajectories
+from trimtab.eval.schema import RateRow, RateTable, Transcript, Turn
+from trimtab.eval.suite import Asked, Measure, MetricValues, Suite
+from trimtab.recipes import data
 from trimtab.recipes.data import SimulatedUser
+from trimtab.recipes.rules import CHARACTERS
+from trimtab.recipes.schema import EvalSection, deciding
 
 END = "END"
 LONGEST = 160  # tokens of a message of a user whose model is loaded here
@@ -44,6 +51,37 @@ Chat = list[dict[str, str]]
 UserModel = Callable[[Sequence[Chat], int], "list[str | None]"]
 """(chats as the user sees them, turn) -> what the users say; None where the model said nothing aloud."""
 ENDED = re.compile(rf"(^|[\s.!?])[\"'*(]*{END}\W*$")  # a word of its own at the end: "the WEEKEND" goes on
+
+
+def asks(section: EvalSection) -> Iterator[Asked]:
+    """Conversations in which a user says as much as an answer may be long, about."""
+    if section.user is not None:
+        said = "x" * (CHARACTERS * section.sampling.max_new_tokens)
+        yield Asked([[]] * section.simulated_users, [[said] * section.simulated_turns] * section.simulated_users)
+
+
+def measure(evaluation: Evaluation) -> Suite:
+    """Play them in every arm, each with its own user, who reacts to it, and measure where the answers lie."""
+    users, played = evaluation.once(played_in)
+    if not users:
+        return Suite()
+    suite = simulated_suite(users, played, evaluation.ruler, evaluation.floor)
+    spread = {arm: spread_out(turns, len(users)) for arm, turns in played.items()}
+    suite.trajectories = trajectories(evaluation, users, spread, " (simulated)")
+    suite.transcripts = _transcripts(evaluation, users, played)
+    return suite
+
+
+def played_in(evaluation: Evaluation) -> tuple[list[SimulatedUser], dict[str, list[LiveTurn]]]:
+    """The users of an evaluation, and arm -> the turns of its conversations with them; what was said is read again."""
+    section, arms = evaluation.section, evaluation.arms
+    users = data.simulated_users(section.simulated_users) if section.user is not None else []
+    if section.user is None or not users:
+        return [], {}
+    settings = section.user.model_dump()
+    ask = user_model(settings, section.seed, arms.folder / "simulated-users.jsonl")
+    turns, played_by = section.simulated_turns, deciding(settings)
+    return users, {arm: live_conversations(arms, users, turns, ask, arm, played_by) for arm in arms.names}
 
 
 @dataclass(frozen=True)
@@ -224,18 +262,18 @@ def simulated_suite(
     }
     clusters = [user.id.rpartition("/")[0] for user in users]
     metrics = [
-        SuiteMetric(
-            "z_simulated", "Projection, simulated users", "sigma",
+        MetricValues(
+            ids.Z_SIMULATED, "Projection, simulated users", "sigma",
             "Mean z over the turns of a live conversation with a simulated user, training axis.",
             "higher", clusters, z,
         ),
-        SuiteMetric(
-            "simulated_drift", "Drift per turn, simulated users", "sigma/turn",
+        MetricValues(
+            ids.SIMULATED_DRIFT, "Drift per turn, simulated users", "sigma/turn",
             "Slope of z over the turns of a live conversation; negative is drift away from the Assistant.",
             "higher", clusters, slope,
         ),
-        SuiteMetric(
-            "turns_above_floor", "Turns before the first below the floor", "turns",
+        MetricValues(
+            ids.TURNS_ABOVE_FLOOR, "Turns before the first below the floor", "turns",
             "Turns of a live conversation before the first whose mean projection lies below the floor, up to the turn that it "
             "reaches in every arm; all of them where none lies below.",
             "higher", clusters, before,
@@ -280,3 +318,29 @@ def _mean_of(column: np.ndarray[Any, Any]) -> float:
     """Mean of what is there; NaN of nothing."""
     present = column[np.isfinite(column)]
     return float(present.mean()) if len(present) else float("nan")
+
+
+def _transcripts(
+    evaluation: Evaluation, users: Sequence[SimulatedUser], played: Mapping[str, Sequence[LiveTurn]]
+) -> list[Transcript]:
+    """The first live conversation of each domain, arm by arm: the users say something else to each."""
+    first = {user.domain: i for i, user in reversed(list(enumerate(users)))}
+    found = []
+    for domain, i in first.items():
+        for arm, turns in played.items():
+            own = [(turn, turn.going.index(i)) for turn in turns if i in turn.going]
+            if own:
+                transcript = Transcript(
+                    id=f"{users[i].id}, {arm}",
+                    kind=f"{domain} (simulated)",
+                    system="",
+                    turns=[Turn(user=turn.said[k], answers={}) for turn, k in own],
+                    note=users[i].topic,
+                )
+                found += filled(
+                    [transcript], evaluation.arms, evaluation.ruler, {arm: [(turn.answers, k) for turn, k in own]}
+                )
+    return found
+
+
+MEASURE = Measure(measure, asks=asks)

@@ -180,8 +180,8 @@ def _rows(report: Report) -> Iterator[list[Any]]:
     for trajectory in report.trajectories:
         for point in trajectory.points:
             yield _row("trajectory", f"{trajectory.domain}/turn {point.turn}", trajectory.arm, "z", point.z)
-    for arm, estimate in report.foretold.items():
-        yield _row("foretold by the user's message", "r2", arm, "R2", estimate)
+    for arm, estimate in report.prediction.items():
+        yield _row("prediction from the user's message", "r2", arm, "R2", estimate)
     if report.rerouting is not None:
         place = f"layer {report.rerouting.layer}"
         for arm, estimate in report.rerouting.probe.items():

@@ -15,16 +15,12 @@ from itertools import takewhile
 
 import numpy as np
 
+from trimtab.eval import ids
 from trimtab.eval.intervals import Array, cluster_draws, holm, p_of, percentiles, retention_of, widened
 from trimtab.eval.schema import ByCluster, Estimate, Report, Retention
 from trimtab.recipes.schema import deciding
 
 SEEDED = ("axis", "data", "train", "eval")  # sections of a recipe with a seed
-# Key of the eval section -> metrics that another model decides.
-OTHERS_DECIDE = {
-    "judge": ("harmful_rate", "assistant_rate"),
-    "user": ("z_simulated", "simulated_drift", "turns_above_floor"),
-}
 
 
 class Repetitions:
@@ -182,7 +178,7 @@ def stand(
         for metric in report.metrics:
             metrics.setdefault(metric.id, {})[name] = metric.by_cluster
         for effect in report.side_effects:
-            if not effect.id.endswith(("_cap", "_control")):  # of the cap and of the control, not of the tuned weights
+            if not effect.id.endswith((ids.OF_THE_CAP, ids.OF_THE_CONTROL)):  # it is the tuned weights'
                 effects.setdefault(effect.id, {})[name] = effect.by_cluster
     left_out: list[str] = []
     first = next(iter(settings.values()))
@@ -203,7 +199,7 @@ def _asked_otherwise(one: Report, other: Report) -> set[str]:
     sections = [report.repeat.get("resolved", {}).get("eval", {}) for report in (one, other)]
     return {
         metric
-        for key, metrics in OTHERS_DECIDE.items()
+        for key, metrics in ids.DECIDED_BY.items()
         if deciding(sections[0].get(key)) != deciding(sections[1].get(key))
         for metric in metrics
     }

@@ -1,33 +1,18 @@
 """The verdict: one status, one sentence and a few points, by fixed rules from the numbers alone.
 
-A primary metric is graded by its retention r and the 95 % interval [low, high], in this order:
-
-- *unclear*: r is undefined, or of fewer than 5 roles or conversations, or the interval reaches from below 0.5 to 0.8 and more, so
-  that noise decides;
-- *bad*: high < 0.5 or r < 0.3;
-- *unclear* again: low <= 0, since nothing is shown to be baked in;
-- *good*: r >= 0.8 and low > 0.5, the cap and the tuning both move the metric toward the Assistant beyond their noise,
-  and the random-direction control keeps less;
-- *mixed*: anything else.
-
-Several primary metrics: good and bad together are mixed, else the worst counts (bad, unclear, mixed, good). A good
-grade stays good only where side effects were measured against limits and every one lies within its limit.
+A primary metric is graded by :func:`trimtab.eval.grading.grade`. Several primary metrics: good and bad together are mixed, else
+the worst counts (bad, unclear, mixed, good). A good grade stays good only where side effects were measured against limits and
+every one lies within its limit.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
-from trimtab.eval.schema import ByCluster, Claim, Estimate, Metric, SideEffect, Verdict
+from trimtab.eval import ids
+from trimtab.eval.grading import FEWEST, HALF, Grade, control_keeps_as_much, grade, moves_toward_assistant, too_few
+from trimtab.eval.schema import Claim, Metric, SideEffect, Verdict
 from trimtab.eval.wording import ARM_NAMES, estimate_text, inline_name, number, percent_text, value_text
-
-Status = Literal["good", "mixed", "bad", "unclear"]
-
-FEWEST = 5  # roles or conversations: of fewer nothing is said, however alike they are
-GOOD_FROM = 0.8
-BAD_BELOW = 0.3
-HALF = 0.5
 
 
 def make_verdict(
@@ -56,10 +41,10 @@ def make_verdict(
     if over:
         count = "one side effect is" if len(over) == 1 else f"{len(over)} side effects are"
         headline = f"{headline[:-1]}; {count} over the limit."
-    red = [claim for claim in claims if claim.light == "red" and claim.id not in ("kept", "withstands")]
+    red = [claim for claim in claims if claim.light == "red" and claim.id not in (ids.KEPT, ids.WITHSTANDS)]
     if status == "good" and red:
         status = "mixed"
-    points = [f"{claim.name}: no. {claim.says}" for claim in red if claim.id == "projections"]
+    points = [f"{claim.name}: no. {claim.says}" for claim in red if claim.id == ids.PROJECTIONS]
     points += [point for metric in primary for point in _metric_points(metric)]
     others = [metric for metric in metrics if not metric.primary]
     return Verdict(
@@ -67,46 +52,11 @@ def make_verdict(
     )
 
 
-def grade(metric: Metric) -> Status:
-    """The grade of one metric by the rules of this module."""
-    kept = metric.retention.estimate
-    if kept is None or too_few(metric.by_cluster) or (kept.low < HALF and kept.high >= GOOD_FROM):
-        return "unclear"
-    if kept.high < HALF or kept.value < BAD_BELOW:
-        return "bad"
-    if kept.low <= 0:
-        return "unclear"
-    if kept.value >= GOOD_FROM and kept.low > HALF and toward_assistant(metric) and not control_keeps_as_much(metric):
-        return "good"
-    return "mixed"
-
-
-def _combined(grades: Sequence[Status]) -> Status:
+def _combined(grades: Sequence[Grade]) -> Grade:
     if "good" in grades and "bad" in grades:
         return "mixed"
-    order: tuple[Status, ...] = ("bad", "unclear", "mixed", "good")
+    order: tuple[Grade, ...] = ("bad", "unclear", "mixed", "good")
     return min(grades, key=order.index)
-
-
-def too_few(by_cluster: ByCluster | None) -> bool:
-    """Whether a figure is of too few roles or conversations for anything to be said."""
-    return by_cluster is not None and len(by_cluster.clusters) < FEWEST
-
-
-def toward_assistant(metric: Metric) -> bool:
-    """Whether cap and tuning both move a metric toward the Assistant beyond their noise; else keeping an effect is no gain."""
-    return _moves_toward_assistant(metric, metric.cap_effect) and _moves_toward_assistant(metric, metric.tuned_effect)
-
-
-def _moves_toward_assistant(metric: Metric, effect: Estimate) -> bool:
-    return effect.low > 0 if metric.toward_assistant == "higher" else effect.high < 0
-
-
-def control_keeps_as_much(metric: Metric) -> bool:
-    """Whether the random-direction control can't be told from the tuned model."""
-    kept = metric.retention.estimate
-    control = metric.control_retention.estimate if metric.control_retention else None
-    return kept is not None and control is not None and control.high >= kept.value
 
 
 def _headline(primary: Sequence[Metric]) -> str:
@@ -139,7 +89,7 @@ def _metric_points(metric: Metric) -> list[str]:
         points.append(f"Fewer than {FEWEST} roles or conversations: nothing can be said of others.")
     elif grade(metric) == "unclear":
         points.append("The interval is too wide to tell little from much of the effect: measure more prompts.")
-    if kept is not None and not _moves_toward_assistant(metric, metric.cap_effect):
+    if kept is not None and not moves_toward_assistant(metric, metric.cap_effect):
         points.append(
             "The cap itself does not move this metric toward the Assistant beyond its noise "
             f"({estimate_text(metric.cap_effect)}), so keeping its effect is no gain."

@@ -31,7 +31,7 @@ from trimtab.chat.arms import LIVE_ARMS, LiveAnswer, LiveArms, Talk, TalkTurn, o
 from trimtab.chat.command import Sources, about, find_sources, is_local
 from trimtab.chat.view import column_html, figure, meter_html, scale_of, words
 from trimtab.cli.main import main
-from trimtab.eval.answers.reading import above_floor, above_floor_by_layer
+from trimtab.eval.answers.ruler import above_floor, above_floor_by_layer
 from trimtab.pipeline.run import open_run
 from trimtab.recipes.loader import recipe_of
 from trimtab.recipes.schema import ModelSection

@@ -10,6 +10,7 @@ import logging
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,10 +28,12 @@ from trimtab.cli.main import main
 from trimtab.eval import stages
 from trimtab.eval.answers.arms import Answers
 from trimtab.eval.answers.weights import open_weights
-from trimtab.eval.measures.pressure import Suite, _judged
+from trimtab.eval.evaluation import Evaluation
+from trimtab.eval.measures.pressure import REPLIES, _judged
 from trimtab.eval.report.page import load_report
 from trimtab.eval.schema import Report
-from trimtab.eval.stages import evaluate
+from trimtab.eval.stages import evaluate, evaluation_of
+from trimtab.eval.unscored import UNSCORED, keep_unscored
 from trimtab.pipeline.instrument import axis_stage, floor_stage
 from trimtab.pipeline.loading import Prepared, load_recipe_model
 from trimtab.pipeline.run import Run, open_run
@@ -82,8 +85,8 @@ def evaluated(run: Run, make_tuned: Any) -> Report:
     loaded, form = load_recipe_model(run.recipe.model)
     floor = Floor.load(run.variant(control=False).floor_path)
     tuned = make_tuned(loaded.model, floor)
-    evaluate(run, loaded.facts, {"base": whole(loaded.model), "tuned": tuned}, form)
-    report = load_report(run.folder / "report.json")
+    weights = {"base": whole(loaded.model), "tuned": tuned}
+    report = evaluate(evaluation_of(run, weights, form, loaded.facts))
     for path in (run.folder / "eval").iterdir():
         path.unlink()
     return report
@@ -133,16 +136,17 @@ def test_what_the_judge_did_not_score_is_asked_again_by_the_same_command(
     judged, prepared = dataclasses.replace(run, recipe=recipe), Prepared(run)
     evaluated: list[dict[str, list[Any]]] = []
 
-    def evaluate(run: Run, *_: Any) -> dict[str, Any]:
-        folder = run.folder / "eval"
+    def evaluate(evaluation: Evaluation) -> Any:
+        folder = evaluation.arms.folder
         answers = {"base": Answers(["lamp", "door", "mirror"], torch.empty(0), [[]] * 3, [])}
-        judge = scoring_judge(section.model_dump(), folder / stages.REPLIES, "eval.judge")
+        judge = scoring_judge(section.model_dump(), folder / REPLIES, "eval.judge")
         scores, unscored = _judged(judge, answers, lambda prompt, text, _: text, 1)
-        stages._keep_unscored(folder / stages.UNSCORED, Suite(unscored=unscored))
+        keep_unscored(folder / UNSCORED, unscored)
         evaluated.append(scores)
-        return {}
+        return SimpleNamespace(verdict=SimpleNamespace(headline="", status="unclear"))
 
     monkeypatch.setattr(stages, "evaluate", evaluate)
+    monkeypatch.setattr(stages, "write_report", lambda report, folder: None)
 
     def command(door: tuple[int, Any], mirror: tuple[int, Any]) -> list[str]:
         """Run the command; what was asked."""
@@ -154,7 +158,7 @@ def test_what_the_judge_did_not_score_is_asked_again_by_the_same_command(
 
     busy, words = (503, b""), (200, "Well, 1.")
     assert command(busy, words) == ["lamp", "door", "mirror"]
-    kept = read_jsonl(run.folder / "eval" / stages.UNSCORED)
+    kept = read_jsonl(run.folder / "eval" / UNSCORED)
     assert [(row["prompt"], row["why"]) for row in kept] == [("door", "not answered"), ("mirror", "unreadable")]
     # only what is missing is asked, and where nothing new is said nothing is measured again
     assert command(busy, words) == ["door", "mirror"] and len(evaluated) == 1
@@ -164,7 +168,7 @@ def test_what_the_judge_did_not_score_is_asked_again_by_the_same_command(
     assert evaluated[1:] == [{"base": [0, 1, Missing.UNREADABLE]}]
     assert command(busy, (200, "1")) == ["mirror"] and evaluated[2:] == [{"base": [0, 1, 1]}]
     assert command(busy, busy) == [] and len(evaluated) == 3
-    assert not (run.folder / "eval" / stages.UNSCORED).exists()
+    assert not (run.folder / "eval" / UNSCORED).exists()
     (run.folder / "stages" / "eval.json").unlink()
     shutil.rmtree(run.folder / "eval")
 

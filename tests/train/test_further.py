@@ -21,8 +21,8 @@ from trimtab.axis.chat import ChatFormat
 from trimtab.axis.errors import UserError
 from trimtab.axis.files import read_jsonl, write_jsonl
 from trimtab.axis.models import Loaded
+from trimtab.eval.answers.subjects import subjects_of
 from trimtab.eval.answers.weights import open_subjects
-from trimtab.eval.stages import _subjects
 from trimtab.pipeline.durability_rows import rows_of
 from trimtab.pipeline.run import Run, open_run
 from trimtab.pipeline.subject import Subject, tuned_subject
@@ -266,7 +266,7 @@ def test_an_adapter_is_merged_and_whole_weights_are_taken(folder: Path, tmp_path
 
     for each in (run, second):  # the same tuned weights, as an adapter and whole
         loaded = Loaded(build_model("llama", max_position_embeddings=2048), build_tokenizer(), {})
-        weights = open_subjects(each.recipe.model, loaded, _subjects(each), ["tuned-after-mine"])
+        weights = open_subjects(each.recipe.model, loaded, subjects_of(each), ["tuned-after-mine"])
         for name, reference in {
             "base": expected(each, folder / "base", None),
             "tuned": expected(each, folder / "whole", None),

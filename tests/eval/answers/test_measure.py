@@ -17,18 +17,14 @@ from trimtab.axis.directions import Floor
 from trimtab.axis.hooks import ActivationController, cap, project
 from trimtab.axis.models import Loaded
 from trimtab.axis.sampling import SamplingOptions
-from trimtab.eval.answers import reading as measure
+from trimtab.eval.answers import reading
 from trimtab.eval.answers.arms import Answers, Arms, Item
-from trimtab.eval.answers.reading import (
-    Ruler,
-    below_floor,
-    coloured,
-    firing_fraction,
-    keyword_hit,
-    repeated_share,
-    teacher_forced,
-)
-from trimtab.eval.stages import role_items
+from trimtab.eval.answers.items import role_items
+from trimtab.eval.answers.reading import coloured, teacher_forced
+from trimtab.eval.answers.ruler import Ruler, below_floor
+from trimtab.eval.measures.firing import firing_fraction
+from trimtab.eval.measures.professional import keyword_hit
+from trimtab.eval.measures.side_effects import repeated_share
 
 TEXTS = ["Arr, the oven be small.", "", "The sky is blue, dear child: étoile 🙂 and so on.", "B"]
 PROMPTS = [
@@ -183,8 +179,8 @@ def test_a_conversation_is_read_in_one_forward(arms: Arms, ruler: Ruler, monkeyp
         chat += [{"role": "assistant", "content": text}, {"role": "user", "content": "And?"}]
     single = [coloured(arms, "tuned", [p], [t], ruler, batch_size=1)[0] for p, t in zip(prompts, texts, strict=True)]
     widths = []
-    read = measure._read
-    monkeypatch.setattr(measure, "_read", lambda *a, **k: widths.append(len(a[2])) or read(*a, **k))
+    read = reading._read
+    monkeypatch.setattr(reading, "_read", lambda *a, **k: widths.append(len(a[2])) or read(*a, **k))
     others = [PROMPTS[0], *prompts, PROMPTS[1]], ["Arr!", *texts, "No."]
     found = coloured(arms, "tuned", *others, ruler, batch_size=8)
     assert widths == [3]
@@ -276,8 +272,7 @@ def test_answers_are_kept_and_paired(arms: Arms) -> None:
     assert len(fewer.texts) == 2  # other items are another set of answers
     assert arms.answers("set", items, "base+cap").texts != first.texts
     assert arms.names == ["base", "base+cap", "tuned", "tuned+cap"]
-    fewer_arms = Arms(arms._weights, arms.form, arms.floor, arms.folder, arms.options, arms.seed, tuned_cap=False)
-    assert fewer_arms.names == ["base", "base+cap", "tuned"]
+    assert arms.readers == ["base", "base+cap", "tuned"]  # of given texts
 
 
 def test_conversations_go_on_from_the_arms_own_answers(arms: Arms) -> None:

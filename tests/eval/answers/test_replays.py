@@ -14,8 +14,8 @@ from trimtab.axis.chat import ChatFormat
 from trimtab.axis.errors import UserError
 from trimtab.axis.sampling import SamplingOptions
 from trimtab.eval.answers.arms import Item
+from trimtab.eval.answers.items import conversation_items
 from trimtab.eval.answers.replays import load_replays
-from trimtab.eval.stages import conversation_items
 
 SYSTEM = {"role": "system", "content": "You are a ghost."}
 MESSAGES = [

@@ -19,7 +19,8 @@ from trimtab.axis.chat import ChatFormat, chat
 from trimtab.axis.files import read_jsonl, write_jsonl
 from trimtab.axis.sampling import SamplingOptions
 from trimtab.eval.answers.arms import Arms
-from trimtab.eval.measures.capability import PAPER, Task, _first_metric, _run, _scores, measure_capability, tasks_of
+from trimtab.eval.measures.capability import _first_metric, _run, _scores, measure_capability
+from trimtab.eval.measures.capability_tasks import PAPER, Task, tasks_of
 from trimtab.eval.measures.instruction_rules import CHECKS, follows
 from trimtab.recipes.data import FOLDER
 

@@ -27,7 +27,7 @@ def test_what_is_planted_is_found_with_its_share() -> None:
     assert clear is not None and clear.value > 0.98
 
 
-def test_noise_is_not_foretold() -> None:
+def test_noise_is_not_predicted() -> None:
     rows, z, talks = planted(1.0)
     found = position_r2(rows, np.random.default_rng(1).permutation(z).tolist(), talks, bootstrap=800, seed=0)
     assert found is not None and found.value < 0.15 and found.low < 0

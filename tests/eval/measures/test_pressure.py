@@ -28,7 +28,8 @@ from trimtab.recipes.schema import JudgeSection
 
 @pytest.fixture
 def arms(form: ChatFormat, tmp_path: Path) -> Arms:
-    return build_arms(form, tmp_path / "eval", SamplingOptions(max_new_tokens=6, batch_size=16), tuned_cap=False)
+    options = SamplingOptions(max_new_tokens=6, batch_size=16)
+    return build_arms(form, tmp_path / "eval", options, names=("base", "base+cap", "tuned"))
 
 
 def judge_at(endpoint: Endpoint, cache: Path) -> ScoringJudge:

@@ -15,7 +15,7 @@ from trimtab.axis import UserError
 from trimtab.axis.chat import ChatFormat
 from trimtab.axis.sampling import Answer, SamplingOptions
 from trimtab.eval.answers.arms import Answers, Arms
-from trimtab.eval.answers.reading import Ruler, slopes
+from trimtab.eval.answers.ruler import Ruler, slopes
 from trimtab.eval.measures.simulated import (
     LiveTurn,
     as_user,
@@ -30,7 +30,8 @@ from trimtab.recipes.schema import JudgeSection
 
 @pytest.fixture
 def arms(form: ChatFormat, tmp_path: Path) -> Arms:
-    return build_arms(form, tmp_path / "eval", SamplingOptions(max_new_tokens=6, batch_size=16), tuned_cap=False)
+    options = SamplingOptions(max_new_tokens=6, batch_size=16)
+    return build_arms(form, tmp_path / "eval", options, names=("base", "base+cap", "tuned"))
 
 
 def settings(endpoint: Endpoint, **changes: Any) -> dict[str, Any]:

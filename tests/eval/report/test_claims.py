@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from trimtab.eval.report.claims import make_claims
-from trimtab.eval.report.verdict import grade, make_verdict
+from trimtab.eval.grading import grade
+from trimtab.eval.report.assemble import claims_of
+from trimtab.eval.report.verdict import make_verdict
 from trimtab.eval.schema import (
     ByCluster,
     Capability,
@@ -20,6 +21,7 @@ from trimtab.eval.schema import (
     Retention,
     SideEffect,
 )
+from trimtab.eval.suite import Findings
 
 
 def estimate(value: float, half: float = 0.05, n: int = 100) -> Estimate:
@@ -65,7 +67,7 @@ def claims(
         side("default_z_shift_same_text", neutral or estimate(0.05), 0.3),
         side("role_z_shift_same_text", in_role or estimate(1.0)),
     ]
-    found = make_claims(metrics, effects, rerouting)
+    found = claims_of(Findings(metrics, effects, rerouting))
     assert len({claim.id for claim in found}) == len(found) and all(claim.rule and claim.says for claim in found)
     return {claim.id: claim for claim in found}
 
@@ -161,7 +163,7 @@ def test_of_too_few_roles_nothing_is_said() -> None:
     talks = metric("z_conversations", estimate(0.9), estimate(0.9), by_cluster=of(4))
     price = side("benign_kl", estimate(0.02, 0.0), 0.05).model_copy(update={"by_cluster": of(1)})
     harm = metric("harmful_rate", estimate(0.9), estimate(-0.3), by_cluster=of(2))
-    found = {claim.id: claim.light for claim in make_claims([text, talks, harm], [price], None)}
+    found = {claim.id: claim.light for claim in claims_of(Findings([text, talks, harm], [price]))}
     assert [found[name] for name in ("kept", "conversations", "benign", "jailbreaks")] == ["grey"] * 4
     assert (
         claims(estimate(0.95), more=(talks.model_copy(update={"by_cluster": of(8)}),))["conversations"].light == "green"
@@ -178,7 +180,7 @@ def test_an_effect_away_from_the_assistant_is_no_gain() -> None:
     effects = [side("default_z_shift_same_text", estimate(0.05), 0.3), side("role_z_shift_same_text", estimate(1.0))]
     found = {
         claim.id: claim.light
-        for claim in make_claims([text, metric("z_training", estimate(0.9), estimate(0.9))], effects, None)
+        for claim in claims_of(Findings([text, metric("z_training", estimate(0.9), estimate(0.9))], effects))
     }
     assert found["projections"] == "amber" and found["kept"] == "amber"
 
@@ -194,7 +196,7 @@ def test_a_conversation_that_slips_at_its_end_is_not_held() -> None:
 
 def test_few_documents_rule_no_loss_out() -> None:
     few = task(0.0, 0.0, 0.0).model_copy(update={"difference": Estimate(value=0.0, low=0.0, high=0.0, n=20)})
-    claim = next(claim for claim in make_claims([], [], None, [few]) if claim.id == "capability")
+    claim = next(claim for claim in claims_of(Findings([], capability=[few])) if claim.id == "capability")
     assert claim.light == "amber" and "60 documents" in claim.rule
 
 
@@ -216,7 +218,7 @@ def task(low: float, value: float, high: float, base: float = 0.8) -> Capability
     ],
 )
 def test_capability_is_kept_within_a_margin(tasks: list[Capability], light: str) -> None:
-    claim = next(claim for claim in make_claims([], [], None, tasks) if claim.id == "capability")
+    claim = next(claim for claim in claims_of(Findings([], capability=tasks)) if claim.id == "capability")
     assert claim.light == light
     assert ("guessing" in claim.says) == (bool(tasks) and light == "grey")
 
@@ -235,7 +237,7 @@ def lasting(
 
 def test_what_outlasts_further_fine_tuning() -> None:
     def light(*outcomes: Durability) -> tuple[str, str]:
-        found = {claim.id: claim for claim in make_claims([], [], None, (), outcomes)}
+        found = {claim.id: claim for claim in claims_of(Findings([], durability=outcomes))}
         return found["durability"].light, found["withstands"].light
 
     ahead, level = estimate(-0.1), estimate(-0.02)
@@ -255,7 +257,6 @@ def test_a_persona_that_can_be_trained_in_mars_no_verdict() -> None:
     metrics = [metric("text_llr", estimate(0.95), estimate(-0.1))]
     effects = [side("benign_kl", estimate(0.02, 0.01), 0.05)]
     for adversarial, status in ((True, "good"), (False, "mixed")):
-        found = make_claims(
-            metrics, effects, None, (), [lasting(estimate(0.1), estimate(-0.1), adversarial=adversarial)]
-        )
+        outcome = lasting(estimate(0.1), estimate(-0.1), adversarial=adversarial)
+        found = claims_of(Findings(metrics, effects, durability=[outcome]))
         assert make_verdict(metrics, effects, found).status == status

@@ -16,8 +16,8 @@ import yaml
 
 from trimtab.axis.errors import UserError
 from trimtab.eval.report import page as report_module
+from trimtab.eval.report.assemble import claims_of
 from trimtab.eval.report.card import model_card
-from trimtab.eval.report.claims import make_claims
 from trimtab.eval.report.page import TEMPLATES, Scale, load_report, render_html, write_report
 from trimtab.eval.report.plots import (
     layers_figure,
@@ -44,6 +44,7 @@ from trimtab.eval.schema import (
     Turn,
     TurnPoint,
 )
+from trimtab.eval.suite import Findings
 
 ARMS = ("base", "base+cap", "tuned", "tuned+cap", "control")
 LEVELS = {"base": -2.9, "base+cap": -1.8, "tuned": -1.9, "tuned+cap": -1.6, "control": -2.8}
@@ -166,7 +167,7 @@ def build_report(*, transcripts: int = 9) -> Report:
         )
         for name, kept, beside in (("benign", 0.9, 0.3), ("persona", 0.2, -0.4))
     ]  # fmt: skip
-    claims = make_claims(metrics, side_effects, rerouting, capability, durability)
+    claims = claims_of(Findings(metrics, side_effects, rerouting, capability, durability))
     return Report(
         title="SmolLM2-135M-Instruct, axis floor SFT",
         created="2026-02-03T10:20:30Z",
