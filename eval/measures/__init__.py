@@ -14,6 +14,7 @@ ORDER = (
     "text",
     "projections",
     "side_effects",
+    "echo",
     "professional",
     "conversations",
     "pressure",

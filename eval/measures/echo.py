@@ -1,0 +1,37 @@
+"""Echo: whether an answer repeats the question instead of answering it."""
+
+from __future__ import annotations
+
+from trimtab.eval.evaluation import Evaluation
+from trimtab.eval.suite import EffectValues, Measure, Suite
+
+LONGEST = 12  # words of a question that are looked for
+
+
+def measure(evaluation: Evaluation) -> Suite:
+    """Share of the tuned model's answers under roles that repeat the question, minus the base's."""
+    questions = [item.prompt[-1]["content"] for item in evaluation.roles]
+    tuned, base = (evaluation.on_roles[arm].texts for arm in ("tuned", "base"))
+    changes = [
+        float(echoes(one, question)) - float(echoes(other, question))
+        for one, other, question in zip(tuned, base, questions, strict=True)
+    ]
+    effect = EffectValues(
+        "echo_change", "Answers that repeat the question", "share",
+        "Share of the tuned model's answers under held-out roles that repeat the question word for word, minus the base's.",
+        evaluation.role_clusters, changes,
+    )  # fmt: skip
+    return Suite(side_effects=[effect])
+
+
+def echoes(answer: str, question: str) -> bool:
+    """Whether the question's first words stand in the answer, whatever their case, marks and spaces."""
+    words = _words(question)[:LONGEST]
+    return bool(words) and f" {' '.join(words)} " in f" {' '.join(_words(answer))} "
+
+
+def _words(text: str) -> list[str]:
+    return "".join(c if c.isalnum() else " " for c in text.lower()).split()
+
+
+MEASURE = Measure(measure)
