@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import statistics
+import textwrap
 from pathlib import Path
 
 from trimtab.axis.files import file_fingerprint, write_jsonl, write_text
@@ -202,11 +203,15 @@ def table(reports: dict[str, Report]) -> str:
     parts = [
         "Retention, seeds pooled:",
         rows(["method", "seeds", *COLUMNS.values(), "text, without the role that weighs most"], kept),
-        f"The base keeps 0 of the cap's effect and the base under the cap 1, by definition. {_given(some)}",
+        _wrapped("The base keeps 0 of the cap's effect, and base + cap keeps 1, by definition.") + "\nThey measure:",
+        rows(["metric", "base", "base + cap", "unit", "n"], _given(some)),
     ]
     if DEFAULT in arms and apart:
         parts += [
-            f"Against {DEFAULT}, by role and conversation; bold where p < 0.05 (Holm). Of one seed: of those very weights:",
+            _wrapped(
+                f"The gap to {DEFAULT}, paired by role and conversation. Bold: p < 0.05 (Holm). Where a method has one seed, "
+                "the gap is of those very weights:"
+            ),
             rows(["method", *COLUMNS.values(), EFFECTS["benign_kl"], EFFECTS["default_z_shift"]], apart),
         ]
     cap = {
@@ -216,9 +221,14 @@ def table(reports: dict[str, Report]) -> str:
         *(f"{e.value:.3f} [{e.low:.3f}, {e.high:.3f}]" if (e := cap.get(key)) is not None else "-" for key in EFFECTS),
         "-", "-",
     ]  # fmt: skip
-    parts += ["Prices:", rows(["method", *EFFECTS.values(), "minutes of training", "peak GiB"], prices)]
+    parts += ["Side effects:", rows(["method", *EFFECTS.values(), "minutes of training", "peak GiB"], prices)]
     machines = sorted({_machine(run) for runs in arms.values() for run in runs})
-    return "\n\n".join(part.strip() for part in [*parts, "Measured on: " + "; ".join(machines) + "."]) + "\n"
+    return "\n\n".join(part.strip() for part in [*parts, _wrapped(f"Measured on: {'; '.join(machines)}.")]) + "\n"
+
+
+def _wrapped(text: str) -> str:
+    """A paragraph in lines of 100 columns, as all of our Markdown."""
+    return "\n".join(textwrap.wrap(text, 100, break_long_words=False, break_on_hyphens=False))
 
 
 def _without(runs: list[Report], key: str) -> str:
@@ -228,15 +238,14 @@ def _without(runs: list[Report], key: str) -> str:
     return "-" if told is None else f"{told[1]:.2f} ({told[0]})"
 
 
-def _given(report: Report) -> str:
-    """What base and base + cap measure, in the metric's own units."""
-    told = [
-        f"{name} {arms['base'].value:.3f} and {arms['base+cap'].value:.3f} {metric.unit} (n = {arms['base'].n})"
+def _given(report: Report) -> dict[str, list[str]]:
+    """What base and base + cap measure, in the metric's own units: metric -> cells."""
+    return {
+        name: [f"{arms['base'].value:.3f}", f"{arms['base+cap'].value:.3f}", metric.unit, str(arms["base"].n)]
         for key, name in COLUMNS.items()
         for metric in report.metrics
         if metric.id == key and (arms := metric.arms).keys() >= {"base", "base+cap"}
-    ]
-    return f"They measure: {'; '.join(told)}."
+    }
 
 
 def _mean(values: list[float | None]) -> str:
@@ -292,7 +301,7 @@ def write_page(page: Path, reports: dict[str, Report], model: str) -> str:
     """Write the table with what each arm is; returns the table."""
     told, known = table(reports), by_arm(reports)
     arms = [f"- {arm}: `{model}/{ARMS[arm][0]}` {' '.join(ARMS[arm][1])}".rstrip() for arm in ARMS if arm in known]
-    head = f"# Every way of baking, {model}\n\nWritten by `benchmarks/methods.py`.\n\n"
+    head = f"# Every training method, {model}\n\nWritten by `benchmarks/methods.py`.\n\n"
     write_text(page, head + told + "\n" + "\n".join(arms) + "\n")
     return told
 

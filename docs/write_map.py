@@ -6,6 +6,7 @@ python docs/write_map.py
 from __future__ import annotations
 
 import ast
+import textwrap
 import tomllib
 from pathlib import Path
 
@@ -13,8 +14,9 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "map.md"
 HEAD = """# The map
 
-What each module is for, in its own words: the first line of each, written by `python docs/write_map.py`. Nothing imports
-anything that stands below it, but for `trimtab/`, whose names are lazy.
+What each module is for, in its own words: the first line of each, written by
+`python docs/write_map.py`. No module imports one that stands below it. Only `trimtab/` does, whose
+names are lazy.
 """
 # In the order in which they import each other.
 FOLDERS = (
@@ -30,16 +32,23 @@ def first_line(path: Path) -> str:
     return found.splitlines()[0].rstrip(".").replace("``", "`")
 
 
+def wrapped(text: str, indent: str = "") -> str:
+    """Text in lines of 100 columns, the second and later ones indented."""
+    lines = textwrap.wrap(text, 100, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    return "\n".join(lines)
+
+
 def the_map() -> str:
     """The page."""
     packages = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"]
     assert {name.removeprefix("trimtab.").replace(".", "/") for name in packages} == set(FOLDERS)
     parts = [HEAD]
     for folder in FOLDERS:
-        parts.append(f"## {folder}/\n\n{first_line(ROOT / folder / '__init__.py')}.\n")
+        said = first_line(ROOT / folder / "__init__.py")
+        parts.append(f"## {folder}/\n\n{wrapped(f'{said}.')}\n")
         modules = [path for path in sorted((ROOT / folder).glob("*.py")) if path.stem != "__init__"]
         if modules:
-            parts.append("\n".join(f"- `{path.stem}`: {first_line(path)}" for path in modules) + "\n")
+            parts.append("\n".join(wrapped(f"- `{path.stem}`: {first_line(path)}", "  ") for path in modules) + "\n")
     return "\n".join(parts)
 
 

@@ -1,4 +1,4 @@
-"""What the documents say is run."""
+"""What the documents say is run, and how they say it is held to their own rules."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_the_map_says_what_the_modules_say() -> None:
 
 
 def test_every_file_that_the_documents_link_to_is_there() -> None:
-    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
+    for page in PAGES:
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
@@ -68,3 +68,105 @@ def test_the_scripts_for_clusters_parse() -> None:
     assert service["metadata"]["name"] == job["spec"]["template"]["spec"]["subdomain"]
     for name in re.findall(r"accelerate_configs/([\w-]+)\.yaml|CONFIGS/([\w-]+)\.yaml", text):
         assert "".join(name) in accelerate_configs()
+
+
+# All of our Markdown.
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "benchmarks" / "README.md"])
+GLOSSARY = ROOT / "docs" / "glossary.md"
+WIDTH, CELL, GLOSSARY_LINES = 100, 20, 70
+THE_MODULES_OWN_WORDS = ROOT / "docs" / "map.md"  # the first lines of the modules, as write_map.py copies them
+
+
+def prose_of(text: str) -> list[tuple[int, str]]:
+    """Numbered lines outside of code blocks."""
+    found, fenced = [], False
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.lstrip().startswith("```"):
+            fenced = not fenced
+        elif not fenced:
+            found.append((number, line))
+    return found
+
+
+def cells_of(line: str) -> list[str]:
+    """The cells of a table's row; none of any other line."""
+    row = line.strip()
+    return [cell.strip() for cell in re.split(r"(?<!\\)\|", row)[1:-1]] if row.startswith("|") else []
+
+
+def too_long(text: str) -> list[int]:
+    """Numbers of the lines over 100 columns; tables, code blocks and the targets of links may be longer."""
+    return [
+        number
+        for number, line in prose_of(text)
+        if not cells_of(line) and len(re.sub(r"(?<=\])\([^)]*\)|https?://\S+", "", line)) > WIDTH
+    ]
+
+
+def overfull(text: str) -> list[str]:
+    """Cells of tables with more than 20 words."""
+    return [cell for _, line in prose_of(text) for cell in cells_of(line) if len(cell.split()) > CELL]
+
+
+def ragged(text: str) -> list[int]:
+    """Numbers of the rows that have other cells than the row above them."""
+    lines = dict(prose_of(text))
+    return [
+        number
+        for number, line in lines.items()
+        if (above := cells_of(lines.get(number - 1, ""))) and cells_of(line) and len(above) != len(cells_of(line))
+    ]
+
+
+def ruled_out(text: str) -> list[str]:
+    """What the glossary's last column names."""
+    rows = [cells_of(line) for _, line in prose_of(text)]
+    return [word.strip() for row in rows[1:] if len(row) == 3 for word in row[2].split(",") if word.strip(" -not")]
+
+
+def used(words: list[str], text: str) -> list[str]:
+    """Those of the words that a text uses, however its lines break; code may bear any name."""
+    plain = " ".join(re.sub(r"`[^`]*`", "", " ".join(line for _, line in prose_of(text))).split())
+    return [word for word in words if re.search(rf"\b{re.escape(word)}\b", plain, re.IGNORECASE)]
+
+
+def test_no_line_of_the_documents_is_longer_than_100_columns() -> None:
+    assert too_long(f"| {'a ' * 99} |\n```\n{'b ' * 99}\n```\n[name](https://{'c' * 99})\n{'d ' * 51}") == [6]
+    assert {str(page): long for page in PAGES if (long := too_long(page.read_text(encoding="utf-8")))} == {}
+
+
+def test_no_cell_of_a_table_has_more_than_20_words() -> None:
+    assert overfull("| a | b |\n|---|---|\n| c \\| " + "d " * 18 + "| " + "e " * 21 + "|") == [("e " * 21).strip()]
+    assert {str(page): full for page in PAGES if (full := overfull(page.read_text(encoding="utf-8")))} == {}
+
+
+def test_every_row_of_a_table_has_the_cells_of_its_head() -> None:
+    assert ragged("| a | b |\n|---|---|\n| c \\| d | e |\n| f |") == [4]
+    assert {str(page): torn for page in PAGES if (torn := ragged(page.read_text(encoding="utf-8")))} == {}
+
+
+def test_the_glossary_is_a_page() -> None:
+    assert len(GLOSSARY.read_text(encoding="utf-8").splitlines()) <= GLOSSARY_LINES
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md"):
+        assert "](docs/glossary.md)" in page.read_text(encoding="utf-8"), page.name
+
+
+def test_the_documents_use_the_words_of_the_glossary() -> None:
+    words = ruled_out(GLOSSARY.read_text(encoding="utf-8"))
+    assert {"foretold", "live conversation", "further fine-tuning", "baked"} <= set(words)
+    assert used(words, "A live\nconversation is `foretold`.") == ["live conversation"]
+    pages = set(PAGES) - {GLOSSARY, THE_MODULES_OWN_WORDS}
+    assert {str(page): bad for page in pages if (bad := used(words, page.read_text(encoding="utf-8")))} == {}
+
+
+def test_every_heading_that_the_documents_link_to_is_there() -> None:
+    for page in PAGES:
+        for target, heading in re.findall(r"\]\((?!https?:)([^)#]*)#([^)]+)\)", page.read_text(encoding="utf-8")):
+            there = (page.parent / target if target else page).read_text(encoding="utf-8")
+            assert heading in headings(there), f"{page.name} links to {target}#{heading}"
+
+
+def headings(text: str) -> set[str]:
+    """A page's headings as GitHub names them in links."""
+    titles = [line.lstrip("#").strip().lower() for _, line in prose_of(text) if line.startswith("#")]
+    return {re.sub(r"[^\w\- ]", "", title).replace(" ", "-") for title in titles}
