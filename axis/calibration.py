@@ -112,7 +112,7 @@ def response_projections(
     return found, fired / seen if seen else 0.0
 
 
-def spread(rows: Sequence[Mapping[str, Any]], count: int) -> list[Mapping[str, Any]]:
+def evenly_chosen(rows: Sequence[Mapping[str, Any]], count: int) -> list[Mapping[str, Any]]:
     """About ``count`` rows taken evenly over the list."""
     if len(rows) <= count:
         return list(rows)

@@ -149,7 +149,7 @@ def _file_name(arm: str, seed: int) -> str:
 
 
 def table(reports: dict[str, Report]) -> str:
-    """The tables in Markdown: retention, gaps to the default, prices; seeds pooled, each seed's value in brackets."""
+    """The tables in Markdown: retention, gaps to the default, effects_table; seeds pooled, each seed's value in brackets."""
     arms = by_arm(reports)
     together = stand(
         {f"{arm}/{k}": run for arm, runs in arms.items() for k, run in enumerate(runs)}, samples=SAMPLES, seed=0,
@@ -192,7 +192,7 @@ def table(reports: dict[str, Report]) -> str:
         for arm in order
         if arm != DEFAULT
     }
-    prices = {
+    effects_table = {
         arm: [
             *(cell(together.effects.get(key, {}).get(arm), 3) for key in EFFECTS),
             *(_mean([run.training.get(key) for run in arms[arm]]) for key in ("minutes", "peak_gib")),
@@ -217,11 +217,11 @@ def table(reports: dict[str, Report]) -> str:
     cap = {
         effect.id.removesuffix("_cap"): effect.estimate for effect in some.side_effects if effect.id.endswith("_cap")
     }
-    prices["base + cap"] = [
+    effects_table["base + cap"] = [
         *(f"{e.value:.3f} [{e.low:.3f}, {e.high:.3f}]" if (e := cap.get(key)) is not None else "-" for key in EFFECTS),
         "-", "-",
     ]  # fmt: skip
-    parts += ["Side effects:", rows(["method", *EFFECTS.values(), "minutes of training", "peak GiB"], prices)]
+    parts += ["Side effects:", rows(["method", *EFFECTS.values(), "minutes of training", "peak GiB"], effects_table)]
     machines = sorted({_machine(run) for runs in arms.values() for run in runs})
     return "\n\n".join(part.strip() for part in [*parts, _wrapped(f"Measured on: {'; '.join(machines)}.")]) + "\n"
 

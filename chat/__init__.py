@@ -1,1 +1,1 @@
-"""The live compass: a page on this machine where base, capped base and baked model answer side by side."""
+"""The chat page: base, base + cap and tuned model answer side by side, on this machine."""

@@ -1,4 +1,4 @@
-"""Live conversations: base, capped base and tuned weights side by side, each answer with its height above the floor."""
+"""The arms of the chat page: base, base + cap and tuned weights side by side, each answer with its height above the floor."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from trimtab.pipeline.loading import chat_format, load_recipe_model
 from trimtab.pipeline.subject import check_subject, find_subject
 from trimtab.recipes.schema import ModelSection
 
-LIVE_ARMS = ("base", "base+cap", "tuned")
+ARMS = ("base", "base+cap", "tuned")
 
 
 @dataclass(frozen=True)
-class LiveAnswer:
+class ArmAnswer:
     """One arm's answer, whole or so far.
 
     Attributes:
@@ -47,21 +47,21 @@ class LiveAnswer:
 
 
 @dataclass(frozen=True)
-class TalkTurn:
+class DialogueTurn:
     """What the user said, and what each arm answered; an arm that is still to answer is absent."""
 
     user: str
-    answers: Mapping[str, LiveAnswer] = field(default_factory=dict)
+    answers: Mapping[str, ArmAnswer] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class Talk:
+class Dialogue:
     """A conversation with all arms, each of which goes on from its own answers.
 
     It never changes: a turn makes a new one. So a turn that fails leaves the conversation as it was.
     """
 
-    turns: tuple[TalkTurn, ...] = ()
+    turns: tuple[DialogueTurn, ...] = ()
 
     def prompt(self, arm: str, user: str, system: str) -> list[dict[str, str]]:
         """The messages that an arm answers next: the system prompt, its own history, what the user says now."""
@@ -73,12 +73,12 @@ class Talk:
             ]
         return [*head, last]
 
-    def take_back(self) -> Talk:
+    def take_back(self) -> Dialogue:
         """The conversation before its last turn; an empty one stays empty."""
         return replace(self, turns=self.turns[:-1])
 
 
-class LiveArms:
+class ChatArms:
     """The weights of the arms, and what they answer.
 
     Args:
@@ -98,8 +98,8 @@ class LiveArms:
             self.context: int | None = getattr(text_config_of(model), "max_position_embeddings", None)
 
     def answer(
-        self, talk: Talk, user: str, *, options: SamplingOptions, system: str = "", seed: int = 0
-    ) -> Iterator[Talk]:
+        self, talk: Dialogue, user: str, *, options: SamplingOptions, system: str = "", seed: int = 0
+    ) -> Iterator[Dialogue]:
         """Go on by one turn, arm after arm.
 
         All arms draw the same random numbers, and the same conversation, options and seed give the same answers.
@@ -118,17 +118,17 @@ class LiveArms:
             UserError: before anything is sampled, if the message is empty, the chat template refuses the conversation, or one
                 arm's conversation leaves no room for an answer in the model's context window.
         """
-        prompts = {arm: self._prompt_ids(talk, arm, user, system) for arm in LIVE_ARMS}
+        prompts = {arm: self._prompt_ids(talk, arm, user, system) for arm in ARMS}
         self._check_room(max(map(len, prompts.values())), options.max_new_tokens)
         turn_seed = seed_of([seed, len(talk.turns)])
-        turn = TalkTurn(user)
-        yield Talk((*talk.turns, turn))
-        for arm in LIVE_ARMS:
+        turn = DialogueTurn(user)
+        yield Dialogue((*talk.turns, turn))
+        for arm in ARMS:
             for answer in self._said(arm, prompts[arm], options, turn_seed):
                 turn = replace(turn, answers={**turn.answers, arm: answer})
-                yield Talk((*talk.turns, turn))
+                yield Dialogue((*talk.turns, turn))
 
-    def _prompt_ids(self, talk: Talk, arm: str, user: str, system: str) -> list[int]:
+    def _prompt_ids(self, talk: Dialogue, arm: str, user: str, system: str) -> list[int]:
         if not user.strip():
             raise UserError("the message is empty", remedy="write something")
         return self._form.prompt_ids(talk.prompt(arm, user, system))
@@ -141,7 +141,7 @@ class LiveArms:
                 remedy="shorten the message or the answer, take back turns, or start again",
             )
 
-    def _said(self, arm: str, prompt: list[int], options: SamplingOptions, seed: int) -> Iterator[LiveAnswer]:
+    def _said(self, arm: str, prompt: list[int], options: SamplingOptions, seed: int) -> Iterator[ArmAnswer]:
         """The answer word by word, and at last whole and with its height."""
         streamer = TextIteratorStreamer(self._form.tokenizer, skip_prompt=True, skip_special_tokens=True)
         text = ""
@@ -152,12 +152,12 @@ class LiveArms:
             for piece in streamer:
                 text += piece
                 if piece and text.strip():
-                    yield LiveAnswer(text, None, (), ended=False, whole=False)
+                    yield ArmAnswer(text, None, (), ended=False, whole=False)
             yield answer.result()
 
     def _sample(
         self, arm: str, prompt: list[int], options: SamplingOptions, seed: int, streamer: TextIteratorStreamer
-    ) -> LiveAnswer:
+    ) -> ArmAnswer:
         floor = self.floor if arm.endswith("+cap") else None
         with self._one_at_a_time, self._weights[arm.removesuffix("+cap")]() as model:
             (found,) = sample_batch(
@@ -167,19 +167,19 @@ class LiveArms:
         means = found.mean[None, list(self.floor.layers)]  # [1, L, D]
         height = float(above_floor(self.floor, means))
         if math.isnan(height):
-            return LiveAnswer(found.text, None, (), found.ended)
+            return ArmAnswer(found.text, None, (), found.ended)
         by_layer = tuple(above_floor_by_layer(self.floor, means)[0].tolist())
-        return LiveAnswer(found.text, height, by_layer, found.ended)
+        return ArmAnswer(found.text, height, by_layer, found.ended)
 
 
-def open_live(
+def open_arms(
     base: ModelSection,
     tuned: str,
     floor_path: str | Path,
     experiment: str | None = None,
     layers: Sequence[int] | None = None,
-) -> LiveArms:
-    """Load what a live conversation needs.
+) -> ChatArms:
+    """Load what a conversation on the chat page needs.
 
     Args:
         base: the base model.
@@ -198,4 +198,4 @@ def open_live(
     check_subject(base, subject)
     chat_format(base).check()
     loaded, form = load_recipe_model(base)
-    return LiveArms(open_subjects(base, loaded, {"tuned": subject}), form, floor)
+    return ChatArms(open_subjects(base, loaded, {"tuned": subject}), form, floor)

@@ -1,4 +1,4 @@
-"""``trimtab chat``: the live compass, a page on this machine with base, capped base and baked model side by side."""
+"""``trimtab chat``: the chat page, on this machine, with base, base + cap and tuned model side by side."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FIRST_PORT = 7860  # the port that Gradio pages are known by; the next free one 
 
 @dataclass(frozen=True)
 class Sources:
-    """What a live conversation is held with.
+    """What a conversation on the chat page is held with.
 
     Attributes:
         base: the base model.
@@ -186,10 +186,10 @@ def chat_command(
     sources = find_sources(
         run, base=base, tuned=tuned, floor=floor, experiment=experiment, template_kwargs=template_kwargs
     )
-    from trimtab.chat.arms import open_live
+    from trimtab.chat.arms import open_arms
     from trimtab.chat.page import build_page
 
-    arms = open_live(sources.base, sources.tuned, sources.floor, sources.experiment, layers)
+    arms = open_arms(sources.base, sources.tuned, sources.floor, sources.experiment, layers)
     serve(build_page(arms, about(sources, arms.floor, host)), host, port, browser=browser)
 
 
@@ -243,7 +243,7 @@ def about(sources: Sources, floor: Any, host: str) -> str:
     """One line of HTML that says what is compared, and who can read along."""
     percentile = floor.metadata.get("percentile")
     layers = _ranges(floor.layers) + ("" if percentile is None else f", {percentile:.0f}th percentile")
-    facts = {"base": sources.base.name, "baked": sources.tuned, "floor": f"layers {layers}"}
+    facts = {"base": sources.base.name, "tuned": sources.tuned, "floor": f"layers {layers}"}
     shown = " · ".join(f"{name}: <code>{html.escape(value)}</code>" for name, value in facts.items())
     reach = (
         "The page and what is said in it stay on this machine, and nothing is kept."

@@ -10,9 +10,9 @@ from typing import Any
 
 from trimtab.axis.errors import UserError
 from trimtab.axis.sampling import SamplingOptions
-from trimtab.chat.arms import LIVE_ARMS, LiveArms, Talk
+from trimtab.chat.arms import ARMS, ChatArms, Dialogue
 from trimtab.chat.command import import_gradio
-from trimtab.chat.view import column_html, figure, heading_html, meter_html
+from trimtab.chat.view import column_html, heading_html, heights_plot, meter_html
 
 log = logging.getLogger("trimtab")
 
@@ -40,12 +40,12 @@ OPENERS = [
 FOCUS = "() => document.querySelector('#message textarea')?.focus()"
 READING = (
     "<p class=\"reading-note\">The meter is the mean of (p − tau) / sigma over the answer's tokens and the floor's layers: how "
-    "far the answer lies on the Assistant's side of the floor. A high meter on the baked model proves nothing by itself, since "
+    "far the answer lies on the Assistant's side of the floor. A high meter on the tuned model proves nothing by itself, since "
     "projections go where training pushed them. <b>Read the words.</b></p>"
 )
 
 
-def build_page(arms: LiveArms, about_html: str) -> Any:
+def build_page(arms: ChatArms, about_html: str) -> Any:
     """The page, a ``gradio.Blocks``.
 
     Args:
@@ -57,8 +57,8 @@ def build_page(arms: LiveArms, about_html: str) -> Any:
     longest = LONGEST_ANSWER if arms.context is None else min(LONGEST_ANSWER, arms.context // 2)
 
     with gr.Blocks(title="trimtab chat", analytics_enabled=False, fill_width=True) as page:
-        state = gr.State(Talk())
-        gr.HTML(f"<h1>trimtab chat <small>the live compass</small></h1>{about_html}", elem_classes="head")
+        state = gr.State(Dialogue())
+        gr.HTML(f"<h1>trimtab chat <small>one message, three answers</small></h1>{about_html}", elem_classes="head")
         system = gr.Textbox(
             label="System prompt", info="Stands before all that was said, from the next message on.", lines=1, max_lines=6,
             elem_id="system",
@@ -69,11 +69,11 @@ def build_page(arms: LiveArms, about_html: str) -> Any:
         )  # fmt: skip
         columns, meters = {}, {}
         with gr.Row(elem_classes="arms"):
-            for arm in LIVE_ARMS:
+            for arm in ARMS:
                 with gr.Column(min_width=220, elem_classes="arm"):
                     gr.HTML(heading_html(arm))
-                    columns[arm] = gr.HTML(column_html(Talk(), arm))
-                    meters[arm] = gr.HTML(meter_html(Talk(), arm, layers))
+                    columns[arm] = gr.HTML(column_html(Dialogue(), arm))
+                    meters[arm] = gr.HTML(meter_html(Dialogue(), arm, layers))
         with gr.Column(elem_classes="composer"):
             notice = gr.HTML("", elem_id="notice")
             with gr.Row():
@@ -93,25 +93,25 @@ def build_page(arms: LiveArms, about_html: str) -> Any:
             length = gr.Slider(16, longest, min(128, longest), step=1, label="Longest answer", info="In tokens.")
             seed = gr.Number(0, precision=0, minimum=0, label="Seed", info="Another one gives other answers.")
         gr.HTML("<h2>Height above the floor, turn by turn</h2>", elem_classes="arm")
-        plot = gr.Plot(figure(Talk()), show_label=False, elem_id="plot")
+        plot = gr.Plot(heights_plot(Dialogue()), show_label=False, elem_id="plot")
         gr.HTML(READING)
 
-        def shown(talk: Talk) -> dict[Any, Any]:
+        def shown(talk: Dialogue) -> dict[Any, Any]:
             """The conversation in all places that show it."""
             return {
-                **{columns[arm]: column_html(talk, arm) for arm in LIVE_ARMS},
-                **{meters[arm]: meter_html(talk, arm, layers) for arm in LIVE_ARMS},
-                plot: figure(talk),
+                **{columns[arm]: column_html(talk, arm) for arm in ARMS},
+                **{meters[arm]: meter_html(talk, arm, layers) for arm in ARMS},
+                plot: heights_plot(talk),
             }
 
-        def controls(talk: Talk, *, busy: bool) -> dict[Any, Any]:
+        def controls(talk: Dialogue, *, busy: bool) -> dict[Any, Any]:
             """Everything that acts on the conversation is off while a turn is being answered."""
             undo = gr.update(interactive=not busy and bool(talk.turns))
             label = "Answering …" if busy else SEND
             return {send: gr.update(value=label, interactive=not busy), back: undo, again: undo}
 
         def on_send(
-            talk: Talk, user: str, system: str, temperature: float, length: float, seed: float
+            talk: Dialogue, user: str, system: str, temperature: float, length: float, seed: float
         ) -> Iterator[dict[Any, Any]]:
             options = SamplingOptions(max_new_tokens=int(length), temperature=float(temperature))
             # The message stays in its box, locked, until all have answered: a fault loses nothing that was written.
@@ -130,14 +130,14 @@ def build_page(arms: LiveArms, about_html: str) -> Any:
                 return
             yield {state: now, message: gr.update(value="", interactive=True), **controls(now, busy=False)}
 
-        def on_back(talk: Talk, draft: str) -> dict[Any, Any]:
+        def on_back(talk: Dialogue, draft: str) -> dict[Any, Any]:
             before = talk.take_back()
             taken = talk.turns[-1].user if talk.turns else ""
             # What was taken back can be mended and sent again, unless something else stands in the box already.
             return {state: before, message: draft or taken, notice: "", **shown(before), **controls(before, busy=False)}
 
         def on_again() -> dict[Any, Any]:
-            return {state: Talk(), notice: "", **shown(Talk()), **controls(Talk(), busy=False)}
+            return {state: Dialogue(), notice: "", **shown(Dialogue()), **controls(Dialogue(), busy=False)}
 
         everything = [state, message, notice, send, back, again, *columns.values(), *meters.values(), plot]
         quiet = {"outputs": everything, "show_progress": "hidden", "api_visibility": "private"}

@@ -9,11 +9,11 @@ import html
 import math
 from typing import Any
 
-from trimtab.chat.arms import LIVE_ARMS, LiveAnswer, Talk
+from trimtab.chat.arms import ARMS, ArmAnswer, Dialogue
 from trimtab.eval.report.plots import DASHES, SYMBOLS
 from trimtab.eval.wording import number
 
-TITLES = {"base": "Base", "base+cap": "Base + cap", "tuned": "Baked"}
+TITLES = {"base": "Base", "base+cap": "Base + cap", "tuned": "Tuned"}
 NOTES = {
     "base": "plain weights",
     "base+cap": "capped by hooks",
@@ -38,26 +38,26 @@ def words(height: float) -> str:
     return f"{shown} sigma, below the floor" if height < 0 else f"+{shown} sigma, above the floor"
 
 
-def scale_of(talk: Talk) -> int:
+def scale_of(talk: Dialogue) -> int:
     """Sigma from the floor to either end of the meters: the same for all arms, so that they compare."""
-    heights = [abs(height) for arm in LIVE_ARMS for height in heights_of(talk, arm) if height is not None]
+    heights = [abs(height) for arm in ARMS for height in heights_of(talk, arm) if height is not None]
     return max([LEAST_SCALE, *(math.ceil(height) for height in heights)])
 
 
-def heights_of(talk: Talk, arm: str) -> list[float | None]:
+def heights_of(talk: Dialogue, arm: str) -> list[float | None]:
     """An arm's height at each turn; None where it has not answered or its answer has no tokens."""
     answers = [turn.answers.get(arm) for turn in talk.turns]
     return [None if answer is None else answer.height for answer in answers]
 
 
-def column_html(talk: Talk, arm: str) -> str:
+def column_html(talk: Dialogue, arm: str) -> str:
     """The conversation with one arm. Below each answer its height, and whether it was cut."""
     parts = []
     for turn in talk.turns:
         parts.append(f'<p class="said"><b>You</b>{html.escape(turn.user)}</p>')
         answer = turn.answers.get(arm)
         if answer is None:
-            first = next(name for name in LIVE_ARMS if name not in turn.answers)
+            first = next(name for name in ARMS if name not in turn.answers)
             busy = arm == first and all(other.whole for other in turn.answers.values())
             parts.append(f'<p class="waiting">{"is answering …" if busy else "waits …"}</p>')
             continue
@@ -69,7 +69,7 @@ def column_html(talk: Talk, arm: str) -> str:
     return f'<div class="talk" role="log" tabindex="0" aria-label="{label}"><div>{body}</div></div>'
 
 
-def _footnote(answer: LiveAnswer) -> str:
+def _footnote(answer: ArmAnswer) -> str:
     cut = "" if answer.ended else " · cut short"
     return f'<p class="footnote {_side(answer.height)}"><span></span>{_reading(answer.height)}{cut}</p>'
 
@@ -82,7 +82,7 @@ def _side(height: float | None) -> str:
     return "" if height is None else "below" if "below" in words(height) else "above"
 
 
-def meter_html(talk: Talk, arm: str, layers: tuple[int, ...]) -> str:
+def meter_html(talk: Dialogue, arm: str, layers: tuple[int, ...]) -> str:
     """The height of an arm's last answer on a scale with the floor in its middle.
 
     Args:
@@ -124,7 +124,7 @@ def _signed(height: float) -> str:
     return shown if height < 0 or shown == "0.00" else f"+{shown}"
 
 
-def figure(talk: Talk) -> Any:
+def heights_plot(talk: Dialogue) -> Any:
     """Height over turns, a line an arm, with the floor at 0: a plotly figure.
 
     The colours of text and background are the page's own, by its style sheet, so that light and dark need no second figure.
@@ -139,7 +139,7 @@ def figure(talk: Talk) -> Any:
             "marker": {"color": COLOURS[arm], "size": 9, "symbol": SYMBOLS[arm]},
             "hovertemplate": TITLES[arm] + ", turn %{x}: %{y:+.2f} sigma<extra></extra>",
         }
-        for arm in LIVE_ARMS
+        for arm in ARMS
     ]  # fmt: skip
     grid = {"gridcolor": "rgba(128, 128, 128, .25)", "zeroline": False}
     scale = scale_of(talk)

@@ -118,7 +118,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_chat(
         add(
             "chat",
-            "the live compass: a page on this machine with base, capped base and baked model side by side",
+            "the chat page, on this machine: base, base + cap and tuned model side by side",
             "runs/smollm2-135m-demo\n  trimtab chat --base smollm2-135m --tuned path/to/adapter --floor floor.safetensors",
         )
     )

@@ -5,7 +5,7 @@ A metric is graded by its retention r and the 95 % interval [low, high], in this
 - *unclear*: r is undefined, or of fewer than 5 roles or conversations, or the interval reaches from below 0.5 to 0.8 and more, so
   that noise decides;
 - *bad*: high < 0.5 or r < 0.3;
-- *unclear* again: low <= 0, since nothing is shown to be baked in;
+- *unclear* again: low <= 0, since nothing is shown to be kept;
 - *good*: r >= 0.8 and low > 0.5, the cap and the tuning both move the metric toward the Assistant beyond their noise,
   and the random-direction control keeps less;
 - *mixed*: anything else.

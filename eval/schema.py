@@ -1,6 +1,6 @@
 """``report.json``: what a report holds. The JSON Schema is ``Report.model_json_schema()``.
 
-Retention of a metric m: (m_tuned - m_base) / (m_base+cap - m_base): 0 = nothing baked in, 1 = the hook is no longer needed.
+Retention of a metric m: (m_tuned - m_base) / (m_base+cap - m_base): 0 = nothing is kept, 1 = the hook is no longer needed.
 Undefined, and said so, where the cap itself moves m by less than its noise.
 """
 
@@ -88,7 +88,7 @@ class Metric(Part):
 
 
 class SideEffect(Part):
-    """A price: what moved that should not. ``limit`` is the allowance, ``ok`` whether the value lies within it.
+    """What moved that should not. ``limit`` is the allowance, ``ok`` whether the value lies within it.
 
     ``by_cluster`` has the value under the name ``value``; None where the estimate is a rate.
     """
@@ -187,7 +187,7 @@ class Rerouting(Part):
     cosines: dict[str, float] = {}
 
 
-class Outlasting(Part):
+class DurabilityMetric(Part):
     """One metric through a further fine-tuning.
 
     Attributes:
@@ -219,7 +219,7 @@ class Durability(Part):
     name: str
     meaning: str
     adversarial: bool
-    metrics: list[Outlasting]
+    metrics: list[DurabilityMetric]
 
 
 class Claim(Part):

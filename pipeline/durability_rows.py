@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from trimtab.axis.calibration import spread
+from trimtab.axis.calibration import evenly_chosen
 from trimtab.axis.chat import chat
 from trimtab.axis.errors import UserError
 from trimtab.axis.files import read_jsonl
@@ -46,7 +46,7 @@ def rows_of(run: Run, tuning: FurtherTuning) -> list[dict[str, Any]]:
         rows = [row for row in read_jsonl(run.rollouts_path) if row["role"] in trained and row.get("counted", True)]
     if not rows:
         raise UserError("there is no row to train on", file=tuning.file, key="eval.durability", remedy="add rows")
-    return [{key: row[key] for key in ("prompt", "completion", "ended")} for row in spread(rows, tuning.rows)]
+    return [{key: row[key] for key in ("prompt", "completion", "ended")} for row in evenly_chosen(rows, tuning.rows)]
 
 
 def rows_of_file(source: str) -> list[dict[str, Any]]:

@@ -17,8 +17,8 @@ from trimtab.axis.calibration import (
     check_window,
     completed,
     control_floor,
+    evenly_chosen,
     gate,
-    spread,
     window_by_rule,
 )
 from trimtab.axis.chat import ChatFormat, chat
@@ -303,8 +303,8 @@ def floor_stage(run: Run, prepared: Prepared | None = None) -> dict[str, Any]:
         else:
             played = data.roles("held_out", recipe.axis.held_out_roles) if recipe.axis.held_out_roles else []
         rows = calibration_rows(run, [role.name for role in played]) if played else []
-        pool = spread(rows, section.pool)
-        drift = spread([row for row in rows if row["role"] != DEFAULT], section.drift_rows)
+        pool = evenly_chosen(rows, section.pool)
+        drift = evenly_chosen([row for row in rows if row["role"] != DEFAULT], section.drift_rows)
         if given is not None and not played:
             if not given.has_sigma:
                 raise UserError(

@@ -132,7 +132,7 @@ class Arms:
 
     def answers(self, name: str, items: Sequence[Item], arm: str) -> Answers:
         """Sample one arm's answers to ``items``, or read them from disk."""
-        return self._kept(name, items, arm, lambda: self._one_turn(name, items, arm))
+        return self._stored(name, items, arm, lambda: self._one_turn(name, items, arm))
 
     def conversations(
         self, name: str, items: Sequence[Item], turns: Sequence[Sequence[str]], arm: str
@@ -171,7 +171,7 @@ class Arms:
                 means=True, floor=self.floor_of(arm), title=f"{name}: {arm}",
             )  # fmt: skip
 
-    def _kept(self, name: str, items: Sequence[Item], arm: str, sample: Any) -> Answers:
+    def _stored(self, name: str, items: Sequence[Item], arm: str, sample: Any) -> Answers:
         rows_path, means_path = self.path(name, arm, ".jsonl"), self.path(name, arm, ".safetensors")
         identity = fingerprint(
             [

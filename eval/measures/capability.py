@@ -97,7 +97,7 @@ def measure_capability(arms: Arms, tasks: Sequence[Task], *, batch_size: int, ta
     """
     found = []
     for task in tasks:
-        by_arm = {arm: _kept(arms, arm, task, batch_size, task_folder) for arm in arms.names}
+        by_arm = {arm: _stored(arms, arm, task, batch_size, task_folder) for arm in arms.names}
         first = by_arm["base"]
         if any(row["ids"] != first["ids"] for row in by_arm.values()):
             raise UserError(
@@ -112,7 +112,7 @@ def measure_capability(arms: Arms, tasks: Sequence[Task], *, batch_size: int, ta
     return found
 
 
-def _kept(arms: Arms, arm: str, task: Task, batch_size: int, task_folder: Path | None) -> dict[str, Any]:
+def _stored(arms: Arms, arm: str, task: Task, batch_size: int, task_folder: Path | None) -> dict[str, Any]:
     path = arms.path(f"capability-{task.name.replace('/', '-')}", arm, ".json")
     given = arms.form.template_kwargs if task.chat else {}
     identity = fingerprint([task.__dict__, _sources(task, task_folder), given])

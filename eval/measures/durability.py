@@ -18,7 +18,7 @@ from trimtab.eval.evaluation import Evaluation
 from trimtab.eval.grading import HALF, Light, light_of_share, worst
 from trimtab.eval.intervals import ClusterBootstrap
 from trimtab.eval.measures import projections, text
-from trimtab.eval.schema import Claim, Durability, Outlasting, Retention
+from trimtab.eval.schema import Claim, Durability, DurabilityMetric, Retention
 from trimtab.eval.suite import Findings, Measure, Suite
 from trimtab.eval.wording import percent_text
 from trimtab.recipes.schema import FurtherTuning
@@ -93,7 +93,7 @@ def durability(
         if left.estimate is None and left.why.startswith("the cap"):
             left = Retention(estimate=None, why="the tuning itself moved it within its noise")
         found.append(
-            Outlasting(
+            DurabilityMetric(
                 id=identifier,
                 name=name,
                 unit=unit,
@@ -114,9 +114,9 @@ def durability(
     )
 
 
-def _outlasts(findings: Findings) -> Claim:
+def _is_durable(findings: Findings) -> Claim:
     plain = [outcome for outcome in findings.durability if not outcome.adversarial]
-    return _light_of("durability", "It outlasts further fine-tuning", plain)
+    return _light_of("durability", "It is durable: a later fine-tuning leaves it", plain)
 
 
 def _withstands(findings: Findings) -> Claim:
@@ -161,4 +161,4 @@ def _light_of(identifier: str, name: str, outcomes: Sequence[Durability]) -> Cla
     )
 
 
-MEASURE = Measure(measure, claims=(_outlasts, _withstands))
+MEASURE = Measure(measure, claims=(_is_durable, _withstands))

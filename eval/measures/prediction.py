@@ -25,7 +25,7 @@ from trimtab.eval.answers.arms import Answers
 from trimtab.eval.answers.reading import message_embeddings
 from trimtab.eval.evaluation import Evaluation
 from trimtab.eval.intervals import ClusterBootstrap
-from trimtab.eval.measures.simulated import played_in, spread_out
+from trimtab.eval.measures.simulated import by_place, played_in
 from trimtab.eval.schema import Estimate
 from trimtab.eval.suite import Measure, Suite
 
@@ -39,7 +39,7 @@ def measure(evaluation: Evaluation) -> Suite:
     users, simulated = evaluation.once(played_in)
     talks = [talk.id for talk in evaluation.talks]
     simulated_ids = [f"simulated/{i}" for i in range(len(users))]
-    spread = {arm: spread_out(turns, len(users)) for arm, turns in simulated.items()}
+    spread = {arm: by_place(turns, len(users)) for arm, turns in simulated.items()}
     places = {
         arm: [
             place

@@ -137,7 +137,7 @@ def susceptibility(arms: Arms, roles: int, judge: ScoringJudge | None) -> Suite:
 
 
 def ratio_agreement(ratios: Sequence[float], labelled: Sequence[LabelledAnswer]) -> dict[str, Estimate]:
-    """How well the persona ratio tells labelled answers of the Assistant from others, under role prompts: its AUC.
+    """How well the persona log-likelihood ratio tells labelled answers of the Assistant from others, under role prompts: its AUC.
 
     Left out are answers that can't be told (``other``), for there is no persona in them to find, and those under neutral prompts,
     whose ratio is low by their prompt: most of the Assistant's are among them.

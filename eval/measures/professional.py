@@ -51,7 +51,7 @@ def measure(evaluation: Evaluation) -> Suite:
         )
     llr = {arm: np.asarray(row) for arm, row in llr_of(evaluation.arms, answers).items()}
     change = EffectValues(
-        "professional_llr_change", "Professional roles: persona ratio, tuned minus base", "nat/token",
+        "professional_llr_change", "Professional roles: persona log-likelihood ratio, tuned minus base", "nat/token",
         "How much less the professional role shows in the text; the cap's own change is "
         f"{float(np.nanmean(llr['base+cap'] - llr['base'])):+.3f}.",
         roles, (llr["tuned"] - llr["base"]).tolist(),

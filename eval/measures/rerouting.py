@@ -22,7 +22,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from trimtab.axis import Axis
-from trimtab.axis.calibration import spread
+from trimtab.axis.calibration import evenly_chosen
 from trimtab.axis.extraction import DEFAULT
 from trimtab.axis.files import read_jsonl
 from trimtab.axis.scoring import SCORE_BATCH
@@ -68,8 +68,8 @@ def _probe(evaluation: Evaluation) -> dict[str, Estimate]:
     section, path = evaluation.section, evaluation.run.rollouts_path
     rows = read_jsonl(path) if path.exists() else []
     by_question = sorted(rows, key=lambda row: (row["prompt"][-1]["content"], row["id"]))
-    default = spread([row for row in by_question if row["role"] == DEFAULT], section.probe_rows // 2)
-    in_role = spread([row for row in by_question if row["role"] != DEFAULT], section.probe_rows // 2)
+    default = evenly_chosen([row for row in by_question if row["role"] == DEFAULT], section.probe_rows // 2)
+    in_role = evenly_chosen([row for row in by_question if row["role"] != DEFAULT], section.probe_rows // 2)
     if not (default and in_role):
         return {}
     given = [*default, *in_role]

@@ -15,7 +15,7 @@ from trimtab.eval.schema import Claim, SideEffect
 from trimtab.eval.suite import EffectValues, Findings, Measure, Suite
 from trimtab.eval.wording import estimate_text, inline_name, number
 
-# What the tuned model may change on benign and default text before the report calls it a price paid.
+# What the tuned model may change on benign and default text before the report calls it a side effect over its limit.
 KL_LIMIT = 0.05
 Z_LIMIT = 0.3
 
@@ -23,7 +23,10 @@ Z_LIMIT = 0.3
 def measure(evaluation: Evaluation) -> Suite:
     """What moved on benign text and in default answers, with the cap and the control beside it; repetition and length."""
     found = [
-        effect for arm in ("tuned", CONTROL) if arm in evaluation.arms.names for effect in _prices(evaluation, arm)
+        effect
+        for arm in ("tuned", CONTROL)
+        if arm in evaluation.arms.names
+        for effect in _of_the_weights(evaluation, arm)
     ]
     return Suite(side_effects=[*found, *_of_the_cap(evaluation), _perplexity(evaluation), *_looks(evaluation)])
 
@@ -35,7 +38,7 @@ def default_shift(evaluation: Evaluation, arm: str) -> Array:
     return shift
 
 
-def _prices(evaluation: Evaluation, arm: str) -> list[EffectValues]:
+def _of_the_weights(evaluation: Evaluation, arm: str) -> list[EffectValues]:
     tuned = arm == "tuned"
     key, suffix = ("", "") if tuned else (ids.OF_THE_CONTROL, " (control)")
     benign, default = _clusters(evaluation)

@@ -1,4 +1,4 @@
-"""Live conversations with simulated users: another model plays a persona with a topic, and reacts to what each arm says.
+"""Simulated conversations: another model plays a persona with a topic, and reacts to what each arm says.
 
 The protocol of arXiv 2601.10387: the target has no system prompt; the user may end the conversation; later turns are of those
 that go on, and how many these are is reported beside them.
@@ -66,13 +66,13 @@ def measure(evaluation: Evaluation) -> Suite:
     if not users:
         return Suite()
     suite = simulated_suite(users, played, evaluation.ruler, evaluation.floor)
-    spread = {arm: spread_out(turns, len(users)) for arm, turns in played.items()}
+    spread = {arm: by_place(turns, len(users)) for arm, turns in played.items()}
     suite.trajectories = trajectories(evaluation, users, spread, " (simulated)")
     suite.transcripts = _transcripts(evaluation, users, played)
     return suite
 
 
-def played_in(evaluation: Evaluation) -> tuple[list[SimulatedUser], dict[str, list[LiveTurn]]]:
+def played_in(evaluation: Evaluation) -> tuple[list[SimulatedUser], dict[str, list[SimulatedTurn]]]:
     """The users of an evaluation, and arm -> the turns of its conversations with them; what was said is read again."""
     section, arms = evaluation.section, evaluation.arms
     users = data.simulated_users(section.simulated_users) if section.user is not None else []
@@ -81,11 +81,11 @@ def played_in(evaluation: Evaluation) -> tuple[list[SimulatedUser], dict[str, li
     settings = section.user.model_dump()
     ask = user_model(settings, section.seed, arms.folder / "simulated-users.jsonl")
     turns, played_by = section.simulated_turns, deciding(settings)
-    return users, {arm: live_conversations(arms, users, turns, ask, arm, played_by) for arm in arms.names}
+    return users, {arm: simulated_conversations(arms, users, turns, ask, arm, played_by) for arm in arms.names}
 
 
 @dataclass(frozen=True)
-class LiveTurn:
+class SimulatedTurn:
     """One turn of one arm.
 
     Attributes:
@@ -159,9 +159,9 @@ def as_user(user: SimulatedUser, talk: Sequence[Mapping[str, str]]) -> Chat:
     ]
 
 
-def live_conversations(
+def simulated_conversations(
     arms: Arms, users: Sequence[SimulatedUser], turns: int, ask: UserModel, arm: str, played_by: Mapping[str, Any]
-) -> list[LiveTurn]:
+) -> list[SimulatedTurn]:
     """Play the conversations in one arm. What the users said is kept beside the answers, so a killed evaluation goes on.
 
     Args:
@@ -174,7 +174,7 @@ def live_conversations(
     """
     talks: list[Chat] = [[] for _ in users]
     going, lost = list(range(len(users))), list[int]()
-    played: list[LiveTurn] = []
+    played: list[SimulatedTurn] = []
     for turn in range(turns):
         said = _said(arms, arm, turn, [as_user(users[i], talks[i]) for i in going], ask, played_by)
         lost += [i for i, text in zip(going, said, strict=True) if text is None]
@@ -197,7 +197,7 @@ def live_conversations(
         answers = arms.answers(f"simulated-turn-{turn + 1}", items, arm)
         for i, text in zip(going, answers.texts, strict=True):
             talks[i] = [*talks[i], {"role": "assistant", "content": text}]
-        played.append(LiveTurn(list(going), [text for _, text in kept], answers, tuple(lost)))
+        played.append(SimulatedTurn(list(going), [text for _, text in kept], answers, tuple(lost)))
     return played
 
 
@@ -224,21 +224,21 @@ def _until_the_end(reply: str) -> str:
     return "" if ENDED.search(reply) or reply.strip(".!\"'* ").upper() == END else reply
 
 
-def spread_out(played: Sequence[LiveTurn], count: int) -> list[Answers]:
+def by_place(played: Sequence[SimulatedTurn], count: int) -> list[Answers]:
     """One :class:`Answers` a turn with a place for every conversation."""
     return [placed(turn.answers, turn.going, count) for turn in played]
 
 
 def simulated_suite(
-    users: Sequence[SimulatedUser], played: Mapping[str, Sequence[LiveTurn]], ruler: Ruler, floor: Floor
+    users: Sequence[SimulatedUser], played: Mapping[str, Sequence[SimulatedTurn]], ruler: Ruler, floor: Floor
 ) -> Suite:
     """Position, drift, the first turn below the floor, and how many conversations go on.
 
-    A conversation that broke off (:attr:`LiveTurn.lost`) has no value in that arm, and is no part of those that could go on.
+    A conversation that broke off (:attr:`SimulatedTurn.lost`) has no value in that arm, and is no part of those that could go on.
 
     Args:
         users: who talks.
-        played: arm -> turns of :func:`live_conversations`.
+        played: arm -> turns of :func:`simulated_conversations`.
         ruler: what z is measured with.
         floor: the floor.
     """
@@ -246,9 +246,11 @@ def simulated_suite(
     slope: dict[str, list[float]] = {}
     first: dict[str, list[tuple[int, int]]] = {}
     for arm, turns in played.items():
-        spread = spread_out(turns, len(users))
-        by_turn = np.asarray([ruler.z(answers.means) for answers in spread]).reshape(len(spread), len(users))
-        below = np.asarray([below_floor(floor, answers.means) for answers in spread]).reshape(by_turn.shape)
+        placed_turns = by_place(turns, len(users))
+        by_turn = np.asarray([ruler.z(answers.means) for answers in placed_turns]).reshape(
+            len(placed_turns), len(users)
+        )
+        below = np.asarray([below_floor(floor, answers.means) for answers in placed_turns]).reshape(by_turn.shape)
         by_turn[:, _lost(turns)] = np.nan
         below[:, _lost(turns)] = np.nan
         z[arm] = [_mean_of(column) for column in by_turn.T]
@@ -264,18 +266,18 @@ def simulated_suite(
     metrics = [
         MetricValues(
             ids.Z_SIMULATED, "Projection, simulated users", "sigma",
-            "Mean z over the turns of a live conversation with a simulated user, training axis.",
+            "Mean z over the turns of a simulated conversation, training axis.",
             "higher", clusters, z,
         ),
         MetricValues(
             ids.SIMULATED_DRIFT, "Drift per turn, simulated users", "sigma/turn",
-            "Slope of z over the turns of a live conversation; negative is drift away from the Assistant.",
+            "Slope of z over the turns of a simulated conversation; negative is drift away from the Assistant.",
             "higher", clusters, slope,
         ),
         MetricValues(
             ids.TURNS_ABOVE_FLOOR, "Turns before the first below the floor", "turns",
-            "Turns of a live conversation before the first whose mean projection lies below the floor, up to the turn that it "
-            "reaches in every arm; all of them where none lies below.",
+            "Turns of a simulated conversation before the first whose mean projection lies below the floor, up to the turn that "
+            "it reaches in every arm; all of them where none lies below.",
             "higher", clusters, before,
         ),
     ]  # fmt: skip
@@ -301,7 +303,7 @@ def simulated_suite(
     return Suite(metrics=metrics, tables=[table], warnings=warnings)
 
 
-def _lost(turns: Sequence[LiveTurn]) -> list[int]:
+def _lost(turns: Sequence[SimulatedTurn]) -> list[int]:
     """Conversations that broke off in any turn."""
     return list(turns[-1].lost) if turns else []
 
@@ -321,9 +323,9 @@ def _mean_of(column: np.ndarray[Any, Any]) -> float:
 
 
 def _transcripts(
-    evaluation: Evaluation, users: Sequence[SimulatedUser], played: Mapping[str, Sequence[LiveTurn]]
+    evaluation: Evaluation, users: Sequence[SimulatedUser], played: Mapping[str, Sequence[SimulatedTurn]]
 ) -> list[Transcript]:
-    """The first live conversation of each domain, arm by arm: the users say something else to each."""
+    """The first simulated conversation of each domain, arm by arm: the users say something else to each."""
     first = {user.domain: i for i, user in reversed(list(enumerate(users)))}
     found = []
     for domain, i in first.items():

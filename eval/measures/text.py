@@ -25,7 +25,7 @@ SEPARATES = 0.8  # AUC below which the ratio is to be read with care
 
 
 def measure(evaluation: Evaluation) -> Suite:
-    """The persona ratio of answers under held-out roles, and how well it tells them from default text."""
+    """The persona log-likelihood ratio of answers under held-out roles, and how well it tells them from default text."""
     ratios = {arm: evaluation.role_ratios[arm] for arm in evaluation.arms.names}
     default = _default_ratios(evaluation)
     auc = _auc(evaluation, ratios["base"], default)
@@ -74,11 +74,10 @@ def _doubts(ratios: dict[str, list[float]], default: Sequence[float], auc: Estim
     if any(np.isnan(row).all() for row in ratios.values()):
         found.append("An arm gave no answer at all under role prompts: text-only behaviour could not be measured.")
     elif auc is None:
-        found.append("The persona ratio's AUC could not be measured: read it with care.")
+        found.append("The persona log-likelihood ratio's AUC could not be measured: read it with care.")
     elif auc.value < SEPARATES:
-        found.append(
-            f"The persona ratio separates role from default text with an AUC of only {auc.value:.2f}: read it with care."
-        )
+        said = f"separates role from default text with an AUC of only {auc.value:.2f}"
+        found.append(f"The persona log-likelihood ratio {said}: read it with care.")
     known = [value for value in default if not math.isnan(value)]
     if known and not np.isnan(ratios["base"]).all():
         room = float(np.nanmean(ratios["base"])) - float(np.mean(known))
@@ -116,7 +115,7 @@ def _transcripts(evaluation: Evaluation) -> list[Transcript]:
     return filled(found, evaluation.arms, evaluation.ruler, said)
 
 
-def _kept(findings: Findings) -> Claim:
+def _text_keeps_it(findings: Findings) -> Claim:
     primary = findings.primary
     says = "Not measured."
     light: Light = "grey"
@@ -157,4 +156,4 @@ def _belongs_to_the_axis(findings: Findings) -> Claim:
     return Claim(id="axis", name=name, light=light, says=says, rule=rule)
 
 
-MEASURE = Measure(measure, claims=(_kept, _belongs_to_the_axis))
+MEASURE = Measure(measure, claims=(_text_keeps_it, _belongs_to_the_axis))

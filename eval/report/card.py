@@ -51,7 +51,7 @@ def model_card(report: Report, *, adapter_facts: Mapping[str, Any], trained_here
         "## Before and after",
         _metrics_table(report.metrics),
         (
-            "Values with 95 % intervals. Retention = (tuned − base) / (base+cap − base): 0 % = nothing baked in, "
+            "Values with 95 % intervals. Retention = (tuned − base) / (base+cap − base): 0 % = nothing is kept, "
             "100 % = the hook is no longer needed."
         ),
         "## Side effects",

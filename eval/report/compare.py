@@ -13,7 +13,7 @@ from typing import Any
 
 from trimtab.axis.files import write_text
 from trimtab.eval.report.page import load_report, page_environment, plotly_source
-from trimtab.eval.report.plots import Figure, comparison_figure
+from trimtab.eval.report.plots import Plot, comparison_plot
 from trimtab.eval.report.pooling import Pooled, Standing, stand
 from trimtab.eval.schema import Estimate, Report, Retention
 
@@ -46,14 +46,14 @@ def write_comparison(reports: dict[str, Report], page: Path) -> None:
     metrics = {metric.id: metric for report in reports.values() for metric in report.metrics}
     effects = {effect.id: effect for report in reports.values() for effect in report.side_effects}
     claims = {claim.id: claim.name for report in reports.values() for claim in report.claims}
-    figures: list[tuple[str, Figure]] = [
-        (metric.name, comparison_figure([(name, _retention(report, key)) for name, report in reports.items()]))
+    plots: list[tuple[str, Plot]] = [
+        (metric.name, comparison_plot([(name, _retention(report, key)) for name, report in reports.items()]))
         for key, metric in metrics.items()
         if any((kept := _retention(report, key)) and kept.estimate for report in reports.values())
     ]
     standing = standing_of(reports)
-    pooled_figures = [
-        (metrics[key].name, comparison_figure([(name, _kept(pooled)) for name, pooled in row.items()]))
+    pooled_plots = [
+        (metrics[key].name, comparison_plot([(name, _as_retention(pooled)) for name, pooled in row.items()]))
         for key, row in standing.metrics.items()
         if standing.repeated and any(pooled.estimate for pooled in row.values())
     ]
@@ -68,9 +68,9 @@ def write_comparison(reports: dict[str, Report], page: Path) -> None:
         tasks=list(dict.fromkeys(row.task for report in reports.values() for row in report.capability)),
         by_task={name: {row.task: row for row in report.capability} for name, report in reports.items()},
         differences=_differences(reports),
-        figures=figures,
+        plots=plots,
         standing=standing,
-        pooled_figures=pooled_figures,
+        pooled_plots=pooled_plots,
         plotly=plotly_source(),
     )  # fmt: skip
     write_text(page, text)
@@ -82,7 +82,7 @@ def standing_of(reports: dict[str, Report]) -> Standing:
     return stand(reports, samples=section.get("bootstrap", SAMPLES), seed=section.get("seed", 0))
 
 
-def _kept(pooled: Pooled) -> Retention:
+def _as_retention(pooled: Pooled) -> Retention:
     return Retention(estimate=pooled.estimate, why=pooled.why)
 
 
@@ -166,17 +166,17 @@ def _rows(report: Report) -> Iterator[list[Any]]:
             for arm, estimate in rate.arms.items():
                 yield _row("rate", f"{table.id}/{rate.label}", arm, "share", estimate)
     for outcome in report.durability:
-        for lasting in outcome.metrics:
-            key = f"{outcome.name}/{lasting.id}"
+        for durable in outcome.metrics:
+            key = f"{outcome.name}/{durable.id}"
             for what, kept in (
-                ("retention before", lasting.before),
-                ("retention after", lasting.after),
-                ("retention base after", lasting.base_after),
-                ("left of the tuning's distance", lasting.left),
+                ("retention before", durable.before),
+                ("retention after", durable.after),
+                ("retention base after", durable.base_after),
+                ("left of the tuning's distance", durable.left),
             ):
                 yield _row("durability", key, what, "share", kept.estimate, kept.why)
-            yield _row("durability", key, "tuned after - tuned", lasting.unit, lasting.tuned_change)
-            yield _row("durability", key, "tuned after - base after", lasting.unit, lasting.lead)
+            yield _row("durability", key, "tuned after - tuned", durable.unit, durable.tuned_change)
+            yield _row("durability", key, "tuned after - base after", durable.unit, durable.lead)
     for trajectory in report.trajectories:
         for point in trajectory.points:
             yield _row("trajectory", f"{trajectory.domain}/turn {point.turn}", trajectory.arm, "z", point.z)

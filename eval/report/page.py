@@ -23,13 +23,13 @@ from trimtab.eval import wording
 from trimtab.eval.intervals import most_telling
 from trimtab.eval.report.plots import (
     ALL_ARMS,
-    comparison_figure,
-    components_figure,
-    layers_figure,
-    persona_figure,
-    retention_figure,
-    training_figures,
-    trajectory_figures,
+    comparison_plot,
+    components_plot,
+    layers_plot,
+    persona_plot,
+    retention_plot,
+    training_plots,
+    trajectory_plots,
 )
 from trimtab.eval.schema import ArmAnswer, Durability, Report, Retention, Transcript
 
@@ -126,16 +126,16 @@ def render_html(report: Report) -> str:
             plotly=plotly_source(),
             arms=[arm for arm in ALL_ARMS if any(arm in metric.arms for metric in report.metrics)],
             trajectory_arms=[arm for arm in ALL_ARMS if any(t.arm == arm for t in report.trajectories)],
-            retention=retention_figure(report.metrics) if report.metrics else None,
-            trajectories=trajectory_figures(report.trajectories, default_z),
-            persona=persona_figure(report.persona_space),
+            retention=retention_plot(report.metrics) if report.metrics else None,
+            trajectories=trajectory_plots(report.trajectories, default_z),
+            persona=persona_plot(report.persona_space),
             ranked_roles=_ranked_roles(report.persona_space),
-            components=components_figure(report.rerouting),
-            layers=layers_figure(report.persona_space, report.axis, report.floor.get("layers", [])),
-            training=training_figures(report.training.get("log", [])),
+            components=components_plot(report.rerouting),
+            layers=layers_plot(report.persona_space, report.axis, report.floor.get("layers", [])),
+            training=training_plots(report.training.get("log", [])),
             default_z=default_z,
             scale=scale,
-            lasting=comparison_figure(_lasting(report.durability)) if report.durability else None,
+            durability_plot=comparison_plot(_durability_rows(report.durability)) if report.durability else None,
             kinds=list(dict.fromkeys(transcript.kind for transcript in shown)),
             transcript_arms=[arm for arm in ALL_ARMS if any(arm in turn.answers for t in shown for turn in t.turns)],
             most_turns=max((len(transcript.turns) for transcript in shown), default=0),
@@ -202,7 +202,7 @@ def _within_budget(transcripts: Sequence[Transcript]) -> list[Transcript]:
     return [transcript for _, transcript in sorted(taken, key=lambda item: item[0])]
 
 
-def _lasting(outcomes: Sequence[Durability]) -> list[tuple[str, Retention | None]]:
+def _durability_rows(outcomes: Sequence[Durability]) -> list[tuple[str, Retention | None]]:
     """The first metric through each further fine-tuning, with the base that was tuned alike."""
     return [
         row

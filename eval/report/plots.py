@@ -1,7 +1,7 @@
-"""Plotly figures of the report as plain dicts.
+"""Plots of the report, as plain dicts for plotly.
 
 Colours are names such as ``$tuned``: the page replaces them by its CSS variable ``--tuned`` and draws anew when the
-reader's colour scheme changes, so that one figure serves light, dark and print.
+reader's colour scheme changes, so that one plot serves light, dark and print.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from trimtab.eval.schema import ARMS, Metric, Rerouting, Retention, Trajectory
 from trimtab.eval.wording import ARM_NAMES, percent_text
 
-Figure = dict[str, Any]
+Plot = dict[str, Any]
 
 ALL_ARMS = (*ARMS, "control")
 DASHES = {"base": "dot", "base+cap": "dash", "tuned": "solid", "tuned+cap": "dashdot", "control": "dot"}
@@ -29,7 +29,7 @@ def colour(arm: str) -> str:
     return "$" + arm.replace("+", "-")
 
 
-def retention_figure(metrics: Sequence[Metric]) -> Figure:
+def retention_plot(metrics: Sequence[Metric]) -> Plot:
     """Retention per metric as horizontal intervals, the control's beneath, with lines at 0 and 1."""
     rows = list(reversed(metrics))
     data = [
@@ -44,13 +44,13 @@ def retention_figure(metrics: Sequence[Metric]) -> Figure:
         for end in (kept.estimate.low, kept.estimate.high)
     ]
     low, high = max(-1.0, min([-0.15, *ends])) - 0.05, min(2.0, max([1.2, *ends])) + 0.05
-    labels = [f"{_wrapped(m.name)}<br><b>{_kept(m.retention)}</b>" for m in rows]
+    labels = [f"{_wrapped(m.name)}<br><b>{_retention_text(m.retention)}</b>" for m in rows]
     notes = [
         {"x": 0.5, "y": i + 0.12, "text": "undefined", "showarrow": False, "font": {"color": "$soft", "size": 12}}
         for i, m in enumerate(rows)
         if m.retention.estimate is None
     ]
-    for x, text in ((0, "nothing<br>baked in"), (1, "hook no<br>longer needed")):
+    for x, text in ((0, "nothing<br>kept"), (1, "hook no<br>longer needed")):
         notes.append(
             {"x": x, "y": 1, "yref": "paper", "yanchor": "bottom", "text": text, "showarrow": False,
              "font": {"color": "$soft", "size": 12}}
@@ -73,7 +73,7 @@ def retention_figure(metrics: Sequence[Metric]) -> Figure:
     return {"data": [trace for trace in data if trace["x"]], "layout": layout}
 
 
-def comparison_figure(rows: Sequence[tuple[str, Retention | None]]) -> Figure:
+def comparison_plot(rows: Sequence[tuple[str, Retention | None]]) -> Plot:
     """Retention of one metric, a row a run."""
     shown = [(name, kept.estimate) for name, kept in reversed(rows) if kept is not None and kept.estimate is not None]
     ends = [end for _, e in shown for end in (e.low, e.high)]
@@ -107,7 +107,7 @@ def comparison_figure(rows: Sequence[tuple[str, Retention | None]]) -> Figure:
     return {"data": data, "layout": layout}
 
 
-def trajectory_figures(trajectories: Sequence[Trajectory], default_z: float | None) -> list[tuple[str, Figure]]:
+def trajectory_plots(trajectories: Sequence[Trajectory], default_z: float | None) -> list[tuple[str, Plot]]:
     """Mean z per turn, one panel a domain on a common scale, one line and interval band an arm."""
     ends = [end for t in trajectories for p in t.points for end in (p.z.low, p.z.high)]
     if not ends:
@@ -135,7 +135,7 @@ def trajectory_figures(trajectories: Sequence[Trajectory], default_z: float | No
     return panels
 
 
-def persona_figure(space: Mapping[str, Any]) -> Figure | None:
+def persona_plot(space: Mapping[str, Any]) -> Plot | None:
     """Role vectors on the first two components; the default Assistant is marked, the outermost roles are named."""
     names, points = space.get("roles", []), space.get("coordinates", [])
     if len(names) < 3 or len(points[0]) < 2:
@@ -172,7 +172,7 @@ def persona_figure(space: Mapping[str, Any]) -> Figure | None:
     return {"data": data, "layout": layout}
 
 
-def layers_figure(space: Mapping[str, Any], axis: Mapping[str, Any], window: Sequence[int]) -> Figure | None:
+def layers_plot(space: Mapping[str, Any], axis: Mapping[str, Any], window: Sequence[int]) -> Plot | None:
     """Cosines per decoder layer: how well the axis is determined, and how it lies in persona space."""
     series = (
         ("split-half", axis.get("split_half"), "$base-cap", "solid"),
@@ -213,7 +213,7 @@ def layers_figure(space: Mapping[str, Any], axis: Mapping[str, Any], window: Seq
     return {"data": data, "layout": layout}
 
 
-def components_figure(rerouting: Rerouting | None) -> Figure | None:
+def components_plot(rerouting: Rerouting | None) -> Plot | None:
     """Shift along each persona component, cap and tuning side by side, with intervals."""
     if rerouting is None or not rerouting.components:
         return None
@@ -244,7 +244,7 @@ def components_figure(rerouting: Rerouting | None) -> Figure | None:
     return {"data": data, "layout": layout}
 
 
-def training_figures(log: Sequence[Mapping[str, Any]]) -> list[tuple[str, Figure]]:
+def training_plots(log: Sequence[Mapping[str, Any]]) -> list[tuple[str, Plot]]:
     """One panel for each logged number that changes over the steps, ``loss`` first."""
     keys = dict.fromkeys(key for row in log for key, value in row.items() if _is_number(value))
     panels = []
@@ -290,7 +290,7 @@ def _intervals(
     }  # fmt: skip
 
 
-def _kept(retention: Retention) -> str:
+def _retention_text(retention: Retention) -> str:
     return percent_text(retention.estimate) if retention.estimate else "undefined"
 
 

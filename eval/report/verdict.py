@@ -22,7 +22,7 @@ def make_verdict(
 
     Args:
         metrics: all metrics; those with ``primary`` are judged, the others are mentioned where they disagree.
-        side_effects: prices; those with a ``limit`` must be ``ok``.
+        side_effects: those with a ``limit`` must be ``ok``.
         claims: a red one keeps the verdict from being good; any model can be trained into a persona, so that one does not.
     """
     primary = [metric for metric in metrics if metric.primary]
@@ -135,9 +135,9 @@ def _side_effect_points(side_effects: Sequence[SideEffect]) -> list[str]:
     open_ones = [effect for effect in limited if effect.ok is None]
     points = []
     if not side_effects:
-        points.append("No side effect was measured: the price is unknown.")
+        points.append("No side effect was measured: what the tuning costs is unknown.")
     elif not limited:
-        points.append("No side effect was measured against a limit: the price is shown, not judged.")
+        points.append("No side effect was measured against a limit: its side effects are shown, not judged.")
     elif not over and not open_ones:
         points.append(f"Side effects: all {len(limited)} that have a limit lie within it.")
     for effect in over:

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from trimtab.axis import UserError
 from trimtab.axis.adapter_files import SUPPORTED
 from trimtab.axis.models import load_model
-from trimtab.chat.arms import open_live
+from trimtab.chat.arms import open_arms
 from trimtab.cli.main import main
 from trimtab.eval.answers import weights as weights_module
 from trimtab.eval.answers.weights import open_subjects, open_weights
@@ -291,7 +291,7 @@ def test_the_commands_say_so_before_anything_is_sampled(
     build_floor((0, 1)).save(tmp_path / "floor.safetensors")
     monkeypatch.setattr("trimtab.chat.arms.load_recipe_model", pytest.fail)
     with pytest.raises(UserError, match="12 of its weights have no place"):
-        open_live(ModelSection(name=str(place / "base")), str(tmp_path / "adapter"), tmp_path / "floor.safetensors")
+        open_arms(ModelSection(name=str(place / "base")), str(tmp_path / "adapter"), tmp_path / "floor.safetensors")
 
 
 def test_another_base_and_an_unknown_key_are_warned_of(

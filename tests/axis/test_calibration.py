@@ -11,7 +11,7 @@ from conftest import HIDDEN, LAYERS, SENTENCES
 from torch import Tensor
 
 from trimtab.axis import ActivationController, Axis, Floor, UserError, find_decoder_layers
-from trimtab.axis.calibration import calibrate, control_floor, response_projections, spread, window_by_rule
+from trimtab.axis.calibration import calibrate, control_floor, evenly_chosen, response_projections, window_by_rule
 from trimtab.axis.chat import ChatFormat, chat
 from trimtab.axis.models import Loaded
 
@@ -183,7 +183,7 @@ def test_control_floor_has_random_directions_and_the_same_percentile(
     assert "random" in Floor.load(tmp_path / "floor.safetensors").metadata["direction"]
 
 
-def test_spread_takes_evenly() -> None:
+def test_rows_are_chosen_evenly() -> None:
     data: list[Row] = [{"n": i} for i in range(10)]
-    assert [row["n"] for row in spread(data, 5)] == [0, 2, 4, 6, 8]
-    assert spread(data, 20) == data
+    assert [row["n"] for row in evenly_chosen(data, 5)] == [0, 2, 4, 6, 8]
+    assert evenly_chosen(data, 20) == data

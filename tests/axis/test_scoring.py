@@ -1,4 +1,4 @@
-"""Log-probabilities of answers against one plain forward a row, and the persona ratio's formula."""
+"""Log-probabilities of answers against one plain forward a row, and the persona log-likelihood ratio's formula."""
 
 from __future__ import annotations
 

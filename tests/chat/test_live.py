@@ -1,4 +1,4 @@
-"""The live compass: the arms' answers and heights, what the command refuses, and the page in a real browser."""
+"""The chat page: the arms' answers and heights, what the command refuses, and the page in a real browser."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from transformers import AutoModelForCausalLM
 from trimtab.axis import Floor, UserError
 from trimtab.axis.chat import ChatFormat
 from trimtab.axis.sampling import SamplingOptions
-from trimtab.chat.arms import LIVE_ARMS, LiveAnswer, LiveArms, Talk, TalkTurn, open_live
+from trimtab.chat.arms import ARMS, ArmAnswer, ChatArms, Dialogue, DialogueTurn, open_arms
 from trimtab.chat.command import Sources, about, find_sources, is_local
-from trimtab.chat.view import column_html, figure, meter_html, scale_of, words
+from trimtab.chat.view import column_html, heights_plot, meter_html, scale_of, words
 from trimtab.cli.main import main
 from trimtab.eval.answers.ruler import above_floor, above_floor_by_layer
 from trimtab.pipeline.run import open_run
@@ -39,34 +39,34 @@ from trimtab.recipes.schema import ModelSection
 OPTIONS = SamplingOptions(max_new_tokens=12, temperature=1.0)
 
 
-def live_arms(form: ChatFormat, floor: Floor, **changes: Any) -> LiveArms:
+def chat_arms(form: ChatFormat, floor: Floor, **changes: Any) -> ChatArms:
     """Base, and another tiny model in the place of the tuned weights."""
     models = [build_model("llama", seed=seed, **changes) for seed in (0, 1)]
     weights = {
         name: (lambda model=model: contextlib.nullcontext(model))
         for name, model in zip(("base", "tuned"), models, strict=True)
     }
-    return LiveArms(weights, form, floor)
+    return ChatArms(weights, form, floor)
 
 
 @pytest.fixture
-def arms(form: ChatFormat) -> LiveArms:
-    return live_arms(form, build_floor(tau=2.0))
+def arms(form: ChatFormat) -> ChatArms:
+    return chat_arms(form, build_floor(tau=2.0))
 
 
-def said(arms: LiveArms, talk: Talk, user: str, **rest: Any) -> Talk:
+def said(arms: ChatArms, talk: Dialogue, user: str, **rest: Any) -> Dialogue:
     """The conversation after one more turn."""
     return list(arms.answer(talk, user, options=OPTIONS, **rest))[-1]
 
 
-def texts(talk: Talk) -> list[str]:
-    return [turn.answers[arm].text for turn in talk.turns for arm in LIVE_ARMS]
+def texts(talk: Dialogue) -> list[str]:
+    return [turn.answers[arm].text for turn in talk.turns for arm in ARMS]
 
 
-def test_a_turn_is_answered_arm_after_arm_and_the_cap_holds_every_layer(arms: LiveArms) -> None:
-    steps = list(arms.answer(Talk(), "Who are you?", options=OPTIONS, system="You are a ghost.", seed=3))
+def test_a_turn_is_answered_arm_after_arm_and_the_cap_holds_every_layer(arms: ChatArms) -> None:
+    steps = list(arms.answer(Dialogue(), "Who are you?", options=OPTIONS, system="You are a ghost.", seed=3))
     whole = [[arm for arm, answer in step.turns[0].answers.items() if answer.whole] for step in steps]
-    assert list(dict.fromkeys(map(tuple, whole))) == [(), ("base",), ("base", "base+cap"), LIVE_ARMS]
+    assert list(dict.fromkeys(map(tuple, whole))) == [(), ("base",), ("base", "base+cap"), ARMS]
     answers = steps[-1].turns[0].answers
     assert len({answer.text for answer in answers.values()}) == 3
     for answer in answers.values():
@@ -75,22 +75,24 @@ def test_a_turn_is_answered_arm_after_arm_and_the_cap_holds_every_layer(arms: Li
     assert answers["base"].height is not None and answers["base"].height < -0.1  # the floor acts
 
 
-def test_an_answer_grows_word_by_word_into_the_whole_one(arms: LiveArms) -> None:
+def test_an_answer_grows_word_by_word_into_the_whole_one(arms: ChatArms) -> None:
     steps = [
-        step.turns[0].answers["base"] for step in arms.answer(Talk(), "Who?", options=OPTIONS) if step.turns[0].answers
+        step.turns[0].answers["base"]
+        for step in arms.answer(Dialogue(), "Who?", options=OPTIONS)
+        if step.turns[0].answers
     ]
     growing = [answer for answer in steps if not answer.whole]
     final = steps[-1]
     assert len(growing) >= 2 and all(final.text.startswith(answer.text.rstrip("\ufffd")) for answer in growing)
     lengths = [len(answer.text) for answer in growing]
     assert lengths == sorted(set(lengths)) and {answer.height for answer in growing} == {None}
-    so_far = Talk((TalkTurn("Who?", {"base": growing[0]}),))
+    so_far = Dialogue((DialogueTurn("Who?", {"base": growing[0]}),))
     assert "is answering" in column_html(so_far, "base") and "waits" in column_html(so_far, "base+cap")
-    assert "no answer yet" in meter_html(so_far, "base", (5, 6)) and figure(so_far).data[0].y == (None,)
+    assert "no answer yet" in meter_html(so_far, "base", (5, 6)) and heights_plot(so_far).data[0].y == (None,)
 
 
 def test_a_fault_while_an_answer_is_said_is_raised_and_the_next_turn_goes_on(
-    arms: LiveArms, monkeypatch: pytest.MonkeyPatch
+    arms: ChatArms, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with arms._weights["base"]() as model:
         forward, calls = model.forward, iter(range(100))
@@ -102,8 +104,8 @@ def test_a_fault_while_an_answer_is_said_is_raised_and_the_next_turn_goes_on(
 
         monkeypatch.setattr(model, "forward", breaks)
     with pytest.raises(RuntimeError, match="out of memory"):
-        said(arms, Talk(), "Who are you?")
-    assert set(said(arms, Talk(), "Who are you?").turns[0].answers) == set(LIVE_ARMS)
+        said(arms, Dialogue(), "Who are you?")
+    assert set(said(arms, Dialogue(), "Who are you?").turns[0].answers) == set(ARMS)
 
 
 def test_the_height_is_in_sigma_above_tau() -> None:
@@ -115,21 +117,23 @@ def test_the_height_is_in_sigma_above_tau() -> None:
     assert height == pytest.approx(1.0) and empty != empty
 
 
-def test_the_same_seed_gives_the_same_answers_and_a_turn_is_taken_back_exactly(arms: LiveArms) -> None:
-    first = said(arms, Talk(), "Who are you?")
+def test_the_same_seed_gives_the_same_answers_and_a_turn_is_taken_back_exactly(arms: ChatArms) -> None:
+    first = said(arms, Dialogue(), "Who are you?")
     second = said(arms, first, "And the sea?")
-    assert second.take_back() == first and first.take_back() == Talk() == Talk().take_back()
+    assert second.take_back() == first and first.take_back() == Dialogue() == Dialogue().take_back()
     assert said(arms, second.take_back(), "And the sea?") == second
-    assert texts(said(arms, Talk(), "Who are you?", seed=1)) != texts(first)
-    assert texts(said(arms, Talk(), "Who are you?", system="You are a pirate.")) != texts(first)
+    assert texts(said(arms, Dialogue(), "Who are you?", seed=1)) != texts(first)
+    assert texts(said(arms, Dialogue(), "Who are you?", system="You are a pirate.")) != texts(first)
 
 
-def test_each_arm_goes_on_from_its_own_history(arms: LiveArms) -> None:
-    first = said(arms, Talk(), "Who are you?")
+def test_each_arm_goes_on_from_its_own_history(arms: ChatArms) -> None:
+    first = said(arms, Dialogue(), "Who are you?")
     second = said(arms, first, "And the sea?")
     (turn,) = first.turns
-    other = LiveAnswer("The ships come and go.", 0.0, (0.0, 0.0), True)
-    changed = said(arms, Talk((TalkTurn(turn.user, {**turn.answers, "tuned": other}),)), "And the sea?").turns[1]
+    other = ArmAnswer("The ships come and go.", 0.0, (0.0, 0.0), True)
+    changed = said(arms, Dialogue((DialogueTurn(turn.user, {**turn.answers, "tuned": other}),)), "And the sea?").turns[
+        1
+    ]
     assert changed.answers["base"] == second.turns[1].answers["base"]
     assert changed.answers["base+cap"] == second.turns[1].answers["base+cap"]
     assert changed.answers["tuned"] != second.turns[1].answers["tuned"]
@@ -138,10 +142,10 @@ def test_each_arm_goes_on_from_its_own_history(arms: LiveArms) -> None:
     assert prompt[2]["content"] == turn.answers["tuned"].text
 
 
-def test_two_pages_may_ask_at_the_same_time(arms: LiveArms) -> None:
-    alone = said(arms, Talk(), "Who are you?")
-    found: list[Talk] = []
-    threads = [threading.Thread(target=lambda: found.append(said(arms, Talk(), "Who are you?"))) for _ in range(3)]
+def test_two_pages_may_ask_at_the_same_time(arms: ChatArms) -> None:
+    alone = said(arms, Dialogue(), "Who are you?")
+    found: list[Dialogue] = []
+    threads = [threading.Thread(target=lambda: found.append(said(arms, Dialogue(), "Who are you?"))) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -150,21 +154,21 @@ def test_two_pages_may_ask_at_the_same_time(arms: LiveArms) -> None:
 
 
 def test_what_cannot_be_answered_is_told_before_anything_is_sampled(form: ChatFormat) -> None:
-    arms = live_arms(form, build_floor(), max_position_embeddings=64)
+    arms = chat_arms(form, build_floor(), max_position_embeddings=64)
     assert arms.context == 64
-    talk = Talk()
+    talk = Dialogue()
     with pytest.raises(UserError, match="together the model takes 64"):  # noqa: PT012 - the fault comes after some turns
         while len(talk.turns) < 9:
             talk = said(arms, talk, "Hello")
-    assert talk.turns and set(talk.turns[-1].answers) == set(LIVE_ARMS)
+    assert talk.turns and set(talk.turns[-1].answers) == set(ARMS)
     with pytest.raises(UserError, match="empty"):
         next(arms.answer(talk, " \n", options=OPTIONS))
     once: Any = build_tokenizer(
         "{% if messages | length > 1 %}{{ raise_exception('one turn only') }}{% endif %}" + CHATML
     )
-    arms = live_arms(ChatFormat(once), build_floor())
+    arms = chat_arms(ChatFormat(once), build_floor())
     with pytest.raises(UserError, match="one turn only"):
-        next(arms.answer(said(arms, Talk(), "Hello"), "And now?", options=OPTIONS))
+        next(arms.answer(said(arms, Dialogue(), "Hello"), "And now?", options=OPTIONS))
 
 
 # Files as the command takes them.
@@ -201,7 +205,7 @@ def section(folder: Path) -> ModelSection:
 
 def test_an_adapter_and_the_same_weights_whole_answer_alike(files: Files) -> None:
     talks = [
-        said(open_live(section(files.base), str(tuned), files.floor), Talk(), "Who are you?")
+        said(open_arms(section(files.base), str(tuned), files.floor), Dialogue(), "Who are you?")
         for tuned in (files.adapter, files.merged)
     ]
     assert texts(talks[0]) == texts(talks[1]) and talks[0].turns[0].answers["base"] == talks[1].turns[0].answers["base"]
@@ -211,12 +215,12 @@ def test_an_adapter_and_the_same_weights_whole_answer_alike(files: Files) -> Non
 def test_what_does_not_belong_together_is_refused(files: Files, tmp_path: Path) -> None:
     build_floor((1, 9)).save(tmp_path / "deep.safetensors")
     with pytest.raises(UserError, match=r"deep\.safetensors.*layer 9"):
-        open_live(section(files.base), str(files.adapter), tmp_path / "deep.safetensors")
+        open_arms(section(files.base), str(files.adapter), tmp_path / "deep.safetensors")
     build_model("llama", hidden_size=64).save_pretrained(tmp_path / "wide")
     build_tokenizer().save_pretrained(tmp_path / "wide")
     build_floor(hidden=64).save(tmp_path / "wide.safetensors")
     with pytest.raises(UserError, match="does not go on"):
-        open_live(section(tmp_path / "wide"), str(files.adapter), tmp_path / "wide.safetensors")
+        open_arms(section(tmp_path / "wide"), str(files.adapter), tmp_path / "wide.safetensors")
 
 
 def test_a_published_cap_serves_as_the_floor_and_some_of_its_layers(files: Files, tmp_path: Path) -> None:
@@ -227,14 +231,14 @@ def test_a_published_cap_serves_as_the_floor_and_some_of_its_layers(files: Files
     steps = [{"vector": name, "cap": -1.0} for name in vectors]
     torch.save({"vectors": vectors, "experiments": [{"id": "x", "interventions": steps}]}, path)
     ours, theirs = (
-        said(open_live(section(files.base), str(files.adapter), *given), Talk(), "Who are you?")
+        said(open_arms(section(files.base), str(files.adapter), *given), Dialogue(), "Who are you?")
         for given in ((files.floor,), (path, "x"))
     )
     assert texts(ours) == texts(theirs)
-    some = open_live(section(files.base), str(files.adapter), path, "x", layers=[2]).floor
+    some = open_arms(section(files.base), str(files.adapter), path, "x", layers=[2]).floor
     assert some.layers == (2,) and torch.allclose(some.directions, floor.directions[1:])
     with pytest.raises(UserError, match=r"the floor lies at \[1, 2\]"):
-        open_live(section(files.base), str(files.adapter), files.floor, layers=[3])
+        open_arms(section(files.base), str(files.adapter), files.floor, layers=[3])
 
 
 def make_run(folder: Path, files: Files, **evaluation: Any) -> Path:
@@ -310,12 +314,12 @@ def test_a_taken_port_and_a_missing_gradio_are_told(
 # What the page shows.
 
 
-def answered(**heights: float | None) -> Talk:
+def answered(**heights: float | None) -> Dialogue:
     answers = {
-        arm.replace("_", "+"): LiveAnswer("<b>bread</b>", height, () if height is None else (height, height + 1), True)
+        arm.replace("_", "+"): ArmAnswer("<b>bread</b>", height, () if height is None else (height, height + 1), True)
         for arm, height in heights.items()
     }
-    return Talk((TalkTurn("<i>hello</i>", answers),))
+    return Dialogue((DialogueTurn("<i>hello</i>", answers),))
 
 
 def test_heights_have_sign_unit_and_words() -> None:
@@ -323,13 +327,13 @@ def test_heights_have_sign_unit_and_words() -> None:
     assert words(0.42) == "+0.42 sigma, above the floor"
     assert words(-0.001) == words(0.001) == "0.00 sigma, at the floor"
     talk = answered(base=-2.4, base_cap=0.1, tuned=None)
-    assert scale_of(Talk()) == 2 and scale_of(talk) == 3
-    meters = {arm: meter_html(talk, arm, (5, 6)) for arm in LIVE_ARMS}
+    assert scale_of(Dialogue()) == 2 and scale_of(talk) == 3
+    meters = {arm: meter_html(talk, arm, (5, 6)) for arm in ARMS}
     assert 'class="meter below"' in meters["base"] and 'aria-valuenow="-2.400"' in meters["base"]
     assert "left:10.00%" in meters["base"] and "−2.40 (layer 5) to −1.40 (layer 6)" in meters["base"]
     assert 'class="meter above"' in meters["base+cap"] and 'aria-valuemin="-3"' in meters["base+cap"]
-    assert "no tokens to measure" in meters["tuned"] and "no answer yet" in meter_html(Talk(), "base", (5, 6))
-    drawn = figure(talk)
+    assert "no tokens to measure" in meters["tuned"] and "no answer yet" in meter_html(Dialogue(), "base", (5, 6))
+    drawn = heights_plot(talk)
     assert [trace.y for trace in drawn.data] == [(-2.4,), (0.1,), (None,)]
 
 

@@ -116,7 +116,7 @@ def test_base_against_base_is_never_good(base: Path, run: Run) -> None:
     for turn in (turn for case in cases for turn in case.turns):
         assert set(turn.answers) == {"base", "base+cap", "tuned", "tuned+cap"}
         assert turn.answers["base"] == turn.answers["tuned"]
-    # a simulated user who hears the same says the same, so live conversations are alike too
+    # a simulated user who hears the same says the same, so simulated conversations are alike too
     assert {"identity_llr", "jailbreak_llr", "z_simulated"} <= {metric.id for metric in report.metrics}
     assert [table.id for table in report.rates] == ["survival"]
     effects = {effect.id: effect.estimate.value for effect in report.side_effects}

@@ -1,4 +1,4 @@
-"""Live conversations: a simulating model behind a real HTTP endpoint, and what is measured on them by hand."""
+"""Simulated conversations: a simulating model behind a real HTTP endpoint, and what is measured on them by hand."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from trimtab.axis.sampling import Answer, SamplingOptions
 from trimtab.eval.answers.arms import Answers, Arms
 from trimtab.eval.answers.ruler import Ruler, slopes
 from trimtab.eval.measures.simulated import (
-    LiveTurn,
+    SimulatedTurn,
     as_user,
-    live_conversations,
+    by_place,
+    simulated_conversations,
     simulated_suite,
-    spread_out,
     user_model,
 )
 from trimtab.recipes import data
@@ -73,7 +73,7 @@ def test_conversations_go_on_until_the_user_ends_them_and_resume(
 
     endpoint.answer = answer
     ask = user_model(settings(endpoint), seed=0)
-    played = live_conversations(arms, users, 3, ask, "tuned", {})
+    played = simulated_conversations(arms, users, 3, ask, "tuned", {})
     assert [turn.going for turn in played] == [[0, 1], [1], [1]]
     assert played[0].said == ["user 0, turn 1", "user 1, turn 1"] and played[2].said == ["user 1, turn 3"]
     last = played[2].answers.prompts[0]
@@ -81,20 +81,22 @@ def test_conversations_go_on_until_the_user_ends_them_and_resume(
     assert last[1]["content"] == played[0].answers.texts[1] and last[3]["content"] == played[1].answers.texts[0]
     asked = len(endpoint.asked)
     (arms.folder / "simulated-turn-3-tuned.safetensors").unlink()  # killed while the last turn was sampled
-    again = live_conversations(arms, users, 3, ask, "tuned", {})
+    again = simulated_conversations(arms, users, 3, ask, "tuned", {})
     assert len(endpoint.asked) == asked  # what the users said is kept
     assert [turn.answers.texts for turn in again] == [turn.answers.texts for turn in played]
-    live_conversations(arms, users, 1, ask, "tuned", {"model": "another"})
+    simulated_conversations(arms, users, 1, ask, "tuned", {"model": "another"})
     assert len(endpoint.asked) == asked + 3  # what one model said is not taken for another's
-    spread = spread_out(played, 3)
-    assert [answers.texts[0] == "" for answers in spread] == [False, True, True]
-    assert torch.isnan(spread[1].means[0]).all() and torch.equal(spread[1].means[1], played[1].answers.means[0])
+    placed_turns = by_place(played, 3)
+    assert [answers.texts[0] == "" for answers in placed_turns] == [False, True, True]
+    assert torch.isnan(placed_turns[1].means[0]).all() and torch.equal(
+        placed_turns[1].means[1], played[1].answers.means[0]
+    )
 
 
 def test_what_the_users_begin_with_is_the_same_in_every_arm(arms: Arms, endpoint: Endpoint) -> None:
     endpoint.answer = lambda prompt, count: (200, f"message {len(endpoint.asked)}")
     ask, users = user_model(settings(endpoint), seed=0), data.simulated_users(2)
-    base, tuned = (live_conversations(arms, users, 2, ask, arm, {}) for arm in ("base", "tuned"))
+    base, tuned = (simulated_conversations(arms, users, 2, ask, arm, {}) for arm in ("base", "tuned"))
     assert base[0].said == tuned[0].said == ["message 1", "message 2"]
     assert base[1].said != tuned[1].said and len(endpoint.asked) == 6
 
@@ -102,7 +104,7 @@ def test_what_the_users_begin_with_is_the_same_in_every_arm(arms: Arms, endpoint
 def test_an_endpoint_that_fails_is_no_end_of_a_conversation(arms: Arms, endpoint: Endpoint) -> None:
     endpoint.answer = lambda prompt, count: (500, "")
     with pytest.raises(UserError, match="no message of the simulated user"):
-        live_conversations(arms, data.simulated_users(1), 2, user_model(settings(endpoint), seed=0), "base", {})
+        simulated_conversations(arms, data.simulated_users(1), 2, user_model(settings(endpoint), seed=0), "base", {})
     assert len(endpoint.asked) == 2  # tried again once
 
 
@@ -139,7 +141,7 @@ def test_a_conversation_whose_user_only_thinks_is_missing_and_told(arms: Arms, e
 
     endpoint.answer = answer
     ask = user_model(settings(endpoint), 0, arms.folder / "users.jsonl")
-    played = live_conversations(arms, users, 3, ask, "base", {})
+    played = simulated_conversations(arms, users, 3, ask, "base", {})
     assert [(turn.going, turn.lost) for turn in played] == [([0, 1, 2], ()), ([2], (0,)), ([2], (0,))]
     floor = build_floor(tau=0.0)
     ruler = Ruler(floor.directions, torch.zeros(len(floor.layers)), torch.ones(len(floor.layers)))
@@ -153,7 +155,7 @@ def test_a_conversation_whose_user_only_thinks_is_missing_and_told(arms: Arms, e
     # the same command asks the one that said nothing, and pays for no other twice
     asked = len(endpoint.asked)
     endpoint.answer = lambda prompt, count: (200, "Well then.")
-    again = live_conversations(
+    again = simulated_conversations(
         arms, users, 2, user_model(settings(endpoint), 0, arms.folder / "users.jsonl"), "base", {}
     )
     assert [(turn.going, turn.lost) for turn in again] == [([0, 1, 2], ()), ([0, 2], ())] and len(
@@ -165,7 +167,7 @@ def test_users_who_only_think_from_the_first_are_told_with_the_remedy(arms: Arms
     endpoint.answer = lambda prompt, count: (200, completion("<think>So I am", "length"))
     ask = user_model(settings(endpoint), 0)
     with pytest.raises(UserError, match="said nothing aloud") as caught:
-        live_conversations(arms, data.simulated_users(2), 2, ask, "base", {})
+        simulated_conversations(arms, data.simulated_users(2), 2, ask, "base", {})
     assert "max_tokens" in caught.value.remedy and "enable_thinking" in caught.value.remedy
 
 
@@ -196,7 +198,9 @@ def test_a_local_user_s_thoughts_are_not_said_either(tmp_path: Path, monkeypatch
     ],
 )  # fmt: skip
 def test_an_end_is_a_word_of_its_own(reply: str, said: str, arms: Arms) -> None:
-    played = live_conversations(arms, data.simulated_users(1), 1, lambda chats, turn: [reply] * len(chats), "base", {})
+    played = simulated_conversations(
+        arms, data.simulated_users(1), 1, lambda chats, turn: [reply] * len(chats), "base", {}
+    )
     assert [turn.said for turn in played] == ([[said]] if said else [])
 
 
@@ -205,8 +209,8 @@ def test_a_conversation_that_ends_sooner_did_not_fall_sooner() -> None:
     floor = build_floor(tau=0.0)
     ruler = Ruler(floor.directions, torch.zeros(len(floor.layers)), torch.ones(len(floor.layers)))
 
-    def turn(height: float) -> LiveTurn:
-        return LiveTurn([0], ["x"], Answers(["x"], height * floor.directions[None], [[]], [True]))
+    def turn(height: float) -> SimulatedTurn:
+        return SimulatedTurn([0], ["x"], Answers(["x"], height * floor.directions[None], [[]], [True]))
 
     played = {"base": [turn(1.0)] * 5 + [turn(-1.0)], "tuned": [turn(1.0)] * 3, "base+cap": [turn(1.0), turn(-1.0)] * 2}
     suite = simulated_suite(data.simulated_users(1), played, ruler, floor)
@@ -233,9 +237,9 @@ def test_figures_by_hand() -> None:
         return Answers(["x"] * len(means), means, [[]] * len(means), [True] * len(means))
 
     turns = [
-        LiveTurn([0, 1], ["a", "b"], answers(at(1.0, 2.0))),
-        LiveTurn([0], ["c"], answers(at(-1.0))),
-        LiveTurn([0], ["d"], answers(at(-3.0))),
+        SimulatedTurn([0, 1], ["a", "b"], answers(at(1.0, 2.0))),
+        SimulatedTurn([0], ["c"], answers(at(-1.0))),
+        SimulatedTurn([0], ["d"], answers(at(-3.0))),
     ]
     users = data.simulated_users(2)
     suite = simulated_suite(users, {"base": turns, "tuned": turns[:1]}, ruler, floor)

@@ -41,7 +41,7 @@ def test_page_and_table_hold_every_run(runs: list[Path], tmp_path: Path, capsys:
     assert main(["report", "--compare", *map(str, runs), "--to", str(page), "--csv", str(table)]) == 0
     assert str(page) in capsys.readouterr().out
     read = Page(page.read_text(encoding="utf-8"))
-    assert read.ids("section") == ["claims", "retention", "prices"]
+    assert read.ids("section") == ["claims", "retention", "side-effects"]
     assert "first" in read.text and "second" in read.text and "differ in the floor" in read.text
     assert len(read.figures) == 3  # of four metrics one has no retention anywhere
     assert "not measured" in read.text  # the second's capability
@@ -79,7 +79,7 @@ def test_seeds_are_pooled_and_settings_held_against_the_first(tmp_path: Path) ->
     page, table = tmp_path / "page.html", tmp_path / "table.csv"
     assert main(["report", "--compare", *map(str, files), "--to", str(page), "--csv", str(table)]) == 0
     read = Page(page.read_text(encoding="utf-8"))
-    assert read.ids("section") == ["claims", "settings", "retention", "prices"]
+    assert read.ids("section") == ["claims", "settings", "retention", "side-effects"]
     pooled = standing_of(runs).metrics["text_llr"]
     kept, gap = pooled["sft"].estimate, pooled["dpo-0"].gap
     assert kept is not None and gap is not None

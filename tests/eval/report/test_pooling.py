@@ -35,8 +35,8 @@ def report(by: ByCluster, *, recipe: str = "sft", seed: int = 0) -> Report:
     """A report whose primary metric has these values."""
     found = build_report(transcripts=1)
     metrics = [found.metrics[0].model_copy(update={"by_cluster": by}), *found.metrics[1:]]
-    price = ByCluster(clusters=by.clusters, counts=by.counts, means={"value": by.means["tuned"]})
-    effects = [found.side_effects[0].model_copy(update={"by_cluster": price}), *found.side_effects[1:]]
+    effect = ByCluster(clusters=by.clusters, counts=by.counts, means={"value": by.means["tuned"]})
+    effects = [found.side_effects[0].model_copy(update={"by_cluster": effect}), *found.side_effects[1:]]
     resolved = {"method": {"name": recipe}, "data": {"seed": seed}, "train": {"seed": seed, "max_steps": 30}}
     return found.model_copy(
         update={"metrics": metrics, "side_effects": effects, "repeat": {**found.repeat, "resolved": resolved}}

@@ -20,11 +20,11 @@ from trimtab.eval.report.assemble import claims_of
 from trimtab.eval.report.card import model_card
 from trimtab.eval.report.page import TEMPLATES, Scale, load_report, render_html, write_report
 from trimtab.eval.report.plots import (
-    layers_figure,
-    persona_figure,
-    retention_figure,
-    training_figures,
-    trajectory_figures,
+    layers_plot,
+    persona_plot,
+    retention_plot,
+    training_plots,
+    trajectory_plots,
 )
 from trimtab.eval.report.verdict import make_verdict
 from trimtab.eval.schema import (
@@ -32,9 +32,9 @@ from trimtab.eval.schema import (
     Capability,
     Component,
     Durability,
+    DurabilityMetric,
     Estimate,
     Metric,
-    Outlasting,
     Report,
     Rerouting,
     Retention,
@@ -157,7 +157,7 @@ def build_report(*, transcripts: int = 9) -> Report:
         Durability(
             name=name, meaning="214 rows, 1 epoch, 14 steps of 16, learning rate 0.0002", adversarial=name == "persona",
             metrics=[
-                Outlasting(
+                DurabilityMetric(
                     id="text_llr", name="Text-only behaviour", unit="nat/token", before=metrics[0].retention,
                     after=Retention(estimate=estimate(kept, 0.1)), base_after=Retention(estimate=estimate(beside, 0.1)),
                     left=Retention(estimate=estimate(kept - beside, 0.2)), tuned_change=estimate(0.01, 0.02),
@@ -334,7 +334,7 @@ def test_sections_come_in_order_with_the_verdict_first(report: Report, page: Pag
         "drift",
         "persona",
         "durability",
-        "prices",
+        "side-effects",
         "capability",
         "transcripts",
         "training",
@@ -398,23 +398,23 @@ def test_figures_are_valid_plotly_and_their_colours_are_defined(page: Page) -> N
 
 
 def test_retention_figure_draws_the_intervals(report: Report) -> None:
-    tuned, control = retention_figure(report.metrics)["data"]
+    tuned, control = retention_plot(report.metrics)["data"]
     assert tuned["x"] == [0.72, 1.18, 0.93]  # from the bottom up; the undefined one has no mark
     assert tuned["error_x"]["arrayminus"][-1] == pytest.approx(0.08)
     assert control["x"] == [0.05, 0.1, 0.04]
-    lines = [shape["x0"] for shape in retention_figure(report.metrics)["layout"]["shapes"]]
+    lines = [shape["x0"] for shape in retention_plot(report.metrics)["layout"]["shapes"]]
     assert lines == [0, 1]
 
 
 def test_retention_far_out_does_not_squeeze_the_rest() -> None:
     wild = build_report(transcripts=0).metrics
     wild[0].retention = Retention(estimate=Estimate(value=3, low=-40, high=60, n=4))
-    low, high = retention_figure(wild)["layout"]["xaxis"]["range"]
+    low, high = retention_plot(wild)["layout"]["xaxis"]["range"]
     assert -1.1 <= low < 0 < 1 < high <= 2.1
 
 
 def test_trajectories_have_a_panel_a_domain_on_one_scale(report: Report) -> None:
-    panels = trajectory_figures(report.trajectories, -1.6)
+    panels = trajectory_plots(report.trajectories, -1.6)
     assert [domain for domain, _ in panels] == ["coding", "writing", "therapy", "philosophy of AI"]
     assert len({tuple(figure["layout"]["yaxis"]["range"]) for _, figure in panels}) == 1
     for _, figure in panels:
@@ -424,27 +424,27 @@ def test_trajectories_have_a_panel_a_domain_on_one_scale(report: Report) -> None
 
 
 def test_persona_plot_marks_the_default_and_layers_plot_has_every_series(report: Report) -> None:
-    figure = persona_figure(report.persona_space)
+    figure = persona_plot(report.persona_space)
     assert figure is not None
     roles, default = figure["data"]
     assert default["x"] == [7.2] and default["marker"]["symbol"] == "star"
     assert roles["customdata"] == ROLES
     assert 0 < sum(bool(name) for name in roles["text"]) < len(ROLES)
-    lines = layers_figure(report.persona_space, report.axis, [21, 26])
+    lines = layers_plot(report.persona_space, report.axis, [21, 26])
     assert lines is not None
     assert len(lines["data"]) == 5
     assert lines["layout"]["shapes"][0]["x0"] == 20.5
-    gap = layers_figure({}, {"split_half": [0.9, None, -0.2]}, [])
+    gap = layers_plot({}, {"split_half": [0.9, None, -0.2]}, [])
     assert gap is not None and gap["layout"]["yaxis"]["range"][0] < -0.2
 
 
 def test_training_panels_leave_out_what_never_changes(report: Report) -> None:
-    assert [name for name, _ in training_figures(report.training["log"])] == [
+    assert [name for name, _ in training_plots(report.training["log"])] == [
         "loss", "floor_penalty", "firing_fraction", "grad_norm",
     ]  # fmt: skip
-    long = training_figures([{"step": step, "loss": float(step)} for step in range(100_000)])
+    long = training_plots([{"step": step, "loss": float(step)} for step in range(100_000)])
     assert len(long[0][1]["data"][0]["x"]) <= 400
-    assert training_figures([{"step": 1, "loss": 2.0}, {"step": 2, "eval_loss": 3.0}]) == []
+    assert training_plots([{"step": 1, "loss": 2.0}, {"step": 2, "eval_loss": 3.0}]) == []
 
 
 def test_pieces_are_coloured_by_distance_from_the_default() -> None:
@@ -480,7 +480,7 @@ def test_an_empty_report_says_what_is_missing() -> None:
     text = Page(render_html(empty)).text
     for words in (
         "no primary metric was measured", "No metric was measured", "No conversations were measured", "No warnings",
-        "there is no persona space to show", "the price is unknown", "No transcripts were kept", "No training log",
+        "there is no persona space to show", "what the tuning costs is unknown", "No transcripts were kept", "No training log",
     ):  # fmt: skip
         assert words in text, words
 

@@ -86,8 +86,8 @@ def test_status_follows_the_retention(kept: Estimate | None, status: str) -> Non
     [
         ([side_effect(), side_effect(ok=False)], "Over the limit: KL to base on benign text 0.050 [0.040, 0.060]"),
         ([side_effect(ok=None)], "Not judged against their limit"),
-        ([side_effect(limit=None, ok=None)], "the price is shown, not judged"),
-        ([], "the price is unknown"),
+        ([side_effect(limit=None, ok=None)], "its side effects are shown, not judged"),
+        ([], "what the tuning costs is unknown"),
     ],
 )
 def test_good_retention_at_an_unknown_or_high_price_is_mixed(effects: list[SideEffect], words: str) -> None:
