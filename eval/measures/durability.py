@@ -114,9 +114,9 @@ def durability(
     )
 
 
-def _is_durable(findings: Findings) -> Claim:
+def _survives(findings: Findings) -> Claim:
     plain = [outcome for outcome in findings.durability if not outcome.adversarial]
-    return _light_of("durability", "It is durable: a later fine-tuning leaves it", plain)
+    return _light_of("durability", "It survives a later fine-tuning", plain)
 
 
 def _withstands(findings: Findings) -> Claim:
@@ -161,4 +161,4 @@ def _light_of(identifier: str, name: str, outcomes: Sequence[Durability]) -> Cla
     )
 
 
-MEASURE = Measure(measure, claims=(_is_durable, _withstands))
+MEASURE = Measure(measure, claims=(_survives, _withstands))
