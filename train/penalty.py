@@ -22,6 +22,7 @@ from trimtab.axis.files import write_json
 from trimtab.axis.hooks import decoder_layers_of
 from trimtab.losses import axis_floor_terms, projections
 from trimtab.losses.axis_floor import Shape
+from trimtab.recipes.schema import MethodSection
 from trimtab.train.schedule import Schedule, scheduled
 from trimtab.train.vllm_rollouts import VLLMRollouts
 
@@ -47,6 +48,13 @@ class PenaltyOptions:
     target: Literal["absolute", "base"] = "absolute"
     margin: float = 0.0
     shape: Shape = "squared"
+
+    @classmethod
+    def of(cls, method: MethodSection) -> PenaltyOptions:
+        """How a recipe's method weighs it; of a method without keys, its defaults."""
+        return cls(
+            method.floor_weight, method.floor_schedule, method.floor_target, method.floor_margin, method.floor_shape
+        )
 
 
 class FloorPenalty:
