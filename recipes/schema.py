@@ -241,7 +241,6 @@ class MethodSection(Section):
     floor_schedule: Annealing = "constant"
     floor_target: Literal["absolute", "base"] = "absolute"
     floor_margin: float = Field(default=0.0, ge=-100, le=100)
-    floor_shape: Literal["squared", "huber"] = "squared"
     benign_kl_weight: Weight = 8.0
     benign_axis_weight: Weight = 10.0
 

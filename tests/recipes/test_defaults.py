@@ -152,8 +152,6 @@ def test_options_are_those_of_the_schema() -> None:
 PARAMETERS: dict[tuple[Callable[..., Any], str], tuple[type[Section], str]] = {
     **{(taker, "margin"): (MethodSection, "floor_margin") for taker in (
         axis_floor_loss, axis_floor_terms, FloorCallback, FloorInjection)},
-    **{(taker, "shape"): (MethodSection, "floor_shape") for taker in (
-        axis_floor_loss, axis_floor_terms, FloorCallback, FloorInjection)},
     (chunked_divergence, "jsd_beta"): (DistillMethod, "jsd_beta"),
     (chunked_divergence, "top_k"): (DistillMethod, "top_k"),
     (off_policy, "level"): (GrpoMethod, "ratio_level"),
