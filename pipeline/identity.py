@@ -73,7 +73,7 @@ READS: dict[str, tuple[str, ...]] = {
 # Files of the user, whose content counts and not where they lie.
 FILES = ("axis.path", "floor.path", "data.drift_file", "data.benign_file")
 # Keys that have left the schema -> what is always so now. Records of before have them still.
-GONE = {"method.floor_shape": "squared"}
+GONE = {"method.floor_shape": "squared", "floor.allow_inert": False}
 
 
 def stage_inputs(resolved: Mapping[str, Any], stage: str, *, portions: bool = False) -> Inputs:

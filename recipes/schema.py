@@ -191,7 +191,6 @@ class FloorSection(Section):
     pool: Positive = 160
     drift_rows: Positive = 64
     min_firing: float = Field(default=0.15, ge=0, le=1)
-    allow_inert: bool = False
     batch_size: Positive = 16
     control_seed: Seed = 17
 
