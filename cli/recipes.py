@@ -22,6 +22,7 @@ GPUS = re.compile(r"Hardware:\s+(\w+) GPUs? of (\d+) GB")
 GPU_HOURS = re.compile(r"Estimate:\s+([\d.]+) GPU-hours")
 CPU_MINUTES = re.compile(r"Hardware:\s+\w+ CPU cores\D.*?(\d+) minutes", re.DOTALL)
 METHOD = re.compile(r"^method:\n(?:  .*\n)*?  name: (\w+)", re.MULTILINE)
+GAP = "  "
 FEWEST = 6  # characters of a description that are worth their place
 
 
@@ -89,10 +90,10 @@ def table_of_recipes(width: int | None) -> str:
     rows = [["model", "method", "GPUs", "hours", "recipe", "what it trains"]]
     rows += [listed(name, path).cells() for name, path in shipped_recipes().items()]
     if width is not None:
-        left = width - _widths(rows, gap=2)
+        left = width - sum(max(map(len, column)) + len(GAP) for column in list(zip(*rows, strict=True))[:-1])
         rows = [[*row[:-1], _shortened(row[-1], left)] for row in rows]
     notes = (
-        "hours: GPU-hours of an H100 for the whole job, an estimate; of CPU, hours on two cores",
+        "hours: estimated GPU-hours of an H100, whole job; of CPU: measured on two cores",
         "memory plan and hours of any recipe: trimtab check RECIPE",
         "what two of them say differently: trimtab recipes --diff A B",
         f"files to copy and change: {FOLDER}/<recipe>.yaml",
@@ -104,15 +105,10 @@ def _shortened(text: str, width: int) -> str:
     return textwrap.shorten(text, width, placeholder="…") if width >= FEWEST else ""
 
 
-def _widths(rows: Sequence[Sequence[str]], *, gap: int) -> int:
-    """Columns that all cells but the last take."""
-    return sum(max(map(len, column)) + gap for column in list(zip(*rows, strict=True))[:-1])
-
-
 def aligned(rows: Sequence[Sequence[str]]) -> str:
     """Rows as plain text, two spaces between columns: no frame, so that other programs read it too."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    lines = (GAP.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
     return "\n".join(line.rstrip() for line in lines)
 
 
