@@ -129,7 +129,6 @@ def calibrate(
     layers: Sequence[int] | None = None,
     percentile: float = 75.0,
     min_firing: float = MIN_FIRING,
-    allow_inert: bool = False,
     batch_size: int = 16,
 ) -> Floor:
     """Calibrate a floor on stored rollouts.
@@ -142,8 +141,7 @@ def calibrate(
         drift: drift rollouts, on whose answer tokens the firing fraction is measured.
         layers: floor layers; None chooses them by :func:`window_by_rule`.
         percentile: of the pool, on the + axis; 75 is the published cap.
-        min_firing: least firing fraction.
-        allow_inert: take a floor that fires less.
+        min_firing: least firing fraction; 0 takes any floor.
         batch_size: rows a forward.
 
     Raises:
@@ -168,7 +166,7 @@ def calibrate(
         "pool": len(usable),
         "statistic": "response-mean projections on the + axis, roles and default pooled",
     })  # fmt: skip
-    return gate(loaded, form, floor, drift, min_firing=min_firing, allow_inert=allow_inert, batch_size=batch_size)
+    return gate(loaded, form, floor, drift, min_firing=min_firing, batch_size=batch_size)
 
 
 def check_window(window: Sequence[int], n_layers: int) -> None:
@@ -218,7 +216,6 @@ def gate(
     drift: Sequence[Mapping[str, Any]],
     *,
     min_firing: float = MIN_FIRING,
-    allow_inert: bool = False,
     batch_size: int = 16,
     file: str | None = None,
 ) -> Floor:
@@ -229,13 +226,12 @@ def gate(
         form: chat format.
         floor: the floor.
         drift: drift rollouts, on whose answer tokens the firing fraction is measured.
-        min_firing: least firing fraction.
-        allow_inert: take a floor that fires less.
+        min_firing: least firing fraction; 0 takes any floor.
         batch_size: rows a forward.
         file: the file that the floor came from, for one that was not calibrated here.
 
     Returns:
-        The floor with ``firing_fraction``, ``drift_rows`` and ``inert_allowed`` in its metadata.
+        The floor with ``firing_fraction`` and ``drift_rows`` in its metadata.
 
     Raises:
         UserError: if it fires on less than ``min_firing`` of the (token, layer) slots, or there is no drift text.
@@ -252,7 +248,7 @@ def gate(
         loaded, form, told, directions, floor.layers, batch_size=batch_size, floor=floor, title="firing fraction"
     )
     log.info("floor: layers %d-%d, firing fraction %.2f on drift text", floor.layers[0], floor.layers[-1], firing)
-    if firing < min_firing and not allow_inert:
+    if firing < min_firing:
         raise UserError(
             f"the cap fires on {firing:.1%} of drift token-layer slots; below {min_firing:.0%} it does next to nothing",
             file=file,
@@ -262,10 +258,10 @@ def gate(
                 if file is None
                 else "use the floor of this very model (mind its sign, + is Assistant), remove floor.path to calibrate one, "
             )
-            + "or set floor.allow_inert: true to go on all the same",
+            + "or set floor.min_firing=0 to go on all the same",
         )
     return Floor(floor.layers, floor.directions, floor.tau, floor.sigma, {
-        **floor.metadata, "firing_fraction": round(firing, 4), "drift_rows": len(told), "inert_allowed": allow_inert,
+        **floor.metadata, "firing_fraction": round(firing, 4), "drift_rows": len(told),
     })  # fmt: skip
 
 

@@ -80,7 +80,17 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument("--output-dir", metavar="DIR", help="run folder (default: runs/<recipe name>)")
         if name in ("run", "train", "eval"):
             _add_accelerate(command)
-    add("recipes", "list the recipes that ship with trimtab", "")
+    recipes = add(
+        "recipes",
+        "list the recipes that ship with trimtab, with GPUs and hours, or what two recipes say differently",
+        "--diff qwen3-8b/sft mine.yaml",
+    )
+    recipes.add_argument(
+        "--diff",
+        nargs=2,
+        metavar=("A", "B"),
+        help="keys that differ, defaults included; names of recipes, or YAML files",
+    )
     check = add(
         "check",
         "check a recipe without weights: what the libraries refuse, layers, adapters, memory, hours on GPUs",
@@ -562,19 +572,10 @@ def _free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def _recipes(_: argparse.Namespace) -> None:
-    from rich.console import Console
-    from rich.table import Table
+def _recipes(arguments: argparse.Namespace) -> None:
+    from trimtab.cli.recipes import show
 
-    from trimtab.recipes.loader import FOLDER, shipped_recipes
-
-    table = Table("recipe", "what it trains")
-    for name, path in shipped_recipes().items():
-        first = path.read_text(encoding="utf-8").splitlines()[0]
-        table.add_row(name, first.removeprefix("#").strip())
-    console = Console()
-    console.print(table)
-    console.print(f"files to copy and change: {FOLDER}/<recipe>.yaml", soft_wrap=True)
+    show(arguments.diff)
 
 
 def _check(arguments: argparse.Namespace) -> None:

@@ -2,24 +2,21 @@
 
 Shapes: B batch, T tokens, D hidden size, L floor layers.
 
-    L = mean_l  sum_{b,t} mask_bt * g( (target_lbt - <h_lbt, v_l>) / sigma_l + margin )  /  n_tokens
+    L = mean_l  sum_{b,t} mask_bt * relu( (target_lbt - <h_lbt, v_l>) / sigma_l + margin )^2  /  n_tokens
 
-with ``g(x) = relu(x)^2`` (``squared``) or the one-sided Huber function (``huber``), and ``target`` either the floor ``tau_l``
-(absolute) or the frozen base model's own projection ``p0_lbt`` (base-relative, after BLOCK-EM, arXiv 2602.00767).
+with ``target`` either the floor ``tau_l`` (absolute) or the frozen base model's own projection ``p0_lbt`` (base-relative, after
+BLOCK-EM, arXiv 2602.00767).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from trimtab.axis import Floor, project
-
-Shape = Literal["squared", "huber"]
 
 
 @dataclass(frozen=True)
@@ -41,12 +38,9 @@ class FloorTerms:
     z_sum: Tensor
 
 
-def hinge(x: Tensor, shape: Shape = "squared") -> Tensor:
-    """One-sided penalty: ``relu(x)^2``, or Huber: the same up to x = 1 and linear, ``2x - 1``, beyond."""
-    positive = torch.relu(x)
-    if shape == "squared":
-        return positive.square()
-    return torch.where(positive <= 1, positive.square(), 2 * positive - 1)
+def hinge(x: Tensor) -> Tensor:
+    """One-sided penalty: ``relu(x)^2``."""
+    return torch.relu(x).square()
 
 
 def axis_floor_terms(
@@ -56,7 +50,6 @@ def axis_floor_terms(
     *,
     base_projections: Tensor | None = None,
     margin: float = 0.0,
-    shape: Shape = "squared",
     weights: Tensor | None = None,
 ) -> FloorTerms:
     """The floor penalty of raw hidden states, as sums, so that any trainer can normalise as it normalises its own loss.
@@ -67,7 +60,6 @@ def axis_floor_terms(
         mask: tokens that count, [B, T], bool or 0/1.
         base_projections: p0 [L, B, T]; replaces tau as the target (base-relative variant).
         margin: keep this many sigma above the target.
-        shape: ``squared`` or ``huber``.
         weights: factor of each token's penalty, [B, T], for trainers that weigh rows; None is 1.
 
     Raises:
@@ -92,7 +84,7 @@ def axis_floor_terms(
         target = floor.tau[i].to(state.device) if base_projections is None else base_projections[i].to(state.device)
         # filled, not multiplied by 0: padding may hold NaN or infinity, and 0 * NaN is NaN in value and gradient
         shortfall = ((target - projection) / sigma + margin).masked_fill(left_out, 0.0)
-        cost = hinge(shortfall, shape)
+        cost = hinge(shortfall)
         unweighted = unweighted + cost.detach().sum().to(penalty.device)
         if weights is not None:
             cost = cost * weights.to(cost.device)
@@ -110,22 +102,20 @@ def axis_floor_loss(
     *,
     base_projections: Tensor | None = None,
     margin: float = 0.0,
-    shape: Shape = "squared",
     n_tokens: float | Tensor | None = None,
 ) -> Tensor:
     """The floor penalty as a mean, for use in any training loop.
 
     Args:
-        hidden: as for :func:`axis_floor_terms`, and so the next five.
+        hidden: as for :func:`axis_floor_terms`, and so the next four.
         floor: the floor.
         mask: tokens that count, [B, T].
         base_projections: p0 [L, B, T], the target in place of tau.
         margin: sigma above the target.
-        shape: ``squared`` or ``huber``.
         n_tokens: divisor; default the number of masked-in tokens of this very batch. With gradient accumulation or several
             ranks give the number over all of them, as the trainer does for its own loss.
     """
-    terms = axis_floor_terms(hidden, floor, mask, base_projections=base_projections, margin=margin, shape=shape)
+    terms = axis_floor_terms(hidden, floor, mask, base_projections=base_projections, margin=margin)
     count = terms.tokens if n_tokens is None else torch.as_tensor(n_tokens)
     return terms.penalty / count.to(terms.penalty.device).clamp(min=1)
 

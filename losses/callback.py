@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 from trimtab.axis.directions import Floor
 from trimtab.axis.errors import UserError
 from trimtab.axis.instruments import load_floor
-from trimtab.losses.axis_floor import Shape
 from trimtab.losses.injection import FloorInjection, check_trainer, telling
 
 if TYPE_CHECKING:
@@ -39,7 +38,6 @@ class FloorCallback(TrainerCallback):  # type: ignore[misc]
         floor: the floor, or its file: a ``floor.safetensors`` or a published ``capping_config.pt``.
         weight: weight of the penalty.
         margin: sigma above the floor.
-        shape: ``squared`` or ``huber``.
         experiment: of a ``capping_config.pt``.
 
     Raises:
@@ -53,12 +51,11 @@ class FloorCallback(TrainerCallback):  # type: ignore[misc]
         *,
         weight: float,
         margin: float = 0.0,
-        shape: Shape = "squared",
         experiment: str | None = None,
     ) -> None:
         self.floor = floor if isinstance(floor, Floor) else load_floor(Path(floor), experiment)
         self.weight = weight
-        self._options: dict[str, Any] = {"margin": margin, "shape": shape}
+        self.margin = margin
         self._laid = contextlib.ExitStack()
         self._injection: FloorInjection | None = None
         self._seen = False
@@ -69,7 +66,7 @@ class FloorCallback(TrainerCallback):  # type: ignore[misc]
         trainer = _trainer_of(args)
         check_trainer(trainer)
         self._injection = FloorInjection(
-            model, self.floor, weight=self.weight, accumulation=args.gradient_accumulation_steps, **self._options
+            model, self.floor, weight=self.weight, accumulation=args.gradient_accumulation_steps, margin=self.margin
         )
         self._laid.callback(self._injection.remove)
         self._laid.enter_context(telling(trainer, self._injection))

@@ -3,7 +3,7 @@
 For frameworks that hide their loss. The forward is left as it is, bit by bit; where the gradient of a floor layer's output comes
 by, the penalty's own is added to it:
 
-    dL/dh += weight / (L * n) * mask * g'( (tau - <h, v>)/sigma + margin ) * (-1/sigma) * v
+    dL/dh += weight / (L * n) * mask * 2 relu( (tau - <h, v>)/sigma + margin ) * (-1/sigma) * v
 
 over the L floor layers and the n tokens of the optimiser step, as a trainer of transformers or TRL divides its own loss: by the
 tokens of all micro-batches and ranks, or, where it doesn't count them, by the tokens of this forward times the number of
@@ -30,7 +30,7 @@ from trimtab.axis import Floor, UserError, project
 from trimtab.axis.directions import check_fits
 from trimtab.axis.hooks import decoder_layers_of
 from trimtab.axis.layers import base_model_of, stream_of, width_of, with_stream
-from trimtab.losses.axis_floor import Shape, hinge
+from trimtab.losses.axis_floor import hinge
 
 
 class FloorInjection:
@@ -45,7 +45,6 @@ class FloorInjection:
         weight: weight of the penalty.
         accumulation: micro-batches an optimiser step, by whose number the loop divides its loss; 1 if it steps after each.
         margin: sigma above the floor.
-        shape: ``squared`` or ``huber``.
 
     Raises:
         UserError: if the layers are not found, or the floor does not fit them.
@@ -59,13 +58,11 @@ class FloorInjection:
         weight: float,
         accumulation: int,
         margin: float = 0.0,
-        shape: Shape = "squared",
     ) -> None:
         self.floor = floor
         self.weight = weight
         self.accumulation = accumulation
         self.margin = margin
-        self.shape: Shape = shape
         self.active = True
         self.calls = self.passes = self.trained = 0
         self._tokens: Tensor | None = None
@@ -202,7 +199,7 @@ class _AddGradient(torch.autograd.Function):
         ctx.scale = scale / (len(floor.layers) * sigma)
         ctx.injection, ctx.position = injection, position
         sums = injection._sums
-        sums["penalty"] += float(hinge(shortfall, injection.shape).sum())
+        sums["penalty"] += float(hinge(shortfall).sum())
         sums["violations"] += float((shortfall > 0).sum())
         sums["slots"] += (counted := int(mask.sum()))
         injection.trained += counted
@@ -212,9 +209,7 @@ class _AddGradient(torch.autograd.Function):
     def backward(ctx: Any, *outputs: Any) -> Any:
         (gradient,) = outputs
         (shortfall,) = ctx.saved_tensors
-        with torch.enable_grad():
-            x = shortfall.detach().requires_grad_()
-            slope = torch.autograd.grad(hinge(x, ctx.injection.shape).sum(), x)[0]
+        slope = 2 * torch.relu(shortfall)  # of `hinge`
         direction = ctx.injection.floor.directions[ctx.position].to(gradient.device)
         added = (-ctx.scale * slope).unsqueeze(-1) * direction
         return gradient + added.to(gradient.dtype), None, None, None, None

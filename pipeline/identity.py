@@ -72,6 +72,8 @@ READS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 # Files of the user, whose content counts and not where they lie.
 FILES = ("axis.path", "floor.path", "data.drift_file", "data.benign_file")
+# Keys that have left the schema -> what is always so now. Records of before have them still.
+GONE = {"method.floor_shape": "squared", "floor.allow_inert": False}
 
 
 def stage_inputs(resolved: Mapping[str, Any], stage: str, *, portions: bool = False) -> Inputs:
@@ -142,7 +144,8 @@ def _content(value: Any) -> Any:
 def differences(made: Inputs, now: Inputs) -> list[tuple[str, Any, Any]]:
     """Key, value then and value now, of what differs.
 
-    A key that is new to the schema since then counts as having had its default; one of a library's section as not set.
+    A key that is new to the schema since then counts as having had its default; one of a library's section as not set. One that
+    has left the schema is none where it said what is always so now.
     """
     defaults: Inputs = {}
     if now.keys() - made.keys():
@@ -151,6 +154,7 @@ def differences(made: Inputs, now: Inputs) -> list[tuple[str, Any, Any]]:
         sections = plain.model_dump(mode="json", exclude={"train", "lora"})
         defaults = flat(sections)
     then = {**{key: defaults[key] for key in now.keys() - made.keys() if key in defaults}, **made}
+    then = {key: value for key, value in then.items() if (key, value) not in GONE.items()}
     return [
         (key, then.get(key, NOT_SET), now.get(key, NOT_SET))
         for key in [*now, *(key for key in then if key not in now)]

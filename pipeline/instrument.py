@@ -322,7 +322,6 @@ def floor_stage(run: Run, prepared: Prepared | None = None) -> dict[str, Any]:
                 completed(loaded, form, given, pool, batch_size=section.batch_size),
                 drift,
                 min_firing=section.min_firing,
-                allow_inert=section.allow_inert,
                 batch_size=section.batch_size,
                 file=section.path,
             )
@@ -336,7 +335,6 @@ def floor_stage(run: Run, prepared: Prepared | None = None) -> dict[str, Any]:
                 layers=None if section.layers == "auto" else section.layers,
                 percentile=section.percentile,
                 min_firing=section.min_firing,
-                allow_inert=section.allow_inert,
                 batch_size=section.batch_size,
             )
         floor.save(run.variant(control=False).floor_path)

@@ -3,8 +3,9 @@
 ``train`` goes verbatim to the TRL config of the method and ``lora`` to PEFT's LoraConfig, so their keys are those libraries'
 own; the loader checks them against those classes' fields without importing the heavy libraries.
 
-A key that a recipe leaves out has the value that the shipped recipes give it, which is the one that was measured: defaults differ
-by method (:data:`BENIGN_SHARES`, :data:`TRAIN_DEFAULTS`). What depends on the model, such as its window, is chosen by a rule.
+A key that a recipe leaves out has the value that was measured, which SmolLM2's recipes give it: defaults differ by method
+(:data:`BENIGN_SHARES`, :data:`TRAIN_DEFAULTS`). They stand here; ``tests/recipes/test_defaults.py`` holds recipes, trainers and
+losses to them. What depends on the model, such as its window, is chosen by a rule.
 """
 
 from __future__ import annotations
@@ -187,10 +188,9 @@ class FloorSection(Section):
     experiment: Name | None = None
     layers: list[NotNegative] | Literal["auto"] = "auto"
     percentile: float = Field(default=75.0, gt=0, lt=100)
-    pool: Positive = 256
+    pool: Positive = 160
     drift_rows: Positive = 64
     min_firing: float = Field(default=0.15, ge=0, le=1)
-    allow_inert: bool = False
     batch_size: Positive = 16
     control_seed: Seed = 17
 
@@ -240,7 +240,6 @@ class MethodSection(Section):
     floor_schedule: Annealing = "constant"
     floor_target: Literal["absolute", "base"] = "absolute"
     floor_margin: float = Field(default=0.0, ge=-100, le=100)
-    floor_shape: Literal["squared", "huber"] = "squared"
     benign_kl_weight: Weight = 8.0
     benign_axis_weight: Weight = 10.0
 
@@ -391,15 +390,18 @@ class FurtherTuning(Section):
 
 
 class EvalSection(Section):
-    """What is measured, and how much. ``tuned`` stands in the place of the run's own adapter: any adapter or model."""
+    """What is measured, and how much. ``tuned`` stands in the place of the run's own adapter: any adapter or model.
+
+    As much as ``smollm2-135m/sft`` measures, but for its control, which trains twice, and its tasks, which need lm-eval.
+    """
 
     tuned: Name | None = None
-    roles: Positive = 20
-    questions: Positive = 6
+    roles: Positive = 68
+    questions: Positive = 3
     conversations: NotNegative = 16
     turns: Positive = 8
     conversations_file: Name | None = None
-    benign: Positive = 64
+    benign: Positive = 48
     professional: NotNegative = 36
     sampling: AnswerSampling = AnswerSampling()
     reextract_roles: NotNegative = 20

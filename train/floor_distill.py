@@ -49,7 +49,7 @@ class FloorDistillTrainer(FloorSFTTrainer):
         divergence: Kind = "reverse_kl",
         jsd_beta: float = 0.5,
         top_k: int | None = None,
-        distill_weight: float = 1.0,
+        distill_weight: float = 3.0,
         chunk: int = CHUNK,
         **kwargs: Any,
     ) -> None:

@@ -22,6 +22,7 @@ from trl.trainer.dpo_trainer import DPOTrainer
 
 from trimtab.axis import Floor, UserError
 from trimtab.axis.chat import ChatFormat
+from trimtab.recipes.schema import DpoMethod
 from trimtab.train.barrier import BarrierOptions, BenignRows, HeldToBase
 from trimtab.train.penalty import Figures, FloorPenalty, FloorTrainer, PenaltyOptions, refuse_base_target
 from trimtab.train.rollouts import answer_tokens, recent_turns
@@ -35,7 +36,7 @@ class FloorDPOTrainer(HeldToBase, FloorTrainer, DPOTrainer):
     Args:
         floor: window, directions, tau and sigma.
         form: chat format, by which rows of :func:`~trimtab.train.pairs.make_pairs` become tokens; None leaves that to TRL.
-        penalty: how the penalty is weighed; the target is absolute.
+        penalty: how the penalty is weighed, its target absolute; None: as in a recipe of DPO that does not say.
         barrier: how the benign barrier is weighed.
         benign_rows: the rows that it is on; None leaves it out.
         **kwargs: DPOTrainer's own.
@@ -57,7 +58,7 @@ class FloorDPOTrainer(HeldToBase, FloorTrainer, DPOTrainer):
         self.form = form  # which the datasets are prepared with
         super().__init__(*args, **kwargs)
         self.floor = floor
-        self.penalty = FloorPenalty(self.model, floor, penalty or PenaltyOptions(weight=0.1))
+        self.penalty = FloorPenalty(self.model, floor, penalty or PenaltyOptions.of(DpoMethod(name="dpo")))
         self._figures = Figures()
         refuse_base_target(self.penalty.options, "dpo")
         self.hold_to_base(floor, barrier or BarrierOptions(), benign_rows)

@@ -50,6 +50,7 @@ from trimtab.axis.adapters import as_base, merged_if_quicker
 from trimtab.axis.chat import ChatFormat
 from trimtab.axis.sampling import Sampler, SamplingOptions, sample_on_all_ranks, seed_of
 from trimtab.recipes.rules import SHAPING
+from trimtab.recipes.schema import GrpoMethod
 from trimtab.train.barrier import BarrierOptions, BenignRows, HeldToBase
 from trimtab.train.conversations import prompts_a_generation
 from trimtab.train.penalty import Figures, FloorPenalty, FloorTrainer, PenaltyOptions, refuse_base_target
@@ -147,7 +148,7 @@ class FloorGRPOTrainer(HeldToBase, FloorTrainer, GRPOTrainer):
     Args:
         floor: the floor of the cap and of the penalty.
         form: chat format of the tokenizer.
-        penalty: how the penalty is weighed.
+        penalty: how the penalty is weighed; None: as in a recipe of GRPO that does not say.
         barrier: how the benign barrier is weighed.
         benign_rows: the rows that it is on; None leaves it out.
         cap_strength: strength of the cap in rollouts at step 0; 0 samples uncapped.
@@ -187,7 +188,7 @@ class FloorGRPOTrainer(HeldToBase, FloorTrainer, GRPOTrainer):
         self.floor = floor
         self.form = form
         self.eos_token_ids = form.ends_with(self.model)  # by which TRL tells what was cut
-        self.penalty = FloorPenalty(self.model, floor, penalty or PenaltyOptions(weight=0.1))
+        self.penalty = FloorPenalty(self.model, floor, penalty or PenaltyOptions.of(GrpoMethod(name="grpo")))
         self.controller = ActivationController.of(self.model)
         self.cap_strength = cap_strength
         self.cap_schedule: Schedule = cap_schedule

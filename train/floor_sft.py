@@ -69,7 +69,7 @@ class FloorSFTTrainer(FloorTrainer, SFTTrainer):
 
     Args:
         floor: the floor; its window, directions, tau and sigma. None leaves penalty and axis anchor out.
-        penalty: how the floor penalty is weighed.
+        penalty: how the floor penalty is weighed; None: as in a recipe of SFT that does not say.
         ce_weight: weight of the cross-entropy on drift rows; 0 trains on the penalty alone.
         barrier: how the benign barrier is weighed.
         rollouts: makes the rows of a dataset of row numbers, its :meth:`~trimtab.train.rollouts.RolloutSource.dataset`; None

@@ -386,13 +386,7 @@ def load_parts(run: Any, variant: Any) -> Parts:
         device=device,
         lora=LoraConfig(**{"task_type": "CAUSAL_LM", **recipe.lora}),
         floor=Floor.load(variant.floor_path),
-        penalty=PenaltyOptions(
-            weight=method.floor_weight,
-            schedule=method.floor_schedule,
-            target=method.floor_target,
-            margin=method.floor_margin,
-            shape=method.floor_shape,
-        ),
+        penalty=PenaltyOptions.of(method),
         barrier=BarrierOptions(method.benign_kl_weight, method.benign_axis_weight),
         callbacks=[metrics_callback(variant.metrics)],
     )

@@ -21,7 +21,7 @@ from trimtab.axis.base_check import BaseRecord, check_adapters, check_base, reco
 from trimtab.axis.files import write_json
 from trimtab.axis.hooks import decoder_layers_of
 from trimtab.losses import axis_floor_terms, projections
-from trimtab.losses.axis_floor import Shape
+from trimtab.recipes.schema import MethodSection
 from trimtab.train.schedule import Schedule, scheduled
 from trimtab.train.vllm_rollouts import VLLMRollouts
 
@@ -39,14 +39,17 @@ class PenaltyOptions:
         schedule: how it is annealed over optimiser steps.
         target: ``absolute`` (tau), or ``base`` (the frozen base's own projection at that token).
         margin: keep this many sigma above the target.
-        shape: ``squared`` or ``huber``.
     """
 
     weight: float = 0.7
     schedule: Schedule = "constant"
     target: Literal["absolute", "base"] = "absolute"
     margin: float = 0.0
-    shape: Shape = "squared"
+
+    @classmethod
+    def of(cls, method: MethodSection) -> PenaltyOptions:
+        """How a recipe's method weighs it; of a method without keys, its defaults."""
+        return cls(method.floor_weight, method.floor_schedule, method.floor_target, method.floor_margin)
 
 
 class FloorPenalty:
@@ -118,8 +121,7 @@ class FloorPenalty:
             weights: factor of each token's penalty, [B, T], for trainers that weigh rows.
         """
         terms = axis_floor_terms(
-            states, self.floor, mask, base_projections=base, margin=self.options.margin, shape=self.options.shape,
-            weights=weights,
+            states, self.floor, mask, base_projections=base, margin=self.options.margin, weights=weights,
         )  # fmt: skip
         figures["tokens"] = terms.tokens.float()
         figures["floor_penalty"] = terms.unweighted

@@ -97,7 +97,7 @@ def test_tau_is_the_percentile_on_the_plus_axis(loaded: Loaded, form: ChatFormat
     assert torch.allclose(floor.sigma, projections.std(0), atol=1e-4)
     assert ((projections < floor.tau).float().mean(0) - 0.75).abs().max() < 0.05, "three quarters of the pool lie below"
     assert floor.metadata["percentile"] == 75.0 and floor.metadata["pool"] == 24 and floor.metadata["drift_rows"] == 5
-    low = calibrate(loaded, form, axis, pool, drift, layers=[1, 2], percentile=25, allow_inert=True)
+    low = calibrate(loaded, form, axis, pool, drift, layers=[1, 2], percentile=25, min_firing=0)
     assert (low.tau < floor.tau).all()
 
 
@@ -130,9 +130,9 @@ def test_an_inert_floor_is_gated_with_the_remedy_and_can_be_forced(
     with pytest.raises(UserError, match="below 15% it does next to nothing") as caught:
         calibrate(loaded, form, aligned, pool, pool[:4], layers=[2], percentile=0, min_firing=0.15)
     assert caught.value.key == "floor.percentile"
-    assert "75 on the + axis" in caught.value.remedy and "allow_inert" in caught.value.remedy
-    floor = calibrate(loaded, form, aligned, pool, pool[:4], layers=[2], percentile=0, allow_inert=True)
-    assert floor.metadata["inert_allowed"] and floor.metadata["firing_fraction"] < 0.15
+    assert "75 on the + axis" in caught.value.remedy and "floor.min_firing=0" in caught.value.remedy
+    floor = calibrate(loaded, form, aligned, pool, pool[:4], layers=[2], percentile=0, min_firing=0)
+    assert floor.metadata["firing_fraction"] < 0.15
 
 
 def test_faults_are_named(loaded: Loaded, form: ChatFormat, axis: Axis) -> None:

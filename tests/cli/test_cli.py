@@ -130,13 +130,6 @@ def test_our_own_faults_are_exit_code_1_with_a_traceback(
     assert f"Python {sys.version.split()[0]}" in told
 
 
-def test_recipes_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["recipes"]) == 0
-    out = capsys.readouterr().out
-    assert "smollm2-135m/demo" in out
-    assert "qwen3-32b/sft" in out
-
-
 def test_json_logs_are_json_lines() -> None:
     code = (
         "import logging; from trimtab.axis.logs import setup_logging; setup_logging(json_logs=True)\n"

@@ -16,6 +16,7 @@ from trimtab.axis.layers import find_decoder_layers, text_config_of
 from trimtab.cli.calls import count
 from trimtab.cli.check import Structure, build_meta_model, find_structure, plan_memory, strategy_of
 from trimtab.cli.launch import resolve_accelerate_config
+from trimtab.cli.recipes import listed
 from trimtab.cli.work import estimate_work
 from trimtab.recipes.loader import load_recipe, shipped_recipes
 
@@ -82,6 +83,9 @@ def test_a_shipped_recipe_is_what_its_header_says(name: str, structure_of: Any) 
         f"the header's estimate is old: {work.gpu_hours:.1f}"
     )
     assert float(dollars) == pytest.approx(2.5 * float(hours), rel=0.1, abs=0.6)
+    row = listed(name, loaded.path)
+    assert (row.method, row.gpus, row.hours) == (recipe.method.name, strategy.processes, float(hours))
+    assert row.memory >= float(memory)
 
 
 def test_every_model_has_every_method() -> None:

@@ -23,7 +23,6 @@ from trimtab.losses import (
     hinge,
     projections,
 )
-from trimtab.losses.axis_floor import Shape
 
 
 def two_layer_floor() -> Floor:
@@ -58,15 +57,12 @@ def test_a_sequence_is_in_floor_order_and_bool_masks_are_the_same() -> None:
     assert axis_floor_loss([HIDDEN_A, HIDDEN_B], two_layer_floor(), MASK.bool()).equal(by_name)
 
 
-def test_huber_is_linear_beyond_one() -> None:
+def test_the_penalty_is_one_sided_and_squared() -> None:
     x = torch.tensor([-3.0, 0.0, 0.5, 1.0, 1.5, 40.0], requires_grad=True)
-    assert hinge(x).tolist() == [0, 0, 0.25, 1, 2.25, 1600]
-    value = hinge(x, "huber")
-    assert value.tolist() == [0, 0, 0.25, 1, 2, 79]
+    value = hinge(x)
+    assert value.tolist() == [0, 0, 0.25, 1, 2.25, 1600]
     (slope,) = torch.autograd.grad(value.sum(), x)
-    assert slope.tolist() == [0, 0, 1, 2, 2, 2]
-    terms = axis_floor_terms({3: HIDDEN_A, 5: HIDDEN_B}, two_layer_floor(), MASK, shape="huber")
-    assert terms.penalty.item() == pytest.approx((1 + (2 * 2 - 1)) / 2)
+    assert slope.tolist() == [0, 0, 1, 2, 3, 80]
 
 
 def test_margin_is_in_sigma() -> None:
@@ -102,7 +98,6 @@ def test_tokens_left_out_don_t_matter_whatever_they_hold(bad: float) -> None:
     floor, base = two_layer_floor(), torch.zeros(2, 1, 3)
     clean = {3: HIDDEN_A.clone().requires_grad_(), 5: HIDDEN_B}
     for loss in (
-        lambda states: axis_floor_loss(states, floor, MASK, shape="huber"),
         lambda states: axis_floor_loss(states, floor, MASK),
         lambda states: axis_anchor_terms(states, base, floor, MASK),
     ):
@@ -324,28 +319,25 @@ def cross_entropy(logits: Tensor, mask: Tensor, ids: Tensor) -> Tensor:
     return torch.nn.functional.cross_entropy(logits[:, :-1][mask[:, 1:]].float(), ids[:, 1:][mask[:, 1:]])
 
 
-def reference(
-    model: Any, floor: Floor, shape: Shape = "squared", margin: float = 0.0, **inputs: Any
-) -> dict[str, Tensor]:
+def reference(model: Any, floor: Floor, margin: float = 0.0, **inputs: Any) -> dict[str, Tensor]:
     """Gradient of CE + penalty written out with output_hidden_states (its entry i + 1 is the output of layer i)."""
     output = model(input_ids=IDS, output_hidden_states=True, use_cache=False, **inputs)
     penalty = torch.zeros(())
     for i, layer in enumerate(floor.layers):
         p = (output.hidden_states[layer + 1].float() * floor.directions[i]).sum(-1)
         x = torch.clamp((floor.tau[i] - p) / floor.sigma[i] + margin, min=0)
-        value = x**2 if shape == "squared" else torch.where(x <= 1, x**2, 2 * x - 1)
-        penalty = penalty + value[ANSWER].sum()
+        penalty = penalty + (x**2)[ANSWER].sum()
     assert penalty > 0.5  # else the comparison would say nothing about it
     return gradients(model, cross_entropy(output.logits, ANSWER, IDS) + penalty / len(floor.layers) / ANSWER.sum())
 
 
-def ours(model: Any, floor: Floor, shape: Shape = "squared", margin: float = 0.0, **inputs: Any) -> dict[str, Tensor]:
+def ours(model: Any, floor: Floor, margin: float = 0.0, **inputs: Any) -> dict[str, Tensor]:
     """The same with the recording hooks and the loss of the package."""
     controller = ActivationController.of(model)
     with controller.recording(floor.layers) as recording:
         output = model(input_ids=IDS, use_cache=False, **inputs)
         states = {layer: recording.last(layer, with_grad=True) for layer in floor.layers}
-    penalty = axis_floor_loss(states, floor, ANSWER, shape=shape, margin=margin)
+    penalty = axis_floor_loss(states, floor, ANSWER, margin=margin)
     return gradients(model, cross_entropy(output.logits, ANSWER, IDS) + penalty)
 
 
@@ -388,11 +380,10 @@ def test_gradient_equals_plain_autograd(architecture: str, checkpointing: Callab
     assert_same(ours(model, floor), wanted)
 
 
-@pytest.mark.parametrize(("shape", "margin"), [("huber", 0.0), ("squared", 0.7), ("huber", 0.7)])
-def test_gradient_of_the_variants(shape: Shape, margin: float) -> None:
+def test_gradient_above_the_floor() -> None:
     floor = build_floor((0, 2), tau=2.0)
-    wanted = reference(adapted("llama"), floor, shape, margin)
-    assert_same(ours(adapted("llama"), floor, shape, margin), wanted)
+    wanted = reference(adapted("llama"), floor, margin=0.7)
+    assert_same(ours(adapted("llama"), floor, margin=0.7), wanted)
     plain = reference(adapted("llama"), floor)
     assert any(not torch.allclose(plain[name], wanted[name], atol=1e-4) for name in plain)
 

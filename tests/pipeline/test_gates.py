@@ -106,7 +106,7 @@ def test_a_floor_that_hardly_fires_is_refused_by_every_route(
     with pytest.raises(UserError, match=r"of drift token-layer slots; below .* it does next to nothing") as caught:
         floor_stage(by_route(route, model, tmp_path, extracted, inert=True))
     assert caught.value.key == ("floor.percentile" if route == "calibrated" else "floor.path")
-    assert "allow_inert" in caught.value.remedy
+    assert "floor.min_firing=0" in caught.value.remedy
     assert not (tmp_path / "run" / "floor.safetensors").exists()
 
 
@@ -114,11 +114,11 @@ def test_a_floor_that_hardly_fires_is_refused_by_every_route(
 def test_its_firing_is_kept_whatever_its_route_and_it_can_be_forced(
     route: str, model: Path, extracted: Path, tmp_path: Path
 ) -> None:
-    facts = floor_stage(by_route(route, model, tmp_path, extracted, inert=True, floor={"allow_inert": True}))
-    assert facts["firing_fraction"] < 0.6 and facts["inert_allowed"] and facts["drift_rows"] == 4
+    facts = floor_stage(by_route(route, model, tmp_path, extracted, inert=True, floor={"min_firing": 0}))
+    assert facts["firing_fraction"] < 0.6 and facts["drift_rows"] == 4
     (tmp_path / "acts").mkdir()
     facts = floor_stage(by_route(route, model, tmp_path / "acts", extracted, inert=False))
-    assert 0.15 <= facts["firing_fraction"] <= 1 and not facts["inert_allowed"]
+    assert 0.15 <= facts["firing_fraction"] <= 1
     assert (
         Floor.load(tmp_path / "acts" / "run" / "floor.safetensors").metadata["firing_fraction"]
         == facts["firing_fraction"]

@@ -13,7 +13,7 @@ from tiny_recipe import write_recipe
 
 from trimtab.axis.errors import UserError
 from trimtab.axis.files import fingerprint, read_json, write_json, write_jsonl
-from trimtab.pipeline.identity import NO_PART_OF_TRAINING, differences, stage_inputs
+from trimtab.pipeline.identity import GONE, NO_PART_OF_TRAINING, NOT_SET, differences, stage_inputs
 from trimtab.pipeline.run import BEGUN, Run, begin, open_run
 from trimtab.recipes.loader import load_recipe
 
@@ -211,6 +211,12 @@ def test_a_key_that_is_new_to_the_schema_counts_as_having_had_its_default(recipe
         "axis.min_per_role",
         "train.optim",
     ]
+
+
+def test_a_key_that_has_left_the_schema_counts_where_it_said_another_thing(recipe: Path) -> None:
+    inputs = opened(recipe).inputs("train")
+    assert not differences({**inputs, **GONE}, inputs)
+    assert differences({**inputs, "method.floor_shape": "huber"}, inputs) == [("method.floor_shape", "huber", NOT_SET)]
 
 
 def test_only_the_first_process_writes(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:

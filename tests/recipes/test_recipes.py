@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import math
 import random
 import re
 import subprocess
@@ -18,12 +17,11 @@ from typing import Any
 import pytest
 import yaml
 
-from trimtab.pipeline.identity import differences, flat
 from trimtab.recipes.faults import Fault, RecipeError
 from trimtab.recipes.library_fields import VLLM_KEYS, accepts, lora_fields, train_config, train_fields
 from trimtab.recipes.loader import load_recipe, shipped_recipes
 from trimtab.recipes.rules import floor_layers
-from trimtab.recipes.schema import BENIGN_SHARES, METHODS, DataSection
+from trimtab.recipes.schema import METHODS
 from trimtab.recipes.yaml_lines import parse_yaml
 
 GOOD = """\
@@ -574,58 +572,6 @@ def test_an_odd_recipe_loads_or_says_why_not(tmp_path: Path) -> None:
             faults += error.faults
         assert time.process_time() - began < 1
     assert len(faults) > 100 and all(fault.remedy and fault.file for fault in faults)
-
-
-# ---- defaults ----
-
-# Where a recipe of two lines differs from the one that was measured, and why.
-OF_THE_MODEL = {"floor.layers"}  # a rule chooses the window; SmolLM2's recipes name a wider one
-OF_ACCURACY = {"floor.pool"}  # more rows for the floor's percentiles and sigmas
-OF_THE_MACHINE = {
-    "lora.target_modules",  # all of them; SmolLM2's recipes save time on a CPU
-    "train.gradient_checkpointing", "train.max_length", "train.logging_steps", "train.save_strategy", "train.save_steps",
-}  # fmt: skip
-OF_SPREADING = {"train.per_device_train_batch_size", "train.gradient_accumulation_steps"}  # 16 rows a step either way
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_a_recipe_of_two_lines_trains_what_was_measured(method: str, tmp_path: Path) -> None:
-    from trimtab.train.job import LEARNING_RATES
-
-    measured = load_recipe(f"smollm2-135m/{method}")
-    steps = measured.recipe.train["max_steps"]
-    lines = [f"model: {{name: smollm2-135m}}\nmethod: {{name: {method}}}\n", f"train: {{max_steps: {steps}}}\n"]
-    plain = load_recipe(write(tmp_path, "".join(lines)))
-    differ = {
-        key
-        for key, then, now in differences(flat(measured.resolved), flat(plain.resolved))
-        if then != now and not key.startswith("eval.")
-    }
-    allowed = OF_THE_MODEL | OF_ACCURACY | OF_THE_MACHINE | OF_SPREADING | {"train.learning_rate", "train.warmup_steps"}
-    assert differ <= allowed | ({"train.temperature"} if method == "grpo" else set())  # which is TRL's own default
-    rows = [train["per_device_train_batch_size"] * train.get("gradient_accumulation_steps", 1) for train in (
-        measured.recipe.train, plain.recipe.train)]  # fmt: skip
-    assert rows[0] == rows[1]
-    assert measured.recipe.train["learning_rate"] == LEARNING_RATES[method][0]
-    warm = plain.recipe.train["warmup_steps"] * steps  # a share of the steps
-    assert abs(math.ceil(warm) - measured.recipe.train["warmup_steps"]) <= 1
-
-
-def test_the_recipes_of_larger_models_say_what_a_recipe_of_two_lines_does() -> None:
-    """Weights and shares: those that make what is trained. And the learning rate of their size."""
-    from trimtab.train.job import LEARNING_RATES
-
-    for name, path in shipped_recipes().items():
-        content = parse_yaml(path.read_text(encoding="utf-8")).value
-        method = content["method"].pop("name")
-        plain = METHODS[method](name=method)  # type: ignore[arg-type]
-        for key in ("floor_weight", "benign_kl_weight", "benign_axis_weight", "student_share"):
-            if key in content["method"]:
-                assert content["method"][key] == getattr(plain, key), f"{name}: {key}"
-        assert content["data"]["benign_share"] == BENIGN_SHARES.get(method, DataSection().benign_share)
-        if not name.startswith("smollm2"):
-            assert content["train"]["learning_rate"] == LEARNING_RATES[method][1]
-        assert content["lora"]["lora_alpha"] == 2 * content["lora"]["r"]
 
 
 def test_a_section_in_part_has_its_other_defaults(tmp_path: Path) -> None:
