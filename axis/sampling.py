@@ -459,7 +459,7 @@ def sample_answers(
         options: sampling options.
         seed: of the whole, where ``seeds`` is None: a chat's own is made of it and the chat's place.
         seeds: of each chat, see :func:`seed_of`.
-        means: as for :func:`sample_batch`, and so the next two.
+        means: also return mean activations: see :func:`sample_batch`.
         floor: cap to this floor while sampling.
         strength: strength of that cap.
         title: label of the progress bar.

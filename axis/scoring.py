@@ -64,7 +64,7 @@ def given_logprobs(
     """:func:`answer_logprobs` of answers that are token rows already.
 
     Args:
-        model: as of :func:`answer_logprobs`, and so the others.
+        model: scored as it is now: switch adapters and caps outside.
         form: chat format.
         given: the answers.
         batch_size: rows a forward.

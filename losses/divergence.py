@@ -103,9 +103,9 @@ def chunked_divergence(
         student_hidden: [M, D], with gradient.
         teacher_hidden: [M, D], without.
         head: hidden [m, D] -> logits [m, V].
-        kind: as for :func:`divergence_terms`, and so the next two.
-        jsd_beta: weight of the teacher in the mixture.
-        top_k: how many of the teacher's tokens are told apart.
+        kind: which divergence: see :func:`divergence_terms`.
+        jsd_beta: weight b of the teacher in the mixture, between 0 and 1; ``jsd`` alone uses it.
+        top_k: compare the teacher's K likeliest tokens and the rest as one; None compares all.
         chunk: tokens a piece.
     """
     total: Tensor = _ChunkedDivergence.apply(  # type: ignore[no-untyped-call]
