@@ -55,9 +55,8 @@ def find_sources(
         run: run folder; None for the newest below ``runs/`` that has an adapter.
         base: base model; with ``tuned`` and ``floor`` it stands in the place of a run.
         tuned: adapter or model.
-        floor: ``floor.safetensors``.
-        template_kwargs: of the base's chat template; a run's recipe has its own.
         floor: ``floor.safetensors`` or ``capping_config.pt``.
+        template_kwargs: of the base's chat template; a run's recipe has its own.
         experiment: id in the latter.
 
     Raises:
@@ -166,11 +165,11 @@ def chat_command(
     """The command ``trimtab chat``: serve the page until it is interrupted.
 
     Args:
-        run: see :func:`find_sources`, and so the next four.
-        base: base model.
+        run: run folder; None for the newest below ``runs/`` that has an adapter.
+        base: base model; with ``tuned`` and ``floor`` it stands in the place of a run.
         tuned: adapter or model.
-        floor: floor file.
-        experiment: id in a published one.
+        floor: ``floor.safetensors`` or ``capping_config.pt``.
+        experiment: id in the latter.
         layers: cap and read at these of the floor's layers alone.
         template_kwargs: of the chat template.
         host: address to serve at; anything but a loopback address opens the page to the network.

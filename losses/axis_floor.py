@@ -107,7 +107,7 @@ def axis_floor_loss(
     """The floor penalty as a mean, for use in any training loop.
 
     Args:
-        hidden: as for :func:`axis_floor_terms`, and so the next four.
+        hidden: decoder-layer outputs [B, T, D] of the floor's layers: see :func:`axis_floor_terms`.
         floor: the floor.
         mask: tokens that count, [B, T].
         base_projections: p0 [L, B, T], the target in place of tau.

@@ -77,7 +77,7 @@ class OffPolicy:
         ratio: what advantages are multiplied by: [B, T] at the level of tokens, [B, 1] at that of sequences.
         log_ratio: mean |log pi_old - log mu| over tokens.
         sample_size: Kish's effective sample size of the tokens' ratios before the limit, as a share of the tokens.
-        sample_size_sequence: the same of the products over a completion's tokens, as a share of the completions.
+        sample_size_sequence: effective sample size of the products over a completion's tokens, as a share of the completions.
         beyond_limit: share of the ratios of this level that lay beyond the limit.
         mean_ratio: mean of the ratios of this level after the limit; 1 without one, and what is missing is gradient that is lost.
     """
@@ -154,9 +154,9 @@ class FloorGRPOTrainer(HeldToBase, FloorTrainer, GRPOTrainer):
         cap_strength: strength of the cap in rollouts at step 0; 0 samples uncapped.
         cap_schedule: how it is annealed.
         correct_ratio: False leaves the importance ratio out, to show what that does.
-        ratio_level: see :func:`off_policy`, and so the next two.
-        ratio_beyond: as there.
-        ratio_limit: C.
+        ratio_level: whether advantages are multiplied by ratios of tokens or of sequences: see :func:`off_policy`.
+        ratio_beyond: what becomes of a ratio beyond the limit: it is truncated, or the token or completion masked.
+        ratio_limit: C, the limit.
         sampling_batch: rollouts sampled at a time.
         **kwargs: GRPOTrainer's own.
 
