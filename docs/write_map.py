@@ -9,18 +9,15 @@ import ast
 import tomllib
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from source_tree import FOLDERS, ROOT
+
 PAGE = ROOT / "docs" / "map.md"
 HEAD = """# The map
 
 What each module is for, in its own words: the first line of each, written by `python docs/write_map.py`. Nothing imports
-anything that stands below it, but for `trimtab/`, whose names are lazy.
+anything that stands below it, but for `trimtab/`, whose names are lazy, and for `eval/stages` and `eval/merging`, which call
+on the rooms of `eval/`. [How it hangs together](structure.md) shows it as a picture.
 """
-# In the order in which they import each other.
-FOLDERS = (
-    "trimtab", "axis", "losses", "recipes", "accelerate_configs", "pipeline", "train",
-    "eval", "eval/answers", "eval/measures", "eval/report", "chat", "cli",
-)  # fmt: skip
 
 
 def first_line(path: Path) -> str:

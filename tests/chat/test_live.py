@@ -28,7 +28,8 @@ from trimtab.axis import Floor, UserError
 from trimtab.axis.chat import ChatFormat
 from trimtab.axis.sampling import SamplingOptions
 from trimtab.chat.arms import LIVE_ARMS, LiveAnswer, LiveArms, Talk, TalkTurn, open_live
-from trimtab.chat.command import Sources, about, find_sources, is_local
+from trimtab.chat.command import Sources, about, find_sources
+from trimtab.chat.serving import is_local
 from trimtab.chat.view import column_html, figure, meter_html, scale_of, words
 from trimtab.cli.main import main
 from trimtab.eval.answers.reading import above_floor, above_floor_by_layer
