@@ -10,6 +10,7 @@ import io
 import subprocess
 import tarfile
 import tomllib
+from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -17,14 +18,15 @@ from typing import TypeVar
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "trimtab"
+MOST = 10  # of the lists of functions and modules
 Node = TypeVar("Node", bound=Hashable)
 
 # The rooms in the order in which they import each other, and what each imports besides itself.
 _EVAL = ("axis", "losses", "recipes", "pipeline", "eval")
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
-    "trimtab": ("axis", "losses"),  # lazily, and nothing imports it
     "axis": (),
     "losses": ("axis",),
+    "trimtab": ("axis", "losses"),  # lazily
     "recipes": ("axis",),
     "accelerate_configs": (),
     "pipeline": ("axis", "recipes"),
@@ -249,10 +251,71 @@ def functions(modules: list[Module]) -> list[Function]:
 def _functions_of(module: Module) -> Iterator[Function]:
     def below(node: ast.AST, above: str) -> Iterator[Function]:
         for child in ast.iter_child_nodes(node):
-            if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
-                assert child.end_lineno is not None
-                yield Function(child.end_lineno - child.lineno + 1, module.path, f"{above}{child.name}")
-            named = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
-            yield from below(child, f"{above}{child.name}." if named else above)
+            name = above
+            if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                name = f"{above}{child.name}."
+                if not isinstance(child, ast.ClassDef):
+                    assert child.end_lineno is not None
+                    yield Function(child.end_lineno - child.lineno + 1, module.path, name.rstrip("."))
+            yield from below(child, name)
 
     return below(ast.parse(module.text), "")
+
+
+@dataclass(frozen=True)
+class Room:
+    """A folder, by its direct files alone."""
+
+    name: str
+    modules: int
+    lines: int
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What is said and drawn of a tree.
+
+    Attributes:
+        rooms: in the order in which they may import each other.
+        between: number of imports from one room to another, by (importing, imported).
+        against: arrows against the order.
+        file_circles: paths of files that import each other.
+        room_circles: rooms that do.
+        longest: the longest functions.
+        leant_on: the modules that most others import, and how many do.
+    """
+
+    rooms: list[Room]
+    between: Counter[tuple[str, str]]
+    against: list[Arrow]
+    file_circles: list[list[str]]
+    room_circles: list[list[str]]
+    longest: list[Function]
+    leant_on: list[tuple[str, int]]
+
+    def faults(self) -> dict[str, list[str]]:
+        """What should not be, a list each under its title."""
+        against = [f"{arrow.importer} -> {arrow.imported or arrow.end}" for arrow in self.against]
+        return {
+            "Arrows against the order": against,
+            "Circles of files": [", ".join(circle) for circle in self.file_circles],
+            "Circles of folders": [", ".join(circle) for circle in self.room_circles],
+        }
+
+
+def structure_of(modules: list[Module]) -> Structure:
+    """Look a tree over."""
+    found = arrows(modules)
+    names = sorted({module.room for module in modules}, key=lambda room: (place(room), room))
+    inside = {name: [module for module in modules if module.room == name] for name in names}
+    pairs = [(arrow.start, arrow.end) for arrow in found if arrow.start != arrow.end]
+    importers = Counter(arrow.imported for arrow in found if arrow.imported is not None)
+    return Structure(
+        rooms=[Room(name, len(held), sum(module.lines for module in held)) for name, held in inside.items()],
+        between=Counter(sorted(pairs, key=lambda pair: (place(pair[0]), place(pair[1])))),
+        against=against_the_order(found),
+        file_circles=circles_of_files(found),
+        room_circles=circles_of_rooms(found),
+        longest=functions(modules)[:MOST],
+        leant_on=sorted(importers.items(), key=lambda item: (-item[1], item[0]))[:MOST],
+    )

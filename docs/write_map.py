@@ -15,8 +15,8 @@ PAGE = ROOT / "docs" / "map.md"
 HEAD = """# The map
 
 What each module is for, in its own words: the first line of each, written by `python docs/write_map.py`. Nothing imports
-anything that stands below it, but for `trimtab/`, whose names are lazy, and for `eval/stages` and `eval/merging`, which call
-on the rooms of `eval/`. [How it hangs together](structure.md) shows it as a picture.
+anything that stands below it, but for `eval/stages` and `eval/merging`, which call on the rooms of `eval/`. As a picture:
+[how the source hangs together](structure.md).
 """
 
 
