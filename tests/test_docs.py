@@ -9,6 +9,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import draw_structure
+import needs
 import pytest
 import torch
 import write_map
@@ -73,6 +74,7 @@ def test_the_structure_of_a_folder_is_drawn(tmp_path: Path, capsys: pytest.Captu
 
 
 def test_a_revision_is_read_as_a_folder_is() -> None:
+    needs.tool("git", get="apt install git")
     if subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, check=False).returncode:
         pytest.skip("needs the repository: git clone it")
     modules = {module.path: module for module in read_tree("HEAD")}
@@ -94,6 +96,7 @@ def test_every_recipe_that_the_readme_names_ships() -> None:
 
 
 def test_the_scripts_for_clusters_parse() -> None:
+    needs.tool("bash", get="apt install bash")
     text = (ROOT / "docs/clusters.md").read_text(encoding="utf-8")
     for script in re.findall(r"```bash\n(.*?)```", text, re.DOTALL):
         subprocess.run(["bash", "-n"], input=script, text=True, check=True)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import needs
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -196,9 +197,10 @@ def test_kill_9_while_writing(tmp_path: Path) -> None:
 @contextlib.contextmanager
 def tiny_disk(folder: Path, options: str = "size=64k") -> Iterator[Path]:
     """A file system of 64 KiB; skips where this process may not mount one."""
+    needs.mount()
     folder.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True).returncode:
-        pytest.skip("needs the right to mount a tmpfs")
+        needs.no_right_to_mount()
     try:
         yield folder
     finally:

@@ -3,12 +3,12 @@
 import json
 import os
 import re
-import shutil
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import needs
 import numpy as np
 import plotly.graph_objects as go
 import pytest
@@ -542,20 +542,16 @@ def test_model_card(report: Report) -> None:
         model_card(report, adapter_facts={"base_model": "x"})
 
 
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
 def test_a_real_browser_draws_every_plot_without_a_fault(report: Report, tmp_path: Path) -> None:
+    chromium = needs.chromium()
     path = write_report(report, tmp_path)
     source = path.read_text(encoding="utf-8")
     probe = "<script>addEventListener('error', (e) => document.title = 'FAULT ' + e.message);"
     probe += "addEventListener('securitypolicyviolation', (e) => document.title = 'BLOCKED ' + e.blockedURI);</script>"
     path.write_text(source.replace("<style>", probe + "<style>", 1), encoding="utf-8")
-    assert CHROMIUM is not None
     done = subprocess.run(
         [
-            CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+            chromium, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
             "--disable-background-networking", "--disable-component-update", "--disable-sync",
             "--window-size=1280,2000",
             f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=4000", "--dump-dom", path.as_uri(),
@@ -567,45 +563,35 @@ def test_a_real_browser_draws_every_plot_without_a_fault(report: Report, tmp_pat
     assert "9 of 9 shown" in done.stdout
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
 @pytest.mark.parametrize("width", [390, 1280])
-def test_the_page_is_no_wider_than_its_window(report: Report, tmp_path: Path, width: int) -> None:
+def test_the_page_is_no_wider_than_its_window(browser: Any, report: Report, tmp_path: Path, width: int) -> None:
     """With all that folds open, and a recipe of long lines in it: what is wider scrolls within itself."""
-    from playwright.sync_api import sync_playwright
-
     long = {**report.repeat, "recipe": "# " + "a line of a recipe's comment, " * 20 + "\nmodel: {}"}
     path = write_report(report.model_copy(update={"repeat": long}), tmp_path)
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": width, "height": 900})
-        page.goto(path.as_uri())
-        page.eval_on_selector_all("details", "all => all.forEach(one => one.open = true)")
-        assert page.evaluate("document.documentElement.scrollWidth") <= width
-        browser.close()
+    page = browser.new_page(viewport={"width": width, "height": 900})
+    page.goto(path.as_uri())
+    page.eval_on_selector_all("details", "all => all.forEach(one => one.open = true)")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    page.close()
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
-def test_transcripts_are_chosen_by_kind_arm_and_turn(report: Report, tmp_path: Path) -> None:
-    from playwright.sync_api import sync_playwright
-
+def test_transcripts_are_chosen_by_kind_arm_and_turn(browser: Any, report: Report, tmp_path: Path) -> None:
     path = write_report(report, tmp_path)
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        page = browser.new_page()
-        page.goto(path.as_uri())
-        page.click("#fold")
-        everything = page.locator(".answer:visible").count()
-        page.uncheck("#arms input[value='base+cap']")
-        assert page.locator(".answer[data-arm='base+cap']:visible").count() == 0
-        assert 0 < page.locator(".answer:visible").count() < everything
-        page.check("#arms input[value='base+cap']")
-        assert page.locator(".answer:visible").count() == everything
-        page.select_option("#turn", "2")
-        longer = sum(len(transcript.turns) > 1 for transcript in report.transcripts)
-        assert 0 < longer < len(report.transcripts)
-        assert page.locator("#shown").text_content() == f"{longer} of {len(report.transcripts)} shown"
-        assert page.locator(".turn[data-turn='1']:visible").count() == 0
-        kind = next(transcript.kind for transcript in report.transcripts if len(transcript.turns) > 1)
-        page.check(f"#kinds input[value='{kind}']")
-        assert set(page.locator(".transcript:visible").evaluate_all("all => all.map(t => t.dataset.kind)")) == {kind}
-        browser.close()
+    page = browser.new_page()
+    page.goto(path.as_uri())
+    page.click("#fold")
+    everything = page.locator(".answer:visible").count()
+    page.uncheck("#arms input[value='base+cap']")
+    assert page.locator(".answer[data-arm='base+cap']:visible").count() == 0
+    assert 0 < page.locator(".answer:visible").count() < everything
+    page.check("#arms input[value='base+cap']")
+    assert page.locator(".answer:visible").count() == everything
+    page.select_option("#turn", "2")
+    longer = sum(len(transcript.turns) > 1 for transcript in report.transcripts)
+    assert 0 < longer < len(report.transcripts)
+    assert page.locator("#shown").text_content() == f"{longer} of {len(report.transcripts)} shown"
+    assert page.locator(".turn[data-turn='1']:visible").count() == 0
+    kind = next(transcript.kind for transcript in report.transcripts if len(transcript.turns) > 1)
+    page.check(f"#kinds input[value='{kind}']")
+    assert set(page.locator(".transcript:visible").evaluate_all("all => all.map(t => t.dataset.kind)")) == {kind}
+    page.close()
