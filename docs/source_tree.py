@@ -6,6 +6,7 @@ The source is read, never run, so that an old revision with other folders is rea
 from __future__ import annotations
 
 import ast
+import functools
 import io
 import subprocess
 import tarfile
@@ -147,12 +148,18 @@ def place(room: str) -> int:
     return list(MAY_IMPORT).index(room) if room in MAY_IMPORT else len(MAY_IMPORT)
 
 
+@functools.cache  # imports, lazy names and functions are all looked for in the same files
+def parsed(text: str) -> ast.Module:
+    """The syntax tree of a file."""
+    return ast.parse(text)
+
+
 def imported_names(text: str) -> Iterator[str]:
     """What of ours a file imports, in whatever way and wherever in it: `from x import`, `import x`, by name through importlib.
 
     A name that is put together when it is imported ends where it is no longer known: ``trimtab.train.``.
     """
-    for node in ast.walk(ast.parse(text)):
+    for node in ast.walk(parsed(text)):
         names: list[str] = []
         if isinstance(node, ast.ImportFrom):
             names = [f"{node.module}.{alias.name}" for alias in node.names]
@@ -185,7 +192,7 @@ def arrows(modules: list[Module]) -> list[Arrow]:
 
 def _lazy_homes(package: Module) -> Iterator[tuple[str, str]]:
     """Names that a package loads at their first use, and where each of them is at home."""
-    for node in ast.parse(package.text).body:
+    for node in parsed(package.text).body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "_HOME":
             for name, home in ast.literal_eval(node.value).items():
                 yield f"{package.name}.{name}", f"{package.name}.{home}.{name}"
@@ -259,7 +266,7 @@ def _functions_of(module: Module) -> Iterator[Function]:
                     yield Function(child.end_lineno - child.lineno + 1, module.path, name.rstrip("."))
             yield from below(child, name)
 
-    return below(ast.parse(module.text), "")
+    return below(parsed(module.text), "")
 
 
 @dataclass(frozen=True)

@@ -180,6 +180,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built
 
 
+@pytest.mark.slow
 def test_wheel_holds_modules_recipes_data_and_configs(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     wanted = {f"trimtab/{path.relative_to(ROOT)}" for path in MODULES}
@@ -194,6 +195,7 @@ def test_wheel_holds_modules_recipes_data_and_configs(wheel: Path) -> None:
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
+@pytest.mark.slow
 def test_installed_wheel_works_from_another_folder(wheel: Path, tmp_path: Path) -> None:
     home = tmp_path / "venv"
     venv.create(home, with_pip=False)

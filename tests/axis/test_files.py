@@ -173,6 +173,7 @@ for i in range(10**9):
 """
 
 
+@pytest.mark.slow
 def test_kill_9_while_writing(tmp_path: Path) -> None:
     """Whenever the process dies, what stands under the real names is whole, and appending goes on."""
     chance = random.Random(0)

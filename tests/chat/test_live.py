@@ -266,6 +266,7 @@ def test_the_newest_trained_run_is_found(files: Files, tmp_path: Path, monkeypat
         find_sources(elsewhere)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("given", "told"),
     [
@@ -296,6 +297,7 @@ def test_the_command_has_help_with_an_example(capsys: pytest.CaptureFixture[str]
     assert "trimtab chat" in capsys.readouterr().out.split("example:")[1]
 
 
+@pytest.mark.slow
 def test_a_taken_port_and_a_missing_gradio_are_told(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -391,6 +393,7 @@ def served(files: Files, tmp_path: Path) -> Iterator[str]:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["log"]  # nothing of the talk is kept
 
 
+@pytest.mark.slow
 def test_a_real_browser_talks_takes_back_and_starts_again(browser: Any, served: str) -> None:
     from playwright.sync_api import expect
 

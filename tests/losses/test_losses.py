@@ -374,6 +374,7 @@ def reentrant(model: Any) -> None:
     model.base_model.model.gradient_checkpointing_enable({"use_reentrant": True})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("checkpointing", [no_checkpointing, non_reentrant, reentrant])
 def test_gradient_equals_plain_autograd(architecture: str, checkpointing: Callable[[Any], None]) -> None:
@@ -388,6 +389,7 @@ def test_gradient_equals_plain_autograd(architecture: str, checkpointing: Callab
     assert_same(ours(model, floor), wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("shape", "margin"), [("huber", 0.0), ("squared", 0.7), ("huber", 0.7)])
 def test_gradient_of_the_variants(shape: Shape, margin: float) -> None:
     floor = build_floor((0, 2), tau=2.0)

@@ -153,6 +153,7 @@ def test_a_base_of_4_bits_is_sharded_and_trains_alike(tmp_path: Path) -> None:
     assert any(bool(tensor.any()) for name, tensor in adapter(found[0]).items() if "lora_B" in name)
 
 
+@pytest.mark.slow
 def test_one_process_by_accelerate_is_the_plain_script(model: Path) -> None:
     alone = one_process("sft", model)
     folder, notes = launch("cpu", "sft", model, model.parent)

@@ -92,6 +92,7 @@ def kept(form: ChatFormat) -> Callable[[int, int, int], tuple[float, bool]]:
     return least
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_conversations_keep_their_last_answers(name: str, kept: Callable[[int, int, int], tuple[float, bool]]) -> None:
     """At the deepest turn, every answer as long as it may be: all of it is trained, and on the whole conversation."""

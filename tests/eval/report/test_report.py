@@ -563,6 +563,7 @@ def test_a_real_browser_draws_every_plot_without_a_fault(report: Report, tmp_pat
     assert "9 of 9 shown" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [390, 1280])
 def test_the_page_is_no_wider_than_its_window(browser: Any, report: Report, tmp_path: Path, width: int) -> None:
     """With all that folds open, and a recipe of long lines in it: what is wider scrolls within itself."""
@@ -575,6 +576,7 @@ def test_the_page_is_no_wider_than_its_window(browser: Any, report: Report, tmp_
     page.close()
 
 
+@pytest.mark.slow
 def test_transcripts_are_chosen_by_kind_arm_and_turn(browser: Any, report: Report, tmp_path: Path) -> None:
     path = write_report(report, tmp_path)
     page = browser.new_page()
