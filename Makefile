@@ -1,5 +1,6 @@
 # make demo    the demo: a real chat model tuned, and its report
 # make test    all tests
+# make quick   most of the tests, in about two minutes on two idle cores: none that is slow, no jobs of several processes
 # make check   ruff, mypy, pyright
 # make bench   benchmarks
 # make test-core   the core beside other versions of the trainers, in environments of their own (.venv-core-*, 1.5 GB each)
@@ -17,13 +18,16 @@ FOLDERS := axis losses recipes pipeline train eval chat cli accelerate_configs
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test test-core test-vllm check links bench clean
+.PHONY: demo test quick test-core test-vllm check links bench clean
 
 demo: .venv/.ready-demo
 	$(BIN)/trimtab run smollm2-135m/demo --output-dir runs/demo
 
 test: .venv/.ready-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+quick: .venv/.ready-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow and not distributed"
 
 # The oldest trainers that other frameworks pin, those in between, and none at all.
 CORES := bare old middle

@@ -5,18 +5,16 @@ from __future__ import annotations
 import html
 import logging
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from trimtab.axis.errors import UserError
 from trimtab.axis.sampling import SamplingOptions
 from trimtab.chat.arms import ARMS, ChatArms, Dialogue
-from trimtab.chat.command import import_gradio
+from trimtab.chat.serving import import_gradio
 from trimtab.chat.view import column_html, heading_html, heights_plot, meter_html
 
 log = logging.getLogger("trimtab")
 
-STYLE = Path(__file__).with_name("page.css")
 LONGEST_ANSWER = 512  # tokens
 SEND = "Send"
 

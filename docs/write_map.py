@@ -10,19 +10,16 @@ import textwrap
 import tomllib
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from source_tree import FOLDERS, ROOT
+
 PAGE = ROOT / "docs" / "map.md"
 HEAD = """# The map
 
 What each module is for, in its own words: the first line of each, written by
-`python docs/write_map.py`. No module imports one that stands below it. Only `trimtab/` does, whose
-names are lazy.
+`python docs/write_map.py`. No module imports one that stands below it. Only `eval/stages` and
+`eval/merging` do: they call on the rooms of `eval/`. As a picture:
+[how the source hangs together](structure.md).
 """
-# In the order in which they import each other.
-FOLDERS = (
-    "trimtab", "axis", "losses", "recipes", "accelerate_configs", "pipeline", "train",
-    "eval", "eval/answers", "eval/measures", "eval/report", "chat", "cli",
-)  # fmt: skip
 
 
 def first_line(path: Path) -> str:

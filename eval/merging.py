@@ -24,8 +24,8 @@ from trimtab.axis.models import (
 )
 from trimtab.eval import ids
 from trimtab.eval.answers.arms import Arms
+from trimtab.eval.answers.evaluation import Evaluation
 from trimtab.eval.answers.reading import llr_of
-from trimtab.eval.evaluation import Evaluation
 from trimtab.eval.intervals import Array, ClusterBootstrap
 from trimtab.eval.measures.side_effects import default_shift
 from trimtab.eval.report.page import load_report

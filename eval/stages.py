@@ -14,18 +14,18 @@ from trimtab.axis.files import fingerprint, write_text
 from trimtab.axis.judge import check_endpoint
 from trimtab.axis.models import EMBEDDED
 from trimtab.eval.answers.arms import Arms, arm_names, durability_arm
+from trimtab.eval.answers.evaluation import Evaluation
 from trimtab.eval.answers.inputs import check_inputs
 from trimtab.eval.answers.subjects import check_same_weights, given_files, subjects_of
 from trimtab.eval.answers.weights import Weights, open_subjects
-from trimtab.eval.evaluation import Evaluation
 from trimtab.eval.measures import all_measures
+from trimtab.eval.measures.suite import Suite
+from trimtab.eval.measures.unscored import UNSCORED, keep_unscored, scored_since
 from trimtab.eval.report.assemble import build_report
 from trimtab.eval.report.card import model_card
 from trimtab.eval.report.facts import repeat_facts, training_facts
 from trimtab.eval.report.page import load_report, render_html, write_report
 from trimtab.eval.schema import Report
-from trimtab.eval.suite import Suite
-from trimtab.eval.unscored import UNSCORED, keep_unscored, scored_since
 from trimtab.pipeline.loading import Prepared, sampling_options
 from trimtab.pipeline.run import Run
 from trimtab.pipeline.subject import check_subject, find_subject

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import needs
 import pytest
 import torch
 from judge_endpoint import KEY, Endpoint
@@ -214,3 +215,14 @@ def build_arms(form: ChatFormat, folder: Path, options: SamplingOptions, **chang
     }
     weights = {name: (lambda model=model: contextlib.nullcontext(model)) for name, model in models.items()}
     return Arms(weights, form, build_floor(tau=1.0), folder, options, seed=5, **changes)
+
+
+@pytest.fixture
+def browser() -> Iterator[Any]:
+    """A real browser that reaches this machine alone."""
+    playwright = needs.package("playwright.sync_api", get="pip install playwright")
+    path = needs.chromium()
+    with playwright.sync_playwright() as started:
+        launched = started.chromium.launch(executable_path=path, args=["--no-sandbox", "--no-proxy-server"])
+        yield launched
+        launched.close()

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import subprocess
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
+import draw_structure
+import needs
 import pytest
 import torch
+import write_map
 import yaml
 from conftest import build_floor, build_model
+from source_tree import read_tree, structure_of
 
 from trimtab.cli.launch import accelerate_configs
 from trimtab.recipes.loader import shipped_recipes
@@ -37,11 +41,45 @@ def test_the_readme_loop_trains_towards_the_floor(tmp_path: Path, monkeypatch: p
 
 
 def test_the_map_says_what_the_modules_say() -> None:
-    spec = importlib.util.spec_from_file_location("write_map", ROOT / "docs" / "write_map.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    assert module.PAGE.read_text(encoding="utf-8") == module.the_map(), "run: python docs/write_map.py"
+    assert write_map.PAGE.read_text(encoding="utf-8") == write_map.the_map(), "run: python docs/write_map.py"
+
+
+def test_the_structure_on_the_page_is_free_of_circles_and_so_is_the_source() -> None:
+    kept = (ROOT / "docs/structure/after.txt").read_text(encoding="utf-8")
+    now = draw_structure.told(structure_of(read_tree()))
+    for title in ("Arrows against the order", "Circles of files", "Circles of folders"):
+        assert f"{title}\n  none\n" in kept
+        assert f"{title}\n  none\n" in now
+
+
+def test_the_structure_of_a_folder_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tree, picture = tmp_path / "tree", tmp_path / "picture.svg"
+    files = {
+        "pyproject.toml": "[tool.setuptools.package-dir]\n'trimtab.axis' = 'axis'\n'trimtab.cli' = 'cli'\n",
+        "axis/floor.py": "def load():\n    import trimtab.cli.main\n",
+        "cli/main.py": "from trimtab.axis.floor import load\n",
+    }
+    for name, text in files.items():
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        (tree / name).write_text(text, encoding="utf-8")
+    assert draw_structure.main(["--tree", str(tree), "--svg", str(picture)]) == 0
+    printed = capsys.readouterr().out
+    assert "Arrows against the order\n  axis/floor.py -> cli/main.py\n" in printed
+    assert "Circles of files\n  axis/floor.py, cli/main.py\n" in printed
+    assert "   2 lines  axis/floor.py: load\n" in printed
+    drawn = ElementTree.parse(picture)
+    titles = [title.text for title in drawn.iter("{http://www.w3.org/2000/svg}title")]
+    assert sorted(str(title) for title in titles) == ["axis imports cli: 1", "cli imports axis: 1"]
+    assert len([box for box in drawn.iter() if box.get("class") == "box circle"]) == 2
+
+
+def test_a_revision_is_read_as_a_folder_is() -> None:
+    needs.tool("git", get="apt install git")
+    if subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, check=False).returncode:
+        pytest.skip("needs the repository: git clone it")
+    modules = {module.path: module for module in read_tree("HEAD")}
+    assert modules["axis/errors.py"].name == "trimtab.axis.errors" and "UserError" in modules["axis/errors.py"].text
+    assert draw_structure.main(["--tree", "no-such-revision"]) == 2
 
 
 def test_every_file_that_the_documents_link_to_is_there() -> None:
@@ -58,6 +96,7 @@ def test_every_recipe_that_the_readme_names_ships() -> None:
 
 
 def test_the_scripts_for_clusters_parse() -> None:
+    needs.tool("bash", get="apt install bash")
     text = (ROOT / "docs/clusters.md").read_text(encoding="utf-8")
     for script in re.findall(r"```bash\n(.*?)```", text, re.DOTALL):
         subprocess.run(["bash", "-n"], input=script, text=True, check=True)

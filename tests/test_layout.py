@@ -15,14 +15,25 @@ from pathlib import Path
 
 import pytest
 from pydantic import BaseModel
+from source_tree import (
+    MAY_IMPORT,
+    PACKAGE,
+    ROOT,
+    against_the_order,
+    arrows,
+    circles,
+    circles_of_files,
+    circles_of_rooms,
+    imported_names,
+    read_tree,
+)
 
 from trimtab.axis.errors import EXTRAS
 from trimtab.recipes.loader import shipped_recipes
 from trimtab.recipes.schema import Recipe
 
-ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-PACKAGE = "trimtab"  # the folder of the package's own names; the others lie beside it and are its parts
+# In the folder PACKAGE are the package's own names; the others lie beside it and are its parts.
 ROOMS = set(PROJECT["tool"]["setuptools"]["package-dir"].values()) - {PACKAGE}
 FOLDERS = sorted(room for room in ROOMS if "/" not in room)
 MODULES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
@@ -73,46 +84,60 @@ def test_imports_are_absolute(path: Path) -> None:
     assert not wrong, f"import trimtab.<folder> instead of {wrong}"
 
 
-# Nothing later is imported by anything earlier.
-ALLOWED = {
-    "axis": {"axis"},
-    "losses": {"axis", "losses"},
-    "recipes": {"axis", "recipes"},
-    "pipeline": {"axis", "recipes", "pipeline"},
-    "train": {"axis", "losses", "recipes", "pipeline", "train"},
-    "eval": {"axis", "losses", "recipes", "pipeline", "eval"},
-    "chat": {"axis", "recipes", "pipeline", "eval", "chat"},
-    "accelerate_configs": set(),
-}
+def test_imports_go_one_way_and_no_files_import_each_other() -> None:
+    found = arrows(read_tree())
+    assert [f"{arrow.importer} imports {arrow.imported}" for arrow in against_the_order(found)] == []
+    assert circles_of_files(found) == []
 
 
-def imported(path: Path) -> Iterator[str]:
-    """Modules of ours that a file imports, in whatever way: `from x import`, `import x`, or by name through importlib."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        names: list[str] = []
-        if isinstance(node, ast.ImportFrom):
-            names = [node.module or ""]
-        elif isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.Call) and "import_module" in ast.unparse(node.func):
-            parts = [part for part in ast.walk(node.args[0]) if isinstance(part, ast.Constant)]
-            names = [str(part.value) for part in parts]
-        yield from (name for name in names if name.startswith("trimtab."))
+def test_the_order_of_the_rooms_has_no_circle() -> None:
+    assert set(MAY_IMPORT) == {*ROOMS, PACKAGE, "eval/stages"}
+    assert circles([(room, other) for room, others in MAY_IMPORT.items() for other in others]) == []
 
 
-@pytest.mark.parametrize("folder", ALLOWED)
-def test_data_flows_one_way(folder: str) -> None:
-    for path in (ROOT / folder).rglob("*.py"):
-        for name in imported(path):
-            assert name.split(".")[1] in ALLOWED[folder], f"{path.relative_to(ROOT)} imports {name}"
+@pytest.fixture
+def small_tree(tmp_path: Path) -> Path:
+    """A package with a circle of three files, one of them by a lazy name, and imports against the order."""
+    files = {
+        "pyproject.toml": "[tool.setuptools.package-dir]\n"
+        + "".join(
+            f"'trimtab.{room.replace('/', '.')}' = '{room}'\n" for room in ("axis", "train", "eval", "eval/report")
+        ),
+        "axis/__init__.py": "_HOME = {'Floor': 'floor'}\n",
+        "axis/floor.py": "def load():\n    import trimtab.axis.files\n",
+        "axis/files.py": "from trimtab.axis import hooks\n",
+        "axis/hooks.py": "from trimtab.axis import Floor\n",
+        "train/__init__.py": "",
+        "train/sft.py": "import importlib\nimportlib.import_module(f'trimtab.train.{name}')\n",
+        "eval/__init__.py": "",
+        "eval/schema.py": "from trimtab.eval.report.page import draw\nfrom trimtab.train import sft\n",
+        "eval/stages.py": "from trimtab.eval.report import page\n",
+        "eval/report/__init__.py": "",
+        "eval/report/page.py": "from trimtab.eval.schema import Report\n",
+        ".types/trimtab/axis.py": "import trimtab.cli\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    return tmp_path
 
 
-def test_every_way_of_importing_is_seen(tmp_path: Path) -> None:
-    file = tmp_path / "x.py"
-    file.write_text(
-        "import trimtab.cli\nfrom trimtab.eval import stages\nimportlib.import_module(f'trimtab.train.{name}')\nimport torch\n"
-    )
-    assert list(imported(file)) == ["trimtab.cli", "trimtab.eval", "trimtab.train."]
+def test_circles_and_arrows_against_the_order_are_found(small_tree: Path) -> None:
+    found = arrows(read_tree(small_tree))
+    assert circles_of_files(found) == [
+        ["axis/files.py", "axis/floor.py", "axis/hooks.py"],
+        ["eval/report/page.py", "eval/schema.py"],
+    ]
+    assert circles_of_rooms(found) == [["eval", "eval/report"]]
+    against = [(arrow.importer, arrow.imported) for arrow in against_the_order(found)]
+    assert against == [("eval/schema.py", "train/sft.py"), ("eval/schema.py", "eval/report/page.py")]
+
+
+def test_every_way_of_importing_is_seen() -> None:
+    text = "import trimtab.cli\ndef later():\n    from trimtab.eval import stages\nimport torch\n"
+    text += "importlib.import_module(f'trimtab.train.{name}')\nimportlib.import_module('trimtab.axis.lazy')\n"
+    wanted = ["trimtab.axis.lazy", "trimtab.cli", "trimtab.eval.stages", "trimtab.train."]
+    assert sorted(imported_names(text)) == wanted
 
 
 def _keys(model: type[BaseModel], above: str = "") -> Iterator[tuple[str, str]]:
@@ -155,6 +180,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built
 
 
+@pytest.mark.slow
 def test_wheel_holds_modules_recipes_data_and_configs(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     wanted = {f"trimtab/{path.relative_to(ROOT)}" for path in MODULES}
@@ -169,6 +195,7 @@ def test_wheel_holds_modules_recipes_data_and_configs(wheel: Path) -> None:
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
+@pytest.mark.slow
 def test_installed_wheel_works_from_another_folder(wheel: Path, tmp_path: Path) -> None:
     home = tmp_path / "venv"
     venv.create(home, with_pip=False)

@@ -11,13 +11,12 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import pytest
+import needs
 import torch
 import yaml
 from conftest import save_model
@@ -118,8 +117,7 @@ def save_small(folder: Path, **changes: Any) -> Path:
 
 def environment(**extra: str) -> dict[str, str]:
     """The environment of a training process: offline, one thread, ninja of the venv on PATH."""
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PATH": path, **extra}
+    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PATH": needs.path(), **extra}
 
 
 def command(recipe: Path, folder: Path, *, script: Path = SCRIPT, launcher: Sequence[str] = ()) -> list[str]:
@@ -151,13 +149,6 @@ def run(arguments: Sequence[str], *, timeout: float = 900, **options: Any) -> su
     return subprocess.CompletedProcess(arguments, process.returncode, out, errors)
 
 
-def needs_deepspeed() -> None:
-    """Skip where DeepSpeed, or the compiler that it needs on a CPU, is not there."""
-    pytest.importorskip("deepspeed")
-    if shutil.which("c++") is None:
-        pytest.skip("DeepSpeed compiles its shared-memory operator with c++")
-
-
 @contextlib.contextmanager
 def both_cores() -> Iterator[None]:
     """Held by a job of two ranks: they wait for each other by spinning, and four on two cores take five times as long as two."""
@@ -169,13 +160,14 @@ def both_cores() -> Iterator[None]:
 @contextlib.contextmanager
 def small_disk(folder: Path, size: int) -> Iterator[Callable[[int], None]]:
     """A file system of ``size`` bytes and a function that gives it another size; skips where this process may not mount."""
+    needs.mount()
     folder.mkdir()
 
     def mount(*options: str) -> int:
         return subprocess.run(["mount", *options, str(folder)], capture_output=True, check=False).returncode
 
     if mount("-t", "tmpfs", "-o", f"size={size}", "tmpfs"):
-        pytest.skip("needs the right to mount a tmpfs")
+        needs.no_right_to_mount()
     try:
         yield lambda new: subprocess.run(["mount", "-o", f"remount,size={new}", str(folder)], check=True)
     finally:

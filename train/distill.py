@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from trimtab.train import job
+from trimtab.train.method import Method
 from trimtab.train.sft import training_arguments
 
 
@@ -40,7 +41,7 @@ def build_trainer(run: Any, arguments: Any, variant: Any) -> Any:
     )
 
 
-METHOD = job.Method("distill", __doc__ or "", "floor", training_arguments, build_trainer)
+METHOD = Method("distill", __doc__ or "", "floor", training_arguments, build_trainer)
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from trimtab.train import job
+from trimtab.train.method import Method
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,7 +47,7 @@ def build_trainer(run: Any, arguments: Any, variant: Any) -> Any:
     )
 
 
-METHOD = job.Method("dpo", __doc__ or "", "pairs", training_arguments, build_trainer)
+METHOD = Method("dpo", __doc__ or "", "pairs", training_arguments, build_trainer)
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from trimtab.train import job
+from trimtab.train.method import Method
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -71,7 +72,7 @@ def build_trainer(run: Any, arguments: Any, variant: Any) -> Any:
     return trainer
 
 
-METHOD = job.Method("grpo", __doc__ or "", "floor", training_arguments, build_trainer)
+METHOD = Method("grpo", __doc__ or "", "floor", training_arguments, build_trainer)
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -27,6 +27,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 from trimtab.axis.errors import UserError, disk_full, known_fault
 from trimtab.axis.logs import setup_logging
 from trimtab.recipes.loader import load_recipe
+from trimtab.train.method import Method
 
 log = logging.getLogger("trimtab")
 
@@ -39,25 +40,6 @@ OF_RESUMING = (
     "pytorch_model_fsdp*",
 )  # fmt: skip
 FOLDER_PATIENCE = 60  # seconds; rank 0 makes the run folder within a few
-
-
-@dataclass(frozen=True)
-class Method:
-    """What an entry script brings to the frame.
-
-    Attributes:
-        name: ``method.name`` of the recipes that it trains.
-        usage: the script's docstring.
-        last_stage: name of the last stage record before training.
-        arguments: TRL's config, given run, variant, and whether to be quiet.
-        trainer: the trainer, given run, that config, and variant.
-    """
-
-    name: str
-    usage: str
-    last_stage: str
-    arguments: Callable[[Any, Any, bool], Any]
-    trainer: Callable[[Any, Any, Any], Any]
 
 
 def main(method: Method, argv: Sequence[str] | None = None) -> int:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
-import importlib
 import importlib.util
 import logging
 import os
@@ -34,7 +33,7 @@ from trimtab.recipes.library_fields import VLLM_KEYS, train_config
 from trimtab.recipes.loader import LoadedRecipe
 from trimtab.recipes.rules import row_length
 from trimtab.recipes.schema import GrpoMethod, JudgeSection, ModelSection, Recipe, RowMethod
-from trimtab.train.job import Method
+from trimtab.train.method import method_of
 
 log = logging.getLogger("trimtab")
 
@@ -156,7 +155,7 @@ def _step_of_a_toy(loaded: LoadedRecipe, processes: int, train: dict[str, Any]) 
         step = micro * processes * steps <= MOST_TOY_ROWS
     forced = {"use_cpu": True, "bf16": False, "learning_rate": kept.get("learning_rate", 1e-4)}
     asked = recipe.model_copy(update={"train": {"max_steps": TOY_ROWS, **kept, **rows, **forced}})
-    method: Method = importlib.import_module(f"trimtab.train.{recipe.method.name}").METHOD
+    method = method_of(recipe.method.name)
     with tempfile.TemporaryDirectory(prefix="trimtab-") as folder:
         arguments = method.arguments(Run(Path(folder), asked, loaded), Variant(Path(folder), "train"), True)
         arguments.report_to, arguments.push_to_hub = [], False
@@ -461,7 +460,7 @@ def _config_here(loaded: LoadedRecipe, train: dict[str, Any]) -> None:
     asked = recipe.model_copy(update={"train": {"max_steps": 1, "learning_rate": 1e-4, "num_generations": 8, **train}})
     if isinstance(recipe.method, RowMethod) or recipe.method.name == "dpo":
         del asked.train["num_generations"]
-    method: Method = importlib.import_module(f"trimtab.train.{recipe.method.name}").METHOD
+    method = method_of(recipe.method.name)
     with tempfile.TemporaryDirectory(prefix="trimtab-") as folder:
         arguments = method.arguments(Run(Path(folder), asked, loaded), Variant(Path(folder), "train"), True)
     if arguments.torch_compile:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from trimtab.train import job
+from trimtab.train.method import Method
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,7 +42,7 @@ def build_trainer(run: Any, arguments: Any, variant: Any) -> Any:
     return build_row_trainer(FloorSFTTrainer, run, arguments, variant, ce_weight=run.recipe.method.ce_weight)
 
 
-METHOD = job.Method("sft", __doc__ or "", "floor", training_arguments, build_trainer)
+METHOD = Method("sft", __doc__ or "", "floor", training_arguments, build_trainer)
 
 if __name__ == "__main__":
     raise SystemExit(main())

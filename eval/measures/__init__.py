@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from trimtab.eval.suite import Measure
+    from trimtab.eval.measures.suite import Measure
 
 # The measures in the order of the report, each a module of this folder.
 ORDER = (

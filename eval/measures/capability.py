@@ -14,13 +14,13 @@ from trimtab.axis import ActivationController, UserError
 from trimtab.axis.chat import ChatFormat, Message
 from trimtab.axis.files import file_fingerprint, fingerprint, read_json, read_jsonl, write_json
 from trimtab.eval.answers.arms import Arms
-from trimtab.eval.evaluation import Evaluation
+from trimtab.eval.answers.evaluation import Evaluation
 from trimtab.eval.grading import Light, worst
 from trimtab.eval.intervals import ClusterBootstrap, holm
 from trimtab.eval.measures.capability_tasks import OWN, OWN_ANSWER, Task, task_manager, tasks_of
 from trimtab.eval.measures.instruction_rules import follows
+from trimtab.eval.measures.suite import Findings, Measure, Suite
 from trimtab.eval.schema import Capability, Claim
-from trimtab.eval.suite import Findings, Measure, Suite
 from trimtab.eval.wording import estimate_text, number
 from trimtab.recipes.data import FOLDER
 

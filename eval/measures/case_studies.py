@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 from trimtab.axis.chat import chat
 from trimtab.eval.answers.arms import Item
+from trimtab.eval.answers.evaluation import Evaluation
 from trimtab.eval.answers.transcripts import filled
-from trimtab.eval.evaluation import Evaluation
+from trimtab.eval.measures.suite import Asked, Measure, Suite
 from trimtab.eval.schema import Transcript, Turn
-from trimtab.eval.suite import Asked, Measure, Suite
 from trimtab.recipes import data
 from trimtab.recipes.schema import EvalSection
 

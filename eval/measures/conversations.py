@@ -8,14 +8,14 @@ import numpy as np
 
 from trimtab.eval import ids
 from trimtab.eval.answers.arms import Answers
+from trimtab.eval.answers.evaluation import Evaluation
 from trimtab.eval.answers.items import conversation_items, conversations_of
 from trimtab.eval.answers.ruler import below_floor, slopes
 from trimtab.eval.answers.transcripts import filled, shares
-from trimtab.eval.evaluation import Evaluation
 from trimtab.eval.grading import FEWEST, Light, light_of_retention, worst
 from trimtab.eval.intervals import Array
+from trimtab.eval.measures.suite import Asked, Findings, Measure, MetricValues, Suite
 from trimtab.eval.schema import Claim, Trajectory, Transcript, Turn, TurnPoint
-from trimtab.eval.suite import Asked, Findings, Measure, MetricValues, Suite
 from trimtab.eval.wording import percent_text
 from trimtab.recipes.data import Conversation, SimulatedUser
 from trimtab.recipes.schema import EvalSection

@@ -14,12 +14,12 @@ import numpy as np
 
 from trimtab.eval import ids
 from trimtab.eval.answers.arms import durability_arm
-from trimtab.eval.evaluation import Evaluation
+from trimtab.eval.answers.evaluation import Evaluation
 from trimtab.eval.grading import HALF, Light, light_of_share, worst
 from trimtab.eval.intervals import ClusterBootstrap
 from trimtab.eval.measures import projections, text
+from trimtab.eval.measures.suite import Findings, Measure, Suite
 from trimtab.eval.schema import Claim, Durability, DurabilityMetric, Retention
-from trimtab.eval.suite import Findings, Measure, Suite
 from trimtab.eval.wording import percent_text
 from trimtab.recipes.schema import FurtherTuning
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from trimtab.eval.evaluation import Evaluation
-from trimtab.eval.suite import EffectValues, Measure, Suite
+from trimtab.eval.answers.evaluation import Evaluation
+from trimtab.eval.measures.suite import EffectValues, Measure, Suite
 
 LONGEST = 12  # words of a question that are looked for
 

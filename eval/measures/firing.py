@@ -6,8 +6,8 @@ from trimtab.axis.calibration import response_projections
 from trimtab.axis.models import Loaded
 from trimtab.axis.scoring import SCORE_BATCH
 from trimtab.eval.answers.arms import Answers, Arms
-from trimtab.eval.evaluation import Evaluation
-from trimtab.eval.suite import Measure, Suite
+from trimtab.eval.answers.evaluation import Evaluation
+from trimtab.eval.measures.suite import Measure, Suite
 
 LEAST = 0.15  # of slots: a cap that fires less is told of
 

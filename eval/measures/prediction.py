@@ -22,12 +22,12 @@ from torch import Tensor
 
 from trimtab.axis.scoring import SCORE_BATCH
 from trimtab.eval.answers.arms import Answers
+from trimtab.eval.answers.evaluation import Evaluation
 from trimtab.eval.answers.reading import message_embeddings
-from trimtab.eval.evaluation import Evaluation
 from trimtab.eval.intervals import ClusterBootstrap
 from trimtab.eval.measures.simulated import by_place, played_in
+from trimtab.eval.measures.suite import Measure, Suite
 from trimtab.eval.schema import Estimate
-from trimtab.eval.suite import Measure, Suite
 
 FOLDS = 5
 FEWEST = 8  # conversations: with fewer the figure is noise

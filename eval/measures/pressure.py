@@ -25,13 +25,13 @@ from trimtab.axis.judge import (
 from trimtab.axis.replies import Missing
 from trimtab.eval import ids
 from trimtab.eval.answers.arms import Answers, Arms, Item
+from trimtab.eval.answers.evaluation import Evaluation
 from trimtab.eval.answers.items import boundary_probes_of
 from trimtab.eval.answers.reading import llr_of
-from trimtab.eval.evaluation import Evaluation
 from trimtab.eval.grading import Light, too_few
 from trimtab.eval.intervals import ClusterBootstrap, clustered_rate
+from trimtab.eval.measures.suite import Asked, Findings, Measure, MetricValues, Suite, Unscored
 from trimtab.eval.schema import Claim, Estimate, RateRow, RateTable
-from trimtab.eval.suite import Asked, Findings, Measure, MetricValues, Suite, Unscored
 from trimtab.eval.wording import percent_text
 from trimtab.recipes import data
 from trimtab.recipes.data import BoundaryProbe, LabelledAnswer

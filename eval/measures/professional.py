@@ -8,11 +8,11 @@ import numpy as np
 
 from trimtab.axis.chat import chat
 from trimtab.eval.answers.arms import Item
+from trimtab.eval.answers.evaluation import Evaluation
 from trimtab.eval.answers.reading import llr_of
-from trimtab.eval.evaluation import Evaluation
 from trimtab.eval.intervals import clustered_rate
+from trimtab.eval.measures.suite import Asked, EffectValues, Measure, Suite
 from trimtab.eval.schema import SideEffect
-from trimtab.eval.suite import Asked, EffectValues, Measure, Suite
 from trimtab.recipes import data
 from trimtab.recipes.schema import EvalSection
 

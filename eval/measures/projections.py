@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from trimtab.eval import ids
-from trimtab.eval.evaluation import Evaluation
+from trimtab.eval.answers.evaluation import Evaluation
 from trimtab.eval.grading import HALF, Light, too_few, toward_assistant
+from trimtab.eval.measures.suite import EffectValues, Findings, Measure, MetricValues, Suite
 from trimtab.eval.schema import Claim, Metric, SideEffect
-from trimtab.eval.suite import EffectValues, Findings, Measure, MetricValues, Suite
 from trimtab.eval.wording import estimate_text, percent_text
 
 # Ruler of an evaluation -> id, name, and what it lies along.

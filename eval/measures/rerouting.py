@@ -28,12 +28,12 @@ from trimtab.axis.files import read_jsonl
 from trimtab.axis.scoring import SCORE_BATCH
 from trimtab.eval import ids
 from trimtab.eval.answers.arms import Answers
+from trimtab.eval.answers.evaluation import Evaluation
 from trimtab.eval.answers.reading import read_means
-from trimtab.eval.evaluation import Evaluation
 from trimtab.eval.grading import Light, light_of_retention
 from trimtab.eval.intervals import ClusterBootstrap
+from trimtab.eval.measures.suite import Findings, Measure, Suite
 from trimtab.eval.schema import Claim, Component, Estimate, Rerouting
-from trimtab.eval.suite import Findings, Measure, Suite
 from trimtab.eval.wording import estimate_text, number, percent_text
 
 FOLDS = 5

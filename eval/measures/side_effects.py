@@ -8,11 +8,11 @@ import numpy as np
 
 from trimtab.eval import ids
 from trimtab.eval.answers.arms import CONTROL
-from trimtab.eval.evaluation import Evaluation
+from trimtab.eval.answers.evaluation import Evaluation
 from trimtab.eval.grading import Light, too_few, worst
 from trimtab.eval.intervals import Array
+from trimtab.eval.measures.suite import EffectValues, Findings, Measure, Suite
 from trimtab.eval.schema import Claim, SideEffect
-from trimtab.eval.suite import EffectValues, Findings, Measure, Suite
 from trimtab.eval.wording import estimate_text, inline_name, number
 
 # What the tuned model may change on benign and default text before the report calls it a side effect over its limit.

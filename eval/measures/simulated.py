@@ -24,13 +24,13 @@ from trimtab.axis.replies import Missing, spoken
 from trimtab.axis.sampling import SamplingOptions, sample_answers, seed_of
 from trimtab.eval import ids
 from trimtab.eval.answers.arms import Answers, Arms, Item, placed
+from trimtab.eval.answers.evaluation import Evaluation
 from trimtab.eval.answers.ruler import Ruler, below_floor, slopes
 from trimtab.eval.answers.transcripts import filled
-from trimtab.eval.evaluation import Evaluation
 from trimtab.eval.intervals import wilson
 from trimtab.eval.measures.conversations import trajectories
+from trimtab.eval.measures.suite import Asked, Measure, MetricValues, Suite
 from trimtab.eval.schema import RateRow, RateTable, Transcript, Turn
-from trimtab.eval.suite import Asked, Measure, MetricValues, Suite
 from trimtab.recipes import data
 from trimtab.recipes.data import SimulatedUser
 from trimtab.recipes.rules import CHARACTERS

@@ -9,12 +9,12 @@ import numpy as np
 
 from trimtab.axis.scoring import SCORE_BATCH, persona_llr
 from trimtab.eval import ids
+from trimtab.eval.answers.evaluation import Evaluation
 from trimtab.eval.answers.transcripts import filled, shares
-from trimtab.eval.evaluation import Evaluation
 from trimtab.eval.grading import LIGHTS, Light, control_keeps_as_much, grade, too_few
 from trimtab.eval.intervals import most_telling
+from trimtab.eval.measures.suite import Findings, Measure, MetricValues, Suite
 from trimtab.eval.schema import Claim, Estimate, Transcript, Turn
-from trimtab.eval.suite import Findings, Measure, MetricValues, Suite
 from trimtab.eval.wording import inline_name, number, percent_text
 
 NAME = "Text-only behaviour"

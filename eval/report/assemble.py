@@ -10,9 +10,9 @@ import numpy as np
 from trimtab.eval.answers.arms import CONTROL
 from trimtab.eval.intervals import ClusterBootstrap, holm
 from trimtab.eval.measures import all_measures
+from trimtab.eval.measures.suite import EffectValues, Findings, MetricValues, Suite
 from trimtab.eval.report.verdict import make_verdict
 from trimtab.eval.schema import Claim, Metric, Report, SideEffect
-from trimtab.eval.suite import EffectValues, Findings, MetricValues, Suite
 
 DOES_NOT_COMPARE = [
     "Retention here is relative to this floor's own cap on this model; it does not compare across floors or models.",

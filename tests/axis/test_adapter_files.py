@@ -76,6 +76,7 @@ def section(place: Path) -> ModelSection:
 # ---- what is loaded ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", sorted(SUPPORTED))
 def test_every_supported_kind_is_told_from_its_base(
     kind: str, section: ModelSection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -41,6 +41,7 @@ def lora(kind: str) -> dict[str, Any]:
     return {"r": 4, "lora_dropout": 0.0, "target_modules": "all-linear", **KINDS[kind]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", list(KINDS))
 @pytest.mark.parametrize("trainer", [FloorSFTTrainer, FloorDistillTrainer])
 def test_the_penalty_trains_it(tmp_path: Path, kind: str, trainer: Any) -> None:
@@ -74,6 +75,7 @@ def test_merged_for_a_while_and_given_back(kind: str) -> None:
     assert all(value.equal(before[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [*KINDS, "another head"])
 def test_weights_one_by_one_are_those_of_the_merged_model(kind: str) -> None:
     """And those of the base, which a hundred rounds leave as it was, in bfloat16 too."""
@@ -242,6 +244,7 @@ def test_adapters_above_the_floor_are_told(tmp_path: Path, caplog: pytest.LogCap
     assert "gradient ends at layer 2; adapters above it, up to layer 3" in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
 @pytest.mark.parametrize("trainer", [FloorSFTTrainer, FloorDistillTrainer])
 def test_qlora(tmp_path: Path, quantization: str, trainer: Any) -> None:

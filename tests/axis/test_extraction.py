@@ -150,6 +150,7 @@ for attempt in range(5):
 ONE_BY_ONE = replace(OPTIONS, batch_size=1)
 
 
+@pytest.mark.slow
 def test_kills_change_nothing(model_folder: Callable[[str], Path], tmp_path: Path) -> None:
     source = model_folder("llama")
     whole = run(load_model(str(source), dtype="float32", device="cpu"), tmp_path / "whole", options=ONE_BY_ONE)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import needs
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -172,6 +173,7 @@ for i in range(10**9):
 """
 
 
+@pytest.mark.slow
 def test_kill_9_while_writing(tmp_path: Path) -> None:
     """Whenever the process dies, what stands under the real names is whole, and appending goes on."""
     chance = random.Random(0)
@@ -196,9 +198,10 @@ def test_kill_9_while_writing(tmp_path: Path) -> None:
 @contextlib.contextmanager
 def tiny_disk(folder: Path, options: str = "size=64k") -> Iterator[Path]:
     """A file system of 64 KiB; skips where this process may not mount one."""
+    needs.mount()
     folder.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True).returncode:
-        pytest.skip("needs the right to mount a tmpfs")
+        needs.no_right_to_mount()
     try:
         yield folder
     finally:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import needs
 import pytest
 
 from trimtab.axis import rows
@@ -148,7 +149,7 @@ def test_every_kind_of_file(name: str, content: bytes, tmp_path: Path) -> None:
 
 
 def test_zstd(tmp_path: Path) -> None:
-    zstandard = pytest.importorskip("zstandard")
+    zstandard = needs.package("zstandard", get="pip install zstandard")
     packed = zstandard.ZstdCompressor().compress(PLAIN + b"\n" + PLAIN)
     assert messages(write(tmp_path / "a.jsonl.zst", packed)) == [[ASKED], [ASKED]]
     assert "it can't be unpacked" in faults_of(write(tmp_path / "b.jsonl.zst", packed[:8] + b"x" * 40))

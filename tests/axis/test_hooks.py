@@ -264,6 +264,7 @@ class TestGeneration:
 
 
 class TestCompile:
+    @pytest.mark.slow
     def test_on_off_on(self) -> None:
         torch._dynamo.reset()
         model = build_model("llama")
@@ -277,6 +278,7 @@ class TestCompile:
             with controller.capping(floor, enabled=on):
                 assert torch.allclose(logits(compiled), capped if on else plain, atol=1e-5)
 
+    @pytest.mark.slow
     def test_an_annealed_strength_does_not_outrun_the_recompile_limit(self) -> None:
         torch._dynamo.reset()
         model = build_model("llama")
@@ -292,6 +294,7 @@ class TestCompile:
                 assert torch.allclose(found, expected, atol=1e-5)
         torch._dynamo.reset()
 
+    @pytest.mark.slow
     def test_recording_under_compile_has_gradients(self) -> None:
         torch._dynamo.reset()
         model = build_model("llama")

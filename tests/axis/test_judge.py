@@ -143,6 +143,7 @@ def test_the_template_s_arguments_reach_the_endpoint_and_tell_replies_apart(endp
     assert [request.get("chat_template_kwargs") for request in endpoint.requests] == [None, {"enable_thinking": False}]
 
 
+@pytest.mark.slow
 def test_a_local_judge_is_asked_through_its_template_s_arguments(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

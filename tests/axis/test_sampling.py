@@ -128,6 +128,7 @@ def test_tokens_are_drawn_as_often_as_they_are_likely(top_p: float) -> None:
         assert scipy.stats.chisquare(counts[kept], wanted[kept] * rows / wanted.sum()).pvalue > 0.001
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("options", [GREEDY, WARM, HOT], ids=["greedy", "nucleus", "all tokens"])
 def test_a_batch_of_one_gives_what_the_padded_batch_gives(
@@ -144,6 +145,7 @@ def test_a_batch_of_one_gives_what_the_padded_batch_gives(
         assert torch.allclose(alone.mean, mean, atol=1e-4, equal_nan=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_answer_means_are_those_of_a_full_forward(architecture: str, form: ChatFormat) -> None:
     """Of all tokens of the answer, ended or cut; nothing that is sampled after its end counts, nor the end itself."""

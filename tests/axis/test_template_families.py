@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import needs
 import pytest
 import trl
 from template_families import FAMILIES, OFF, family_tokenizer, own_template
@@ -185,7 +186,7 @@ def test_the_embedded_model_ends_as_it_did() -> None:
     try:
         folder = fetch_embedded(next(iter(EMBEDDED)))
     except UserError:
-        pytest.skip("the embedded model is not installed")
+        needs.no_embedded_model()
     form = ChatFormat(load_tokenizer(str(folder)))
     assert (
         form.end_ids == [2] and form.end_token == form.end_of_turn == 2 and form.opening == "" and form.thought is None

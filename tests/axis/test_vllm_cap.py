@@ -252,6 +252,7 @@ def test_a_sampler_that_does_not_cap_is_found_out(tmp_path: Path) -> None:
         one_batch(trainer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sleeps", [False, True])
 def test_it_samples_for_every_sampler_what_transformers_samples(tmp_path: Path, form: Any, sleeps: bool) -> None:
     """Greedy: capped, student, capped self, base, several turns, another step's weights; awake or asleep in between."""

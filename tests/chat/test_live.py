@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.util
 import os
 import re
 import shutil
@@ -18,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import needs
 import pytest
 import torch
 from conftest import CHATML, build_floor, build_model, build_tokenizer
@@ -28,7 +28,8 @@ from trimtab.axis import Floor, UserError
 from trimtab.axis.chat import ChatFormat
 from trimtab.axis.sampling import SamplingOptions
 from trimtab.chat.arms import ARMS, ArmAnswer, ChatArms, Dialogue, DialogueTurn, open_arms
-from trimtab.chat.command import Sources, about, find_sources, is_local
+from trimtab.chat.command import Sources, about, find_sources
+from trimtab.chat.serving import is_local
 from trimtab.chat.view import column_html, heights_plot, meter_html, scale_of, words
 from trimtab.cli.main import main
 from trimtab.eval.answers.ruler import above_floor, above_floor_by_layer
@@ -269,6 +270,7 @@ def test_the_newest_trained_run_is_found(files: Files, tmp_path: Path, monkeypat
         find_sources(elsewhere)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("given", "told"),
     [
@@ -285,7 +287,7 @@ def test_the_newest_trained_run_is_found(files: Files, tmp_path: Path, monkeypat
 def test_a_wrong_command_is_exit_code_2_with_a_remedy(
     given: list[str], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("gradio")
+    needs.package("gradio", get='pip install "trimtab[chat]"')
     monkeypatch.chdir(tmp_path)
     assert main(["chat", *given, "--no-browser"]) == 2
     printed = capsys.readouterr().err
@@ -299,10 +301,11 @@ def test_the_command_has_help_with_an_example(capsys: pytest.CaptureFixture[str]
     assert "trimtab chat" in capsys.readouterr().out.split("example:")[1]
 
 
+@pytest.mark.slow
 def test_a_taken_port_and_a_missing_gradio_are_told(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("gradio")
+    needs.package("gradio", get='pip install "trimtab[chat]"')
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert main(["chat", "--port", str(taken.getsockname()[1])]) == 2
     assert "a port that is free" in capsys.readouterr().err
@@ -352,13 +355,10 @@ def test_the_page_says_who_can_read_along() -> None:
     assert is_local("::1") and not is_local("example.org")
 
 
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-missing = [name for name in ("gradio", "playwright") if importlib.util.find_spec(name) is None]
-
-
 @pytest.fixture
 def served(files: Files, tmp_path: Path) -> Iterator[str]:
     """The real command on tiny models; its page's address. Ctrl+C ends it."""
+    needs.package("gradio", get='pip install "trimtab[chat]"')
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = [
@@ -397,69 +397,66 @@ def served(files: Files, tmp_path: Path) -> Iterator[str]:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["log"]  # nothing of the talk is kept
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
-@pytest.mark.skipif(bool(missing), reason=f"not installed: {', '.join(missing)}")
-def test_a_real_browser_talks_takes_back_and_starts_again(served: str) -> None:
-    from playwright.sync_api import expect, sync_playwright
+@pytest.mark.slow
+def test_a_real_browser_talks_takes_back_and_starts_again(browser: Any, served: str) -> None:
+    from playwright.sync_api import expect
 
     asked: list[str] = []
     faults: list[str] = []
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--no-proxy-server"])
-        page = browser.new_page()
-        page.set_default_timeout(30_000)
-        expect.set_options(timeout=30_000)
-        page.on("request", lambda request: asked.append(request.url))
-        page.on("pageerror", lambda error: faults.append(str(error)))
-        page.on("console", lambda line: faults.append(line.text) if line.type == "error" else None)
-        page.goto(served)
-        box, send, answers = page.locator("#message textarea"), page.locator("#send"), page.locator(".talk .answer")
-        expect(box).to_be_focused()
-        for setting in ("analytics_enabled", "run_history"):
-            assert page.evaluate(f"window.gradio_config.{setting}") is False
-        page.get_by_role("button", name="ghost", exact=True).click()
-        expect(page.locator("#system textarea")).to_have_value(re.compile("ghost"))
-        page.get_by_label("Longest answer").first.fill("16")
+    page = browser.new_page()
+    page.set_default_timeout(30_000)
+    expect.set_options(timeout=30_000)
+    page.on("request", lambda request: asked.append(request.url))
+    page.on("pageerror", lambda error: faults.append(str(error)))
+    page.on("console", lambda line: faults.append(line.text) if line.type == "error" else None)
+    page.goto(served)
+    box, send, answers = page.locator("#message textarea"), page.locator("#send"), page.locator(".talk .answer")
+    expect(box).to_be_focused()
+    for setting in ("analytics_enabled", "run_history"):
+        assert page.evaluate(f"window.gradio_config.{setting}") is False
+    page.get_by_role("button", name="ghost", exact=True).click()
+    expect(page.locator("#system textarea")).to_have_value(re.compile("ghost"))
+    page.get_by_label("Longest answer").first.fill("16")
 
-        hostile = "${7*7} {{value}} <img src=x onerror=alert(1)>"
-        # tiny models may have answered before one looks, so the page itself remembers
-        page.evaluate(
-            "() => new MutationObserver(() => { window.wasOff ||= document.querySelector('#send').disabled; })"
-            ".observe(document.body, {attributes: true, childList: true, subtree: true})"
-        )
-        box.fill(hostile)
-        box.press("Enter")
-        expect(answers).to_have_count(3)
-        expect(send).to_be_enabled()
-        assert page.evaluate("window.wasOff") is True
-        expect(page.locator(".talk .said").first).to_contain_text(hostile)
-        for meter in page.locator(".meter .reading").all():
-            expect(meter).to_have_text(re.compile(r"^[−+]?\d\.\d\d sigma (above|below|at) the floor$"))
-        expect(page.locator("#plot .js-plotly-plot .scatterlayer path.point")).to_have_count(3)
-        expect(page.locator("#plot .js-plotly-plot")).to_contain_text("the floor")
-        expect(box).to_have_value("")
-        expect(box).to_be_focused()
-        first = page.locator(".talk").all_inner_texts()
+    hostile = "${7*7} {{value}} <img src=x onerror=alert(1)>"
+    # tiny models may have answered before one looks, so the page itself remembers
+    page.evaluate(
+        "() => new MutationObserver(() => { window.wasOff ||= document.querySelector('#send').disabled; })"
+        ".observe(document.body, {attributes: true, childList: true, subtree: true})"
+    )
+    box.fill(hostile)
+    box.press("Enter")
+    expect(answers).to_have_count(3)
+    expect(send).to_be_enabled()
+    assert page.evaluate("window.wasOff") is True
+    expect(page.locator(".talk .said").first).to_contain_text(hostile)
+    for meter in page.locator(".meter .reading").all():
+        expect(meter).to_have_text(re.compile(r"^[−+]?\d\.\d\d sigma (above|below|at) the floor$"))
+    expect(page.locator("#plot .js-plotly-plot .scatterlayer path.point")).to_have_count(3)
+    expect(page.locator("#plot .js-plotly-plot")).to_contain_text("the floor")
+    expect(box).to_have_value("")
+    expect(box).to_be_focused()
+    first = page.locator(".talk").all_inner_texts()
 
-        box.fill("And the sea?")
-        box.press("Enter")
-        expect(answers).to_have_count(6)
-        expect(send).to_be_enabled()
-        page.locator("#back").click()
-        expect(answers).to_have_count(3)
-        expect(box).to_have_value("And the sea?")
-        assert page.locator(".talk").all_inner_texts() == first
+    box.fill("And the sea?")
+    box.press("Enter")
+    expect(answers).to_have_count(6)
+    expect(send).to_be_enabled()
+    page.locator("#back").click()
+    expect(answers).to_have_count(3)
+    expect(box).to_have_value("And the sea?")
+    assert page.locator(".talk").all_inner_texts() == first
 
-        box.fill("far too long " * 60)  # the tiny model takes 512 tokens
-        send.click()
-        expect(page.locator("#notice")).to_contain_text("together the model takes 512")
-        expect(box).to_have_value("far too long " * 60)
-        assert page.locator(".talk").all_inner_texts() == first
+    box.fill("far too long " * 60)  # the tiny model takes 512 tokens
+    send.click()
+    expect(page.locator("#notice")).to_contain_text("together the model takes 512")
+    expect(box).to_have_value("far too long " * 60)
+    assert page.locator(".talk").all_inner_texts() == first
 
-        page.locator("#again").click()
-        expect(answers).to_have_count(0)
-        expect(page.locator("#notice")).to_have_text("")
-        expect(page.locator("#back")).to_be_disabled()
-        browser.close()
+    page.locator("#again").click()
+    expect(answers).to_have_count(0)
+    expect(page.locator("#notice")).to_have_text("")
+    expect(page.locator("#back")).to_be_disabled()
+    page.close()
     assert not faults
     assert not [url for url in asked if not url.startswith((served, "data:", "blob:"))]

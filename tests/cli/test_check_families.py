@@ -96,6 +96,7 @@ def recipe_for(folder: Path, config: dict[str, Any], targets: str = LISTED) -> A
     return load_recipe(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_family_is_understood(name: str, tmp_path: Path) -> None:
     config, billions, active = FAMILIES[name]

@@ -234,6 +234,7 @@ OWN_FILES = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "key"),
     [*(("check", key) for key in OWN_FILES), ("run", OWN_FILES[0]), ("run", OWN_FILES[2]), ("train", OWN_FILES[1])],
@@ -368,6 +369,7 @@ def test_activation_estimate_is_what_autograd_keeps(dtype: str, autocast: bool) 
     assert bytes_inside_layer(config, plain.dtype.itemsize, autocast=autocast) == pytest.approx(measured, rel=0.2)
 
 
+@pytest.mark.slow
 def test_check_shards_the_plan_and_says_what_to_do(recipe: Path) -> None:
     from trimtab.cli.check import check_recipe
 
@@ -386,6 +388,7 @@ def test_check_shards_the_plan_and_says_what_to_do(recipe: Path) -> None:
         check_recipe(loaded, "single", None, 1)
 
 
+@pytest.mark.slow
 def test_check_counts_what_vllm_claims(recipe: Path) -> None:
     from trl import GRPOConfig
 
@@ -497,6 +500,7 @@ sys.exit(1)  # as launchers do, whatever the exit code of their ranks
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("raises", "said"),
     [

@@ -33,6 +33,8 @@ from trimtab.eval.stages import eval_stage
 from trimtab.pipeline.run import open_run
 from trimtab.recipes.loader import load_recipe
 
+pytestmark = pytest.mark.slow  # of a whole run
+
 EVAL = {
     "roles": 3,
     "questions": 2,

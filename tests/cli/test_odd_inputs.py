@@ -181,6 +181,7 @@ ODD = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", list(ODD))
 def test_odd_recipe_is_refused_with_its_key(what: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     method, given, said = ODD[what]
@@ -199,6 +200,7 @@ def test_a_mac_s_gpu_is_missed_where_there_is_none(place: Path, capsys: pytest.C
     assert main(["run", *words]) == 2 and "model.device: mps is asked for" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_finished_weights_are_evaluated_and_never_trained(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from trimtab.train.sft import main as train
 

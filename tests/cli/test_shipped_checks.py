@@ -56,6 +56,7 @@ def structure_of(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return structure
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_a_shipped_recipe_is_what_its_header_says(name: str, structure_of: Any) -> None:
     loaded = load_recipe(name)
@@ -97,6 +98,7 @@ def test_every_model_has_every_method() -> None:
     assert all(found == {"sft", "distill", "grpo", "dpo"} for found in methods.values())
 
 
+@pytest.mark.slow
 def test_work_scales_as_it_should(structure_of: Any) -> None:
     structure, _ = structure_of("qwen3-8b/grpo")
 

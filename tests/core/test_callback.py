@@ -92,6 +92,7 @@ class Gradients(TrainerCallback):
         self.first = self.first or {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "accumulation"), [(4, 1), (1, 4), (2, 2)])
 def test_the_penalty_is_a_mean_over_the_tokens_of_the_step(
     tmp_path: Path, floor: Floor, size: int, accumulation: int
@@ -143,6 +144,7 @@ def tuned(task: str | None = None, **own: Any) -> Any:
     return made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", [None, "CAUSAL_LM"])
 @pytest.mark.parametrize(("size", "accumulation"), [(4, 1), (2, 2)])
 def test_under_an_adapter_labelled_tokens_count(
@@ -166,6 +168,7 @@ class LooksAgain(Trainer):
         return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_a_forward_beside_checkpointed_layers_changes_no_mask(tmp_path: Path, floor: Floor, reentrant: bool) -> None:
     own = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
@@ -178,6 +181,7 @@ def test_a_forward_beside_checkpointed_layers_changes_no_mask(tmp_path: Path, fl
     assert_adds_the_penalty(tmp_path, floor, make, kind=LooksAgain, **own)
 
 
+@pytest.mark.slow
 def test_a_training_that_broke_off_leaves_nothing_that_acts(tmp_path: Path, floor: Floor) -> None:
     """The next, with a callback of its own, gets the penalty once; and without one, not at all."""
 
@@ -201,6 +205,7 @@ def test_a_training_that_broke_off_leaves_nothing_that_acts(tmp_path: Path, floo
     assert all(found[0][name].equal(gradient) for name, gradient in found[1].items())
 
 
+@pytest.mark.slow
 def test_two_floors_at_once_are_two_penalties(tmp_path: Path, floor: Floor) -> None:
     other = Floor((2,), floor.directions[:1], torch.tensor([1.0]), torch.tensor([0.5]))
     found = []
@@ -270,6 +275,7 @@ def test_an_adapter_learns(tmp_path: Path, floor: Floor) -> None:
     assert rows[-1]["floor_penalty"] < rows[0]["floor_penalty"]
 
 
+@pytest.mark.slow
 def test_trl_s_trainer(tmp_path: Path, floor: Floor) -> None:
     trl = pytest.importorskip("trl")
     found = []
@@ -310,6 +316,7 @@ def test_a_model_that_runs_past_the_hooks_is_refused(tmp_path: Path, floor: Floo
         trainer(tmp_path, [FloorCallback(floor, weight=0.5)], given=given).train()
 
 
+@pytest.mark.slow
 def test_what_would_make_its_gradient_wrong_is_refused(tmp_path: Path, floor: Floor) -> None:
     made = trainer(tmp_path, [FloorCallback(floor, weight=0.5)])
     made.args.fp16 = True

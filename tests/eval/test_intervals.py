@@ -263,6 +263,7 @@ def test_holm_by_hand() -> None:
     assert holm([]) == []
 
 
+@pytest.mark.slow
 def test_auc_with_its_interval() -> None:
     generator = np.random.default_rng(7)
     labels = [True] * 50 + [False] * 50

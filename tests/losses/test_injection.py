@@ -50,6 +50,7 @@ def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
         torch.testing.assert_close(one[name], other[name], atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("checkpointing", [None, False, True])
 def test_gradient_is_that_of_the_loss(architecture: str, checkpointing: bool | None) -> None:
@@ -158,6 +159,7 @@ class PlainLoss(Trainer):
         self.model_accepts_loss_kwargs = False
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by", ["block", "callback"])
 @pytest.mark.parametrize("kind", [SFTTrainer, Trainer])
 def test_accumulation_does_not_change_the_penalty(tmp_path: Path, kind: Any, by: str) -> None:
@@ -179,6 +181,7 @@ def test_accumulation_does_not_change_the_penalty(tmp_path: Path, kind: Any, by:
         assert_same({name: each[name] - without[name] for name in penalty}, penalty)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by", ["block", "callback"])
 def test_a_trainer_without_a_count_of_tokens_gets_its_own_mean(tmp_path: Path, by: str) -> None:
     """A mean of the micro-batches' means, as that trainer's loss is one: four times in one forward are four forwards."""
@@ -221,6 +224,7 @@ def tuned(model: Any) -> Any:
     return get_peft_model(model, LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"))
 
 
+@pytest.mark.slow
 def test_example_plain_pytorch() -> None:
     """The penalty on a fixed text falls by its weight; the losses are of another text each step, and go up and down with it."""
     ids = torch.arange(5, 45)[None]
@@ -238,12 +242,14 @@ def test_example_plain_pytorch() -> None:
     assert before - with_it > 1.5 * (before - without) > 0
 
 
+@pytest.mark.slow
 def test_example_transformers_trainer(tmp_path: Path) -> None:
     model = tuned(build_model("llama", max_position_embeddings=512))
     losses = example("transformers_trainer").train(model, build_tokenizer(), FLOOR, str(tmp_path), steps=6)
     assert len(losses) == 6 and losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 def test_example_unmodified_trl(tmp_path: Path) -> None:
     """The penalty falls under a trainer that knows nothing of it."""
     module = example("unmodified_trl")

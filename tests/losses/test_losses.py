@@ -366,6 +366,7 @@ def reentrant(model: Any) -> None:
     model.base_model.model.gradient_checkpointing_enable({"use_reentrant": True})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("checkpointing", [no_checkpointing, non_reentrant, reentrant])
 def test_gradient_equals_plain_autograd(architecture: str, checkpointing: Callable[[Any], None]) -> None:
@@ -380,6 +381,7 @@ def test_gradient_equals_plain_autograd(architecture: str, checkpointing: Callab
     assert_same(ours(model, floor), wanted)
 
 
+@pytest.mark.slow
 def test_gradient_above_the_floor() -> None:
     floor = build_floor((0, 2), tau=2.0)
     wanted = reference(adapted("llama"), floor, margin=0.7)

@@ -82,6 +82,7 @@ HELD: dict[str, tuple[list[str], dict[str, str]]] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("there", HELD)
 def test_what_a_folder_is_held_to(there: str, recipe: Path) -> None:
     goes_on, refused = HELD[there]

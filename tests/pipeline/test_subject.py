@@ -27,13 +27,13 @@ from trimtab.axis.replies import Missing
 from trimtab.cli.main import main
 from trimtab.eval import stages
 from trimtab.eval.answers.arms import Answers
+from trimtab.eval.answers.evaluation import Evaluation
 from trimtab.eval.answers.weights import open_weights
-from trimtab.eval.evaluation import Evaluation
 from trimtab.eval.measures.pressure import REPLIES, _judged
+from trimtab.eval.measures.unscored import UNSCORED, keep_unscored
 from trimtab.eval.report.page import load_report
 from trimtab.eval.schema import Report
 from trimtab.eval.stages import evaluate, evaluation_of
-from trimtab.eval.unscored import UNSCORED, keep_unscored
 from trimtab.pipeline.instrument import axis_stage, floor_stage
 from trimtab.pipeline.loading import Prepared, load_recipe_model
 from trimtab.pipeline.run import Run, open_run
@@ -92,6 +92,7 @@ def evaluated(run: Run, make_tuned: Any) -> Report:
     return report
 
 
+@pytest.mark.slow
 def test_base_against_base_is_never_good(base: Path, run: Run) -> None:
     """With every suite switched on."""
     suites = {
@@ -173,6 +174,7 @@ def test_what_the_judge_did_not_score_is_asked_again_by_the_same_command(
     shutil.rmtree(run.folder / "eval")
 
 
+@pytest.mark.slow
 def test_the_cap_against_itself_keeps_exactly_all(run: Run) -> None:
     """The tuned weights are the base under hooks that know nothing of ours."""
 
@@ -194,6 +196,7 @@ def test_the_cap_against_itself_keeps_exactly_all(run: Run) -> None:
     assert metrics["text_llr"].tuned_effect == metrics["text_llr"].cap_effect
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("blind", [False, True])
 def test_an_adapter_that_only_shifts_along_the_axis_is_caught_and_named(
     blind: bool, base: Path, run: Run, tmp_path: Path
@@ -231,6 +234,7 @@ def small() -> list[str]:
     return [f"{key}={value}" for key, value in pairs] + ["model.dtype=float32", "model.device=cpu"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_children")
 def test_the_command_takes_an_adapter_and_the_same_weights_whole(base: Path, run: Run, tmp_path: Path) -> None:
     """The adapter, and a model that it was merged into, measure alike."""

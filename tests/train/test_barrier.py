@@ -74,6 +74,7 @@ def by_hand(model: Any, batch: dict[str, Any]) -> torch.Tensor:
     return total / count
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [grpo, dpo])
 def test_the_barrier_is_added_as_written(tmp_path: Path, method: Any) -> None:
     gradients, losses = [], []

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TextIO
 
+import needs
 import pytest
 from tiny_recipe import (
     PROBE,
@@ -19,7 +20,6 @@ from tiny_recipe import (
     command,
     environment,
     launcher,
-    needs_deepspeed,
     save_small,
     small_disk,
     write_recipe,
@@ -76,7 +76,7 @@ class Broken:
 @pytest.mark.parametrize("engine", ["ddp-cpu", "zero3-cpu"])
 def test_a_killed_rank_ends_the_job_and_it_goes_on(tmp_path: Path, engine: str) -> None:
     if engine.startswith("zero"):
-        needs_deepspeed()
+        needs.deepspeed()
     job = Broken(tmp_path, engine, "kill:1:3")
     said = job.log.read_text(encoding="utf-8")
     print(f"{engine}: {job.seconds:.1f} s from the kill to the end of the launcher")
@@ -105,7 +105,7 @@ def test_nan_on_one_rank_stops_all_with_the_batch_saved(tmp_path: Path) -> None:
 @pytest.mark.distributed
 def test_a_full_disk_stops_all_and_damages_nothing(tmp_path: Path) -> None:
     """Every rank writes its part of ZeRO-3's checkpoint, and here finds no room for it."""
-    needs_deepspeed()
+    needs.deepspeed()
     with small_disk(tmp_path / "disk", 64 << 20):
         job = Broken(tmp_path, "zero3-cpu", "full:0:3", disk=tmp_path / "disk")
         said = job.log.read_text(encoding="utf-8")

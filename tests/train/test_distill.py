@@ -67,6 +67,7 @@ def test_a_fresh_adapter_is_as_far_from_its_capped_self_as_the_cap_moves_it(tmp_
         assert (loss > 1e-3) if far else (abs(loss) < 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
 def test_training_brings_the_student_to_its_capped_self(tmp_path: Path, kind: str) -> None:
     rows = make_rows(8)
@@ -81,6 +82,7 @@ def test_training_brings_the_student_to_its_capped_self(tmp_path: Path, kind: st
     assert history[-1]["floor_penalty"] < history[0]["floor_penalty"]  # it is measured, not trained on, and falls
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulation", [1, 4])
 def test_accumulation_does_not_change_it(tmp_path: Path, accumulation: int) -> None:
     rows = make_rows(8, benign=range(0, 8, 4))

@@ -146,6 +146,7 @@ def make_trainer(
     )
 
 
+@pytest.mark.slow
 def test_the_file_is_a_dataset_for_an_unmodified_trainer(tmp_path: Path) -> None:
     """And without weight ours is that trainer, bit by bit."""
     rows = pairs(tmp_path / "pairs.jsonl")[1]
@@ -180,6 +181,7 @@ def test_the_penalty_is_a_mean_over_answers(tmp_path: Path) -> None:
     assert losses[0.7] - losses[0.0] == pytest.approx(0.7 * sum(means) / len(means), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_accumulation_does_not_change_the_step(tmp_path: Path) -> None:
     rows = (pairs(tmp_path / "pairs.jsonl")[1] * 2)[:4]
     adapters = []
@@ -228,6 +230,7 @@ def test_pairs_become_the_tokens_that_were_sampled(tokenizer_without_system_fold
     )
 
 
+@pytest.mark.slow
 def test_the_trainer_takes_pairs_of_a_template_without_a_system_role(
     tokenizer_without_system_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

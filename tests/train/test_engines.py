@@ -11,6 +11,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import needs
 import pytest
 from peft import PeftModel
 from tiny_recipe import (
@@ -21,7 +22,6 @@ from tiny_recipe import (
     environment,
     largest_difference,
     launch,
-    needs_deepspeed,
     run,
     save_small,
     write_recipe,
@@ -77,7 +77,7 @@ def test_two_processes_train_the_adapter_of_one(
     model: Path, engine: str, method: str, kind: str, wrapper: str, stage: int | None
 ) -> None:
     if stage is not None:
-        needs_deepspeed()
+        needs.deepspeed()
     alone = one_process(method, model)
     folder, notes = launch(engine, method, model, model.parent)
     assert len(notes) == 2
@@ -139,7 +139,7 @@ def test_a_run_goes_on_with_another_number_of_processes(model: Path, tmp_path: P
 @pytest.mark.distributed
 def test_a_base_of_4_bits_is_sharded_and_trains_alike(tmp_path: Path) -> None:
     """Adapters are bfloat16 then, TRL's choice, so the steps part by its rounding; the first has the same loss and gradient."""
-    pytest.importorskip("bitsandbytes")
+    needs.package("bitsandbytes", get='pip install "trimtab[qlora]"')
     model = tmp_path / "model"  # wide enough for a block of 64 weights
     save_small(model, hidden_size=64, intermediate_size=128, head_dim=16)
     _, (note, _) = found = launch("fsdp2-qlora", "sft", model, tmp_path, quantization="nf4")
@@ -153,6 +153,7 @@ def test_a_base_of_4_bits_is_sharded_and_trains_alike(tmp_path: Path) -> None:
     assert any(bool(tensor.any()) for name, tensor in adapter(found[0]).items() if "lora_B" in name)
 
 
+@pytest.mark.slow
 def test_one_process_by_accelerate_is_the_plain_script(model: Path) -> None:
     alone = one_process("sft", model)
     folder, notes = launch("cpu", "sft", model, model.parent)

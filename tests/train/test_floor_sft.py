@@ -169,6 +169,7 @@ def by_hand(model: Any, rows: list[dict[str, Any]], count: int, *, weight: float
     return total / count
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["absolute", "base"])
 @pytest.mark.parametrize("benign", [(), (1, 3), (0, 1, 2, 3)])
 def test_loss_by_hand(tmp_path: Path, benign: tuple[int, ...], target: str) -> None:
@@ -240,6 +241,7 @@ def test_the_learner_does_not_see_a_cap_that_is_on(tmp_path: Path) -> None:
 # ---- invariants ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_accumulation_and_batch_size_change_nothing(tmp_path: Path, checkpointing: bool) -> None:
     """8 x 1, 2 x 4 and 1 x 8 are the same step, with benign rows and a schedule, checkpointed or not."""
@@ -257,6 +259,7 @@ def test_accumulation_and_batch_size_change_nothing(tmp_path: Path, checkpointin
         assert_close(other, adapter, 1e-4)
 
 
+@pytest.mark.slow
 def test_padding_to_a_multiple_changes_nothing(tmp_path: Path) -> None:
     rows = make_rows(8, (1, 6))
     reference, _, _ = trained(tmp_path / "a", rows, max_steps=1, extra=OTHERS)
@@ -267,6 +270,7 @@ def test_padding_to_a_multiple_changes_nothing(tmp_path: Path) -> None:
     assert_close(gradients.first, reference, 1e-5)
 
 
+@pytest.mark.slow
 def test_without_floor_weight_and_benign_rows_it_is_the_plain_sft_trainer_bitwise(tmp_path: Path) -> None:
     rows = make_rows(8)
 
@@ -290,6 +294,7 @@ def test_without_floor_weight_and_benign_rows_it_is_the_plain_sft_trainer_bitwis
     assert any(not weights.equal(adapter_of(plain)[name]) for name, weights in adapter_of(penalised).items())
 
 
+@pytest.mark.slow
 def test_training_lifts_projections_and_keeps_benign_ones(tmp_path: Path) -> None:
     rows = make_rows(8, (2, 5))
     extra = {"floor_weight": 2.0, "benign_kl_weight": 1.0, "benign_axis_weight": 1.0}
@@ -303,6 +308,7 @@ def test_training_lifts_projections_and_keeps_benign_ones(tmp_path: Path) -> Non
 # ---- the log ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulation", [1, 4])
 def test_the_floor_s_figures_are_in_the_log(tmp_path: Path, accumulation: int) -> None:
     """Means over tokens, not over micro-batches."""
@@ -335,6 +341,7 @@ def test_the_floor_s_figures_are_in_the_log(tmp_path: Path, accumulation: int) -
     assert not {"tokens", "benign_tokens"} & row.keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulation", [1, 4])
 def test_the_schedule_runs_on_optimiser_steps(tmp_path: Path, accumulation: int) -> None:
     """The loss falls by exactly what the weight falls, at learning rate 0: 4 micro-batches don't move the schedule."""
@@ -375,6 +382,7 @@ def test_schedules() -> None:
 # ---- faults ----
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_with_place_and_remedy(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, make_rows(8), extra={"floor_weight": float("inf")})
     fault = r"(?s)train.learning_rate: the loss is (inf|nan) at step 0 on rank 0.*remedy: lower"
@@ -394,6 +402,7 @@ def test_a_batch_without_answer_tokens_is_told(tmp_path: Path) -> None:
         trainer.train()
 
 
+@pytest.mark.slow
 def test_one_micro_batch_without_answer_tokens_trains_nothing_and_ends_nothing(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -422,6 +431,7 @@ def test_adapters_above_the_floor_are_told(tmp_path: Path) -> None:
         make_trainer(tmp_path, make_rows(4), lora=above)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_floor_that_begins_below_the_adapters_trains_what_it_can(
     tmp_path: Path, checkpointing: bool, caplog: pytest.LogCaptureFixture
@@ -456,6 +466,7 @@ def test_what_needs_the_base_needs_an_adapter(tmp_path: Path, extra: dict[str, A
 # ---- what is saved ----
 
 
+@pytest.mark.slow
 def test_checkpoints_hold_the_floor_and_peft_alone_loads_them(
     tmp_path: Path, model_folder: Callable[[str], Path]
 ) -> None:

@@ -218,6 +218,7 @@ def test_a_fresh_adapter_has_the_shape_of_the_tuned_one(
     assert fresh_adapter(build_model("llama"), Subject("m", whole=True), {"r": 5}).r == 5
 
 
+@pytest.mark.slow
 def test_an_adapter_is_merged_and_whole_weights_are_taken(folder: Path, tmp_path: Path) -> None:
     """From the tuned weights, the untouched base, and whole weights; the sources stay as they were."""
     rows = [{"messages": [{"role": "user", "content": f"Hail {i}!"}, *ANSWER]} for i in range(7)]

@@ -128,6 +128,7 @@ def one_batch(trainer: Any, prompts: Any = ONE_TURN) -> dict[str, Tensor]:
     return batch
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("prompts", [ONE_TURN, TWO_TURNS])
 def test_the_ratio_is_that_of_the_capped_and_the_uncapped_policy(
@@ -149,6 +150,7 @@ def test_the_ratio_is_that_of_the_capped_and_the_uncapped_policy(
         torch.testing.assert_close(found[mine], (wanted * uncorrected["advantages"][i])[mine], atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("level", ["token", "sequence"])
 def test_the_gradient_is_the_weighted_policy_gradient(tmp_path: Path, level: str) -> None:
     """Against the formula by hand: sum of w_t A grad log pi(y_t), divided as each loss type divides."""
@@ -179,6 +181,7 @@ def test_the_gradient_is_the_weighted_policy_gradient(tmp_path: Path, level: str
             torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-3, msg=kind)
 
 
+@pytest.mark.slow
 def test_sampling_follows_the_capped_policy(tmp_path: Path) -> None:
     """First tokens of many samples against the capped distribution, which lies far from the uncapped one."""
     trainer = make_trainer(tmp_path, max_completion_length=1, own={"cap_schedule": "constant", "sampling_batch": 8192})
@@ -239,6 +242,7 @@ def test_a_conversation_is_one_completion_in_which_the_users_tokens_carry_no_los
         assert len(found["turns"][row]) == 1 and 0 not in found["env_mask"][row]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "eos"), [("qwen3", "<|im_end|>"), ("olmo3", "<|endoftext|>")])
 def test_a_conversation_is_written_as_the_template_writes_an_earlier_answer(
     tmp_path: Path, name: str, eos: str
@@ -269,6 +273,7 @@ def test_what_was_cut_is_told_by_all_ends(tmp_path: Path) -> None:
     assert trainer.eos_token_ids == [2, 7]
 
 
+@pytest.mark.slow
 def test_the_strength_is_annealed_and_at_zero_nothing_is_corrected(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, max_steps=4)
     trainer.train()
@@ -347,6 +352,7 @@ def test_the_penalty_is_a_mean_over_the_policys_tokens(tmp_path: Path) -> None:
     assert float((with_it - without).detach()) == pytest.approx(0.7 * total / tokens, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_training_is_repeated_exactly(tmp_path: Path) -> None:
     weights = []
     for number in range(2):
@@ -822,6 +828,7 @@ class Enumeration:
 ERRORS = {1: (0.47, 0.01, 0.01, 0.19), 2: (0.22, 0.28, 0.13, 0.32), 3: (0.14, 0.24, 0.04, 0.12)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", ERRORS)
 def test_the_ratio_of_sequences_is_unbiased_and_that_of_tokens_is_for_one_token(tmp_path: Path, length: int) -> None:
     """Every answer of up to three tokens through the trainer's own loss, against the gradient of the expected reward."""

@@ -100,6 +100,7 @@ def test_a_recipe_is_refused_by_name(field: str, value: Any) -> None:
         recipe(**{field: value})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("field", "value"), cases(WORKS))
 def test_the_base_is_untouched_however_far_it_is_trained(field: str, value: Any) -> None:
     lora = {"r": 4, "target_modules": "all-linear", **BESIDE.get(field, {}), field: value}

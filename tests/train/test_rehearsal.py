@@ -102,6 +102,7 @@ TOLD: dict[str, tuple[list[str], dict[str, str]]] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", TOLD)
 def test_each_fault_is_told_of_its_key(method: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
@@ -112,6 +113,7 @@ def test_each_fault_is_told_of_its_key(method: str, folder: Path, monkeypatch: p
         assert said in f"{found[key].fault} {found[key].remedy}", found[key]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_a_good_recipe_passes_and_leaves_the_process_as_it_was(
     method: str, folder: Path, monkeypatch: pytest.MonkeyPatch

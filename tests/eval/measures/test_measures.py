@@ -10,12 +10,12 @@ import pytest
 
 from trimtab.eval import ids, measures
 from trimtab.eval.measures import ORDER, all_measures
+from trimtab.eval.measures.suite import Findings, Measure, MetricValues, Suite
 from trimtab.eval.report.assemble import claims_of
 from trimtab.eval.schema import Estimate, SideEffect
-from trimtab.eval.suite import Findings, Measure, MetricValues, Suite
 from trimtab.recipes.loader import load_recipe
 
-HELPERS = {"capability_tasks", "instruction_rules"}  # of capability
+HELPERS = {"suite", "unscored", "capability_tasks", "instruction_rules"}
 ROOM = Path(str(measures.__file__)).parent
 
 

@@ -39,6 +39,7 @@ def judge_at(endpoint: Endpoint, cache: Path) -> ScoringJudge:
     return scoring_judge(section.model_dump(), cache, "eval.judge")
 
 
+@pytest.mark.slow
 def test_identities_are_counted_as_the_judge_names_them(arms: Arms, endpoint: Endpoint, tmp_path: Path) -> None:
     told: dict[str, str] = {}
 
@@ -77,6 +78,7 @@ def test_identities_are_counted_as_the_judge_names_them(arms: Arms, endpoint: En
     assert again and all(told[prompt] == "5" for prompt in again)  # only what could not be read is asked again
 
 
+@pytest.mark.slow
 def test_judge_and_ratio_are_held_against_answers_that_were_read(arms: Arms, endpoint: Endpoint) -> None:
     labels = {row.answer: str(IDENTITIES.index(row.label)) for row in data.identity_labels()}
     endpoint.answer = lambda prompt, count: (
@@ -110,6 +112,7 @@ def test_labels_were_given_by_two_readers_who_mostly_agree() -> None:
     assert all(row.label in row.readers for row in known)
 
 
+@pytest.mark.slow
 def test_the_persona_settles_before_the_request(arms: Arms, endpoint: Endpoint) -> None:
     endpoint.answer = lambda prompt, count: (200, "1" if "rumour" in prompt else "0")
     probes = [
@@ -154,6 +157,7 @@ def test_answers_of_no_words_are_missing_and_never_safe() -> None:
     assert unscored == []  # there is nothing to ask again
 
 
+@pytest.mark.slow
 def test_what_the_endpoint_did_not_answer_is_told_apart_and_no_rate(arms: Arms, endpoint: Endpoint) -> None:
     endpoint.answer = lambda prompt, count: (
         (503, b"full") if "rumour" in prompt else (200, "hm" if "messages" in prompt else "1")
@@ -171,6 +175,7 @@ def test_what_the_endpoint_did_not_answer_is_told_apart_and_no_rate(arms: Arms, 
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_little_room_is_said_and_without_a_judge_the_ratio_is_left(arms: Arms, endpoint: Endpoint) -> None:
     endpoint.answer = lambda prompt, count: (200, "0")
     probes = data.boundary_probes(4)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from trimtab.eval.grading import grade
+from trimtab.eval.measures.suite import Findings
 from trimtab.eval.report.assemble import claims_of
 from trimtab.eval.report.verdict import make_verdict
 from trimtab.eval.schema import (
@@ -21,7 +22,6 @@ from trimtab.eval.schema import (
     Retention,
     SideEffect,
 )
-from trimtab.eval.suite import Findings
 
 
 def estimate(value: float, half: float = 0.05, n: int = 100) -> Estimate:

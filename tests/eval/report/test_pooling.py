@@ -97,6 +97,7 @@ def test_a_cap_within_its_noise_has_no_pooled_retention() -> None:
     assert found.estimate is None and "within its noise" in found.why
 
 
+@pytest.mark.slow
 def test_a_setting_against_itself_has_no_gap_and_another_has_its_own() -> None:
     reports = {
         f"{name}-{seed}": report(by_cluster(draw + seed, kept), recipe=name, seed=seed)

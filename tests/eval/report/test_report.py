@@ -3,18 +3,19 @@
 import json
 import os
 import re
-import shutil
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import needs
 import numpy as np
 import plotly.graph_objects as go
 import pytest
 import yaml
 
 from trimtab.axis.errors import UserError
+from trimtab.eval.measures.suite import Findings
 from trimtab.eval.report import page as report_module
 from trimtab.eval.report.assemble import claims_of
 from trimtab.eval.report.card import model_card
@@ -44,7 +45,6 @@ from trimtab.eval.schema import (
     Turn,
     TurnPoint,
 )
-from trimtab.eval.suite import Findings
 
 ARMS = ("base", "base+cap", "tuned", "tuned+cap", "control")
 LEVELS = {"base": -2.9, "base+cap": -1.8, "tuned": -1.9, "tuned+cap": -1.6, "control": -2.8}
@@ -543,20 +543,16 @@ def test_model_card(report: Report) -> None:
         model_card(report, adapter_facts={"base_model": "x"})
 
 
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
 def test_a_real_browser_draws_every_plot_without_a_fault(report: Report, tmp_path: Path) -> None:
+    chromium = needs.chromium()
     path = write_report(report, tmp_path)
     source = path.read_text(encoding="utf-8")
     probe = "<script>addEventListener('error', (e) => document.title = 'FAULT ' + e.message);"
     probe += "addEventListener('securitypolicyviolation', (e) => document.title = 'BLOCKED ' + e.blockedURI);</script>"
     path.write_text(source.replace("<style>", probe + "<style>", 1), encoding="utf-8")
-    assert CHROMIUM is not None
     done = subprocess.run(
         [
-            CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+            chromium, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
             "--disable-background-networking", "--disable-component-update", "--disable-sync",
             "--window-size=1280,2000",
             f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=4000", "--dump-dom", path.as_uri(),
@@ -568,45 +564,37 @@ def test_a_real_browser_draws_every_plot_without_a_fault(report: Report, tmp_pat
     assert "9 of 9 shown" in done.stdout
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [390, 1280])
-def test_the_page_is_no_wider_than_its_window(report: Report, tmp_path: Path, width: int) -> None:
+def test_the_page_is_no_wider_than_its_window(browser: Any, report: Report, tmp_path: Path, width: int) -> None:
     """With all that folds open, and a recipe of long lines in it: what is wider scrolls within itself."""
-    from playwright.sync_api import sync_playwright
-
     long = {**report.repeat, "recipe": "# " + "a line of a recipe's comment, " * 20 + "\nmodel: {}"}
     path = write_report(report.model_copy(update={"repeat": long}), tmp_path)
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": width, "height": 900})
-        page.goto(path.as_uri())
-        page.eval_on_selector_all("details", "all => all.forEach(one => one.open = true)")
-        assert page.evaluate("document.documentElement.scrollWidth") <= width
-        browser.close()
+    page = browser.new_page(viewport={"width": width, "height": 900})
+    page.goto(path.as_uri())
+    page.eval_on_selector_all("details", "all => all.forEach(one => one.open = true)")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    page.close()
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
-def test_transcripts_are_chosen_by_kind_arm_and_turn(report: Report, tmp_path: Path) -> None:
-    from playwright.sync_api import sync_playwright
-
+@pytest.mark.slow
+def test_transcripts_are_chosen_by_kind_arm_and_turn(browser: Any, report: Report, tmp_path: Path) -> None:
     path = write_report(report, tmp_path)
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        page = browser.new_page()
-        page.goto(path.as_uri())
-        page.click("#fold")
-        everything = page.locator(".answer:visible").count()
-        page.uncheck("#arms input[value='base+cap']")
-        assert page.locator(".answer[data-arm='base+cap']:visible").count() == 0
-        assert 0 < page.locator(".answer:visible").count() < everything
-        page.check("#arms input[value='base+cap']")
-        assert page.locator(".answer:visible").count() == everything
-        page.select_option("#turn", "2")
-        longer = sum(len(transcript.turns) > 1 for transcript in report.transcripts)
-        assert 0 < longer < len(report.transcripts)
-        assert page.locator("#shown").text_content() == f"{longer} of {len(report.transcripts)} shown"
-        assert page.locator(".turn[data-turn='1']:visible").count() == 0
-        kind = next(transcript.kind for transcript in report.transcripts if len(transcript.turns) > 1)
-        page.check(f"#kinds input[value='{kind}']")
-        assert set(page.locator(".transcript:visible").evaluate_all("all => all.map(t => t.dataset.kind)")) == {kind}
-        browser.close()
+    page = browser.new_page()
+    page.goto(path.as_uri())
+    page.click("#fold")
+    everything = page.locator(".answer:visible").count()
+    page.uncheck("#arms input[value='base+cap']")
+    assert page.locator(".answer[data-arm='base+cap']:visible").count() == 0
+    assert 0 < page.locator(".answer:visible").count() < everything
+    page.check("#arms input[value='base+cap']")
+    assert page.locator(".answer:visible").count() == everything
+    page.select_option("#turn", "2")
+    longer = sum(len(transcript.turns) > 1 for transcript in report.transcripts)
+    assert 0 < longer < len(report.transcripts)
+    assert page.locator("#shown").text_content() == f"{longer} of {len(report.transcripts)} shown"
+    assert page.locator(".turn[data-turn='1']:visible").count() == 0
+    kind = next(transcript.kind for transcript in report.transcripts if len(transcript.turns) > 1)
+    page.check(f"#kinds input[value='{kind}']")
+    assert set(page.locator(".transcript:visible").evaluate_all("all => all.map(t => t.dataset.kind)")) == {kind}
+    page.close()

@@ -12,7 +12,7 @@ from trimtab.axis.files import read_jsonl, write_jsonl
 from trimtab.axis.judge import scoring_judge
 from trimtab.axis.replies import Missing
 from trimtab.eval.measures.pressure import REPLIES
-from trimtab.eval.suite import Unscored
+from trimtab.eval.measures.suite import Unscored
 from trimtab.pipeline.run import Run
 
 log = logging.getLogger("trimtab")

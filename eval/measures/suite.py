@@ -27,7 +27,7 @@ from trimtab.eval.schema import (
 
 if TYPE_CHECKING:
     from trimtab.axis.chat import Message
-    from trimtab.eval.evaluation import Evaluation
+    from trimtab.eval.answers.evaluation import Evaluation
     from trimtab.recipes.schema import EvalSection
 
 
