@@ -49,7 +49,7 @@ from trimtab.axis import ActivationController, Floor, UserError
 from trimtab.axis.adapters import as_base, merged_if_quicker
 from trimtab.axis.chat import ChatFormat
 from trimtab.axis.sampling import Sampler, SamplingOptions, sample_on_all_ranks, seed_of
-from trimtab.recipes.rules import SHAPING
+from trimtab.recipes.methods import SHAPING
 from trimtab.train.barrier import BarrierOptions, BenignRows, HeldToBase
 from trimtab.train.conversations import prompts_a_generation
 from trimtab.train.penalty import Figures, FloorPenalty, FloorTrainer, PenaltyOptions, refuse_base_target

@@ -23,8 +23,7 @@ from trimtab.axis.sampling import Answer, SamplingOptions, sample_answers
 from trimtab.pipeline.instrument import floor_stage
 from trimtab.pipeline.loading import Prepared, sampling_options
 from trimtab.pipeline.run import Run
-from trimtab.recipes.rules import row_length
-from trimtab.recipes.schema import DpoMethod
+from trimtab.recipes.methods import PairMethod
 from trimtab.train.rollouts import TrainPrompt, recent_turns, room_of_prompt
 from trimtab.train.sources import drift_sources
 
@@ -117,15 +116,16 @@ def make_pairs(
 
 
 def rollouts_stage(run: Run, prepared: Prepared | None = None) -> None:
-    """Everything that training needs: axis, floor, and DPO's pairs. The other methods' trainers sample as they go on.
+    """Everything that training needs: axis, floor, and the pairs of methods that make some. Other trainers sample as they go on.
 
     What can be known to be wrong beforehand is :func:`trimtab.train.rehearsal.rehearse`'s to tell.
     """
     method = run.recipe.method
     prepared = prepared or Prepared(run)
     floor_stage(run, prepared)
-    if not isinstance(method, DpoMethod):
+    if not method.makes_pairs:
         return
+    assert isinstance(method, PairMethod)
 
     def work() -> dict[str, Any]:
         loaded, form = prepared()
@@ -141,7 +141,7 @@ def rollouts_stage(run: Run, prepared: Prepared | None = None) -> None:
                 options=sampling_options(method.sampling),
                 strength=method.cap_strength,
                 seed=run.recipe.data.seed,
-                max_length=row_length(run.recipe),
+                max_length=run.recipe.row_length,
             )
         return found
 

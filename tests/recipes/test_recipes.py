@@ -22,8 +22,8 @@ from trimtab.pipeline.identity import differences, flat
 from trimtab.recipes.faults import Fault, RecipeError
 from trimtab.recipes.library_fields import VLLM_KEYS, accepts, lora_fields, train_config, train_fields
 from trimtab.recipes.loader import load_recipe, shipped_recipes
+from trimtab.recipes.methods import METHODS
 from trimtab.recipes.rules import floor_layers
-from trimtab.recipes.schema import BENIGN_SHARES, METHODS, DataSection
 from trimtab.recipes.yaml_lines import parse_yaml
 
 GOOD = """\
@@ -321,14 +321,14 @@ def test_a_conversation_that_rows_do_not_hold_is_told_with_what_would(method: st
 def test_the_longest_row_of_the_rules_is_trls_own() -> None:
     from trl import DPOConfig, SFTConfig
 
-    from trimtab.recipes.rules import ROW_LENGTH
+    from trimtab.recipes.methods import ROW_LENGTH
 
     for config in (SFTConfig, DPOConfig):
         assert config.__dataclass_fields__["max_length"].default == ROW_LENGTH
 
 
 def test_rewards_of_the_rules_are_those_that_ship() -> None:
-    from trimtab.recipes.rules import REWARDS
+    from trimtab.recipes.methods import REWARDS
     from trimtab.train.rewards import SHIPPED
 
     assert set(REWARDS) == {*SHIPPED, "judge"}
@@ -590,8 +590,6 @@ OF_SPREADING = {"train.per_device_train_batch_size", "train.gradient_accumulatio
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_recipe_of_two_lines_trains_what_was_measured(method: str, tmp_path: Path) -> None:
-    from trimtab.train.job import LEARNING_RATES
-
     measured = load_recipe(f"smollm2-135m/{method}")
     steps = measured.recipe.train["max_steps"]
     lines = [f"model: {{name: smollm2-135m}}\nmethod: {{name: {method}}}\n", f"train: {{max_steps: {steps}}}\n"]
@@ -606,15 +604,13 @@ def test_a_recipe_of_two_lines_trains_what_was_measured(method: str, tmp_path: P
     rows = [train["per_device_train_batch_size"] * train.get("gradient_accumulation_steps", 1) for train in (
         measured.recipe.train, plain.recipe.train)]  # fmt: skip
     assert rows[0] == rows[1]
-    assert measured.recipe.train["learning_rate"] == LEARNING_RATES[method][0]
+    assert measured.recipe.train["learning_rate"] == METHODS[method].learning_rates[0]
     warm = plain.recipe.train["warmup_steps"] * steps  # a share of the steps
     assert abs(math.ceil(warm) - measured.recipe.train["warmup_steps"]) <= 1
 
 
 def test_the_recipes_of_larger_models_say_what_a_recipe_of_two_lines_does() -> None:
     """Weights and shares: those that make what is trained. And the learning rate of their size."""
-    from trimtab.train.job import LEARNING_RATES
-
     for name, path in shipped_recipes().items():
         content = parse_yaml(path.read_text(encoding="utf-8")).value
         method = content["method"].pop("name")
@@ -622,9 +618,9 @@ def test_the_recipes_of_larger_models_say_what_a_recipe_of_two_lines_does() -> N
         for key in ("floor_weight", "benign_kl_weight", "benign_axis_weight", "student_share"):
             if key in content["method"]:
                 assert content["method"][key] == getattr(plain, key), f"{name}: {key}"
-        assert content["data"]["benign_share"] == BENIGN_SHARES.get(method, DataSection().benign_share)
+        assert content["data"]["benign_share"] == METHODS[method].benign_share
         if not name.startswith("smollm2"):
-            assert content["train"]["learning_rate"] == LEARNING_RATES[method][1]
+            assert content["train"]["learning_rate"] == METHODS[method].learning_rates[1]
         assert content["lora"]["lora_alpha"] == 2 * content["lora"]["r"]
 
 
