@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import importlib
 import json
 import shutil
 import subprocess
@@ -47,6 +46,7 @@ from trimtab.cli.launch import resolve_accelerate_config
 from trimtab.cli.work import estimate_work
 from trimtab.pipeline.run import open_run
 from trimtab.recipes.loader import LoadedRecipe, load_recipe
+from trimtab.train.job import method_of
 from trimtab.train.pairs import rollouts_stage
 
 CONFIGS = Path(__file__).resolve().parent.parent / "tests" / "model_configs.json"
@@ -63,8 +63,8 @@ HEAD = ["recipe", "phase", "plan, GiB", "used", "reserved", "plan / used", "seco
 
 def overrides(name: str, model: Path, length: int, steps: int) -> list[str]:
     """What a recipe is told, so that its rows have so many tokens and it ends after so many steps."""
-    method = load_recipe(name).recipe.method.name
-    own = [f"train.max_completion_length={length}"] if method == "grpo" else [
+    method = load_recipe(name).recipe.method
+    own = [f"train.max_completion_length={length}"] if method.trains_conversations else [
         f"train.max_length={length}", f"method.sampling.max_new_tokens={length - PROMPT}", "method.sampling.batch_size=16",
     ]  # fmt: skip
     return [f"model.name={model}", *SHORT, *own, f"train.max_steps={steps}", "train.warmup_steps=0"]
@@ -113,7 +113,7 @@ class Phases(TrainerCallback):
 
 def measure(loaded: LoadedRecipe, folder: Path) -> dict[str, dict[str, float]]:
     """Train the recipe in this process; the peaks of each phase, its seconds over the run."""
-    method = importlib.import_module(f"trimtab.train.{loaded.recipe.method.name}").METHOD
+    method = method_of(loaded.recipe)
     run = open_run(loaded, output_dir=str(folder))
     rollouts_stage(run)
     gc.collect()
@@ -139,10 +139,10 @@ def rows_of(name: str, loaded: LoadedRecipe, measured: dict[str, dict[str, float
     work = estimate_work(recipe, structure.parameters, config, sharded=False, processes=1)
     planned = {phase: plan.total(phase) - CONTEXT for phase in (TRAINING, ROLLOUTS)}
     seconds = {TRAINING: work.steps, ROLLOUTS: work.rollouts}
-    if recipe.method.name == "grpo":  # both within a step
+    if recipe.method.trains_conversations:  # both within a step
         measured = {"both": measured[TRAINING]}
         planned, seconds = {"both": max(planned.values())}, {"both": sum(seconds.values())}
-    if recipe.method.name == "dpo":  # its answers are sampled before training
+    if recipe.method.makes_pairs:  # its answers are sampled before training
         measured = {TRAINING: measured[TRAINING]}
     return [
         [

@@ -9,8 +9,6 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
-from typing import Any
 
 from trimtab.axis.chat import chat
 from trimtab.axis.extraction import rollout_items
@@ -20,14 +18,14 @@ from trimtab.eval.answers.items import benign_items, default_items, role_items
 from trimtab.eval.measures import all_measures
 from trimtab.eval.measures.capability_tasks import size_of, tasks_of
 from trimtab.recipes import data
-from trimtab.recipes.rules import MARKUP, row_length, tokens_in
-from trimtab.recipes.schema import DpoMethod, EvalSection, GrpoMethod, Recipe, Sampling
+from trimtab.recipes.rules import MARKUP, tokens_in
+from trimtab.recipes.schema import EvalSection, Recipe
+from trimtab.recipes.sections import Sampling
 from trimtab.train.conversations import conversation_prompts, prompts_a_generation
 from trimtab.train.rollouts import SAMPLERS, RolloutPlan, TrainPrompt
 from trimtab.train.row_trainers import benign_plan, rollout_plan
 from trimtab.train.sources import drift_sources
 
-OF_METHOD, OF_GRPO = "method.sampling.batch_size", "method.sampling_batch"
 OF_AXIS, OF_EVAL = "axis.sampling.batch_size", "eval.sampling.batch_size"
 
 
@@ -94,6 +92,22 @@ class Counted:
     micro_batches: int
 
 
+@dataclass(frozen=True)
+class TrainingShape:
+    """The keys of TRL's configs that say how rows are spread over steps and processes, by those libraries' names."""
+
+    world_size: int
+    per_device_train_batch_size: int
+    gradient_accumulation_steps: int
+    max_steps: int
+    steps_per_generation: int
+    generation_batch_size: int
+    num_generations: int
+    num_iterations: int
+    shuffle_dataset: bool
+    seed: int
+
+
 def count(recipe: Recipe, processes: int) -> Counted:
     """Count what a recipe samples and trains on.
 
@@ -105,9 +119,9 @@ def count(recipe: Recipe, processes: int) -> Counted:
     rollouts: list[Call] = []
     trained, micro_batches = Trained(0, 0, 0), 0
     if recipe.eval.tuned is None:
-        arguments = training_shape(recipe, processes)
-        rollouts, trained = _training(recipe, arguments)
-        micro_batches = arguments.max_steps * arguments.gradient_accumulation_steps * (1 + recipe.eval.control)
+        shape = training_shape(recipe, processes)
+        rollouts, trained = _training(recipe, shape)
+        micro_batches = shape.max_steps * shape.gradient_accumulation_steps * (1 + recipe.eval.control)
     return Counted(
         before, rollouts, list(_evaluation_calls(recipe)), list(_capability_calls(recipe)), trained, micro_batches
     )
@@ -174,45 +188,43 @@ def _axis_calls(recipe: Recipe) -> list[Call]:
 
 
 def _pair_calls(recipe: Recipe) -> Iterator[Call]:
-    """The calls in which DPO's pairs are sampled, for the control too."""
+    """The calls in which pairs are sampled before training, for the control too."""
     method = recipe.method
-    if not isinstance(method, DpoMethod) or recipe.eval.tuned is not None:
+    if not method.makes_pairs or recipe.eval.tuned is not None:
         return
-    answer, batch = method.sampling.max_new_tokens, method.sampling.batch_size
+    sampling, key = method.answers(recipe.train), method.batch_key
+    answer, batch = sampling.max_new_tokens, sampling.batch_size
     prompts = drift_sources(recipe.data)
     for _ in range(1 + recipe.eval.control):
-        last = [_context(p, -1, answer, row_length(recipe)) for p in prompts]
+        last = [_context(p, -1, answer, recipe.row_length) for p in prompts]
         longest = max(len(p.turns) for p in prompts)
         for turn in range(1, longest):
-            going = [_context(p, turn - 1, answer, row_length(recipe)) for p in prompts if len(p.turns) > turn]
-            yield from calls_of([going], answer, batch, OF_METHOD)
+            going = [_context(p, turn - 1, answer, recipe.row_length) for p in prompts if len(p.turns) > turn]
+            yield from calls_of([going], answer, batch, key)
         for _ in ("chosen", "rejected"):
-            yield from calls_of([last], answer, batch, OF_METHOD)
+            yield from calls_of([last], answer, batch, key)
 
 
-def _training(recipe: Recipe, arguments: Any) -> tuple[list[Call], Trained]:
-    processes, method, longest = arguments.world_size, recipe.method, row_length(recipe)
+def _training(recipe: Recipe, shape: TrainingShape) -> tuple[list[Call], Trained]:
+    processes, method, longest = shape.world_size, recipe.method, recipe.row_length
     calls: list[Call] = []
-    beside: RolloutPlan | None = None
-    if isinstance(method, GrpoMethod):
-        calls, trained = _grpo(recipe, method, arguments)
-        beside = benign_plan(recipe, arguments)
-    elif isinstance(method, DpoMethod):
-        trained = _pairs_trained(recipe, method, arguments)
-        beside = benign_plan(recipe, arguments)
+    if method.trains_conversations:
+        calls, trained = _conversations(recipe, shape)
+    elif method.makes_pairs:
+        trained = _pairs_trained(recipe, shape)
     else:
-        plan = rollout_plan(recipe, arguments, getattr(method, "student_share", None))
-        calls, trained = list(rollout_calls(plan, processes, OF_METHOD, longest)), _rows_trained(plan, longest)
-    if beside is not None:
-        calls += rollout_calls(beside, processes, OF_GRPO if isinstance(method, GrpoMethod) else OF_METHOD, longest)
+        plan = rollout_plan(recipe, shape)
+        calls, trained = list(rollout_calls(plan, processes, method.batch_key, longest)), _rows_trained(plan, longest)
+    if method.benign_beside and (beside := benign_plan(recipe, shape)) is not None:
+        calls += rollout_calls(beside, processes, method.batch_key, longest)
         rows = _rows_trained(beside, longest)
         trained = Trained(trained.tokens, rows.benign, max(trained.longest, rows.longest))
     times = 1 + recipe.eval.control  # the control is trained as the adapter itself
     return calls * times, Trained(trained.tokens * times, trained.benign * times, trained.longest)
 
 
-def training_shape(recipe: Recipe, processes: int) -> Any:
-    """The keys of TRL's configs that say how rows are spread over steps and processes, with those libraries' defaults."""
+def training_shape(recipe: Recipe, processes: int) -> TrainingShape:
+    """How a recipe's rows are spread, with the libraries' defaults where it says nothing."""
     train = recipe.train
     micro, accumulation = (
         int(train.get("per_device_train_batch_size", 8)),
@@ -221,7 +233,7 @@ def training_shape(recipe: Recipe, processes: int) -> Any:
     a_micro_step = micro * processes
     given = train.get("generation_batch_size")
     per_generation = int(given) // a_micro_step if given else int(train.get("steps_per_generation") or accumulation)
-    return SimpleNamespace(
+    return TrainingShape(
         world_size=processes,
         per_device_train_batch_size=micro,
         gradient_accumulation_steps=accumulation,
@@ -230,7 +242,6 @@ def training_shape(recipe: Recipe, processes: int) -> Any:
         generation_batch_size=a_micro_step * max(per_generation, 1),
         num_generations=int(train.get("num_generations", 8)),
         num_iterations=int(train.get("num_iterations", 1)),
-        max_completion_length=int(train.get("max_completion_length") or 256),
         shuffle_dataset=train.get("shuffle_dataset") is not False,
         seed=int(train.get("seed", 0)),
     )
@@ -254,50 +265,51 @@ def _rows_trained(plan: RolloutPlan, longest: int | None) -> Trained:
     return Trained(sum(lengths) - benign, benign, max(lengths, default=0))
 
 
-def _pairs_trained(recipe: Recipe, method: DpoMethod, arguments: Any) -> Trained:
-    answer = method.sampling.max_new_tokens
-    lengths = [_context(p, -1, answer, row_length(recipe)) + answer for p in drift_sources(recipe.data)]
-    rows = 2 * _rows(arguments)  # chosen and rejected
+def _pairs_trained(recipe: Recipe, shape: TrainingShape) -> Trained:
+    answer = recipe.method.answers(recipe.train).max_new_tokens
+    lengths = [_context(p, -1, answer, recipe.row_length) + answer for p in drift_sources(recipe.data)]
+    rows = recipe.method.answers_a_row * _rows(shape)
     return Trained(rows * sum(lengths) / len(lengths), 0, max(lengths))
 
 
-def _rows(arguments: Any) -> int:
+def _rows(shape: TrainingShape) -> int:
     """Rows of the whole run over all processes."""
-    a_step = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
-    return int(a_step * arguments.max_steps)
+    a_step = shape.per_device_train_batch_size * shape.gradient_accumulation_steps * shape.world_size
+    return a_step * shape.max_steps
 
 
-def _grpo(recipe: Recipe, method: GrpoMethod, arguments: Any) -> tuple[list[Call], Trained]:
-    answer, batch = arguments.max_completion_length, method.sampling_batch
-    prompts = conversation_prompts(recipe, prompts_a_generation(arguments))
+def _conversations(recipe: Recipe, shape: TrainingShape) -> tuple[list[Call], Trained]:
+    sampling, key = recipe.method.answers(recipe.train), recipe.method.batch_key
+    answer, batch = sampling.max_new_tokens, sampling.batch_size
+    prompts = conversation_prompts(recipe, prompts_a_generation(shape))
     calls: list[Call] = []
     lengths: list[int] = []
-    for by_rank in grpo_generations(prompts, arguments):
-        calls += _played(by_rank, answer, batch, OF_GRPO)
+    for by_rank in grpo_generations(prompts, shape):
+        calls += _played(by_rank, answer, batch, key)
         lengths += [_context(p, -1, answer) + answer for p in itertools.chain(*by_rank)]
     mean = sum(lengths) / max(len(lengths), 1)
-    return calls, Trained(_rows(arguments) * mean, 0, max(lengths, default=0))
+    return calls, Trained(_rows(shape) * mean, 0, max(lengths, default=0))
 
 
-def grpo_generations(prompts: Sequence[TrainPrompt], arguments: Any) -> Iterator[list[list[TrainPrompt]]]:
+def grpo_generations(prompts: Sequence[TrainPrompt], shape: TrainingShape) -> Iterator[list[list[TrainPrompt]]]:
     """The prompts that each process answers in each generation, as TRL's sampler hands them out."""
     from trl.trainer.utils import RepeatSampler
 
-    own = arguments.per_device_train_batch_size * arguments.steps_per_generation
-    of_all = own * arguments.world_size
-    serves = arguments.steps_per_generation * arguments.num_iterations
-    generations = math.ceil(arguments.max_steps * arguments.gradient_accumulation_steps / serves)
+    own = shape.per_device_train_batch_size * shape.steps_per_generation
+    of_all = own * shape.world_size
+    serves = shape.steps_per_generation * shape.num_iterations
+    generations = math.ceil(shape.max_steps * shape.gradient_accumulation_steps / serves)
     sampler = RepeatSampler(
         prompts,
-        mini_repeat_count=arguments.num_generations,
-        batch_size=prompts_a_generation(arguments),
-        shuffle=arguments.shuffle_dataset,
-        seed=arguments.seed,
+        mini_repeat_count=shape.num_generations,
+        batch_size=prompts_a_generation(shape),
+        shuffle=shape.shuffle_dataset,
+        seed=shape.seed,
     )
     handed = itertools.chain.from_iterable(itertools.repeat(sampler))  # an epoch after the other
     for _ in range(generations):
         chosen = [prompts[i] for i in itertools.islice(handed, of_all)]
-        yield [chosen[rank * own : (rank + 1) * own] for rank in range(arguments.world_size)]
+        yield [chosen[rank * own : (rank + 1) * own] for rank in range(shape.world_size)]
 
 
 def _evaluation_calls(recipe: Recipe) -> Iterator[Call]:

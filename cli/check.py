@@ -266,8 +266,7 @@ def plan_memory(
     live = 2 * structure.layer_parameters + structure.embedding_parameters
     resident = weights / shard + (min(live, structure.parameters) * size if strategy.shards_weights else 0)
     adapter = structure.trainable * (4 / shard + 4 / states + _moment_bytes(train) / states)
-    answers = 2 if recipe.method.name == "dpo" else 1  # chosen and rejected
-    tokens = answers * int(train.get("per_device_train_batch_size", 8)) * counted.trained.longest
+    tokens = recipe.method.answers_a_row * int(train.get("per_device_train_batch_size", 8)) * counted.trained.longest
     state = tokens * structure.hidden * size
     inside = tokens * bytes_inside_layer(config, size, autocast=train.get("bf16") is True)
     checkpointing = train.get("gradient_checkpointing", train.get("activation_checkpointing", True))
@@ -355,7 +354,7 @@ def _compared_tokens(recipe: Recipe) -> int:
     """Tokens whose whole distribution is compared with another at once: a chunk; 0 for methods that compare none."""
     method = recipe.method
     benign = method.benign_kl_weight > 0 and recipe.data.benign_share > 0
-    return CHUNK if benign or method.name == "distill" else 0
+    return CHUNK if benign or method.compares_distributions else 0
 
 
 def _kv_cache(config: Any, calls: Sequence[Call], size: int) -> float:

@@ -189,14 +189,11 @@ def training_command(
         num_processes: replaces the file's own number.
         quiet: no progress bars.
     """
-    import trimtab.train
-
-    file = Path(str(trimtab.train.__file__)).parent / f"{script}.py"
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), "--quiet"]
     if num_processes is not None:
         launcher += ["--num_processes", str(num_processes)]
     recipe = loaded.path if loaded.path.is_file() else folder / "recipe.yaml"  # that of a command's options
-    command = [*launcher, str(file), "--config", str(recipe), "--output_dir", str(folder)]
+    command = [*launcher, "--module", f"trimtab.train.{script}", "--config", str(recipe), "--output_dir", str(folder)]
     return [*command, *options, *(["--quiet"] if quiet else []), *loaded.overrides]
 
 
@@ -236,6 +233,7 @@ def launch_training(
     environment = {
         **os.environ,
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
+        "PYTHONSAFEPATH": "1",  # `-m` puts the working directory first, whose files must not stand in the place of packages
     }
     if read_accelerate_config(config)["distributed_type"] == "NO":
         # transformers would spread one process over all GPUs it sees

@@ -11,15 +11,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from trimtab.cli.calls import Call, Counted
-from trimtab.recipes.schema import DpoMethod, GrpoMethod, Recipe
+from trimtab.recipes.schema import Recipe
 
 # One H100 SXM, by its data sheet: bfloat16 FLOP/s, memory B/s, NVLink B/s one way; and what share of each is reached.
 FLOPS, MEMORY, LINK = 989e12, 3.35e12, 450e9
 REACHED_FLOPS, REACHED_MEMORY, REACHED_LINK = 0.35, 0.6, 0.5
 LAUNCH = 0.6e-3  # seconds a decoder layer and token, of a Python loop that launches its kernels
 QUANTIZED = {"nf4": 0.55, "int8": 1.05}  # bytes a weight, with its scales
-# Forwards that a reward costs.
-REWARDED = {"capped_self_llr": 2.0, "capped_self": 1.0, "persona_llr": 2.0, "above_floor": 1.0}
 
 
 @dataclass(frozen=True)
@@ -120,12 +118,7 @@ def _learner(recipe: Recipe) -> float:
 
 def _forwards(recipe: Recipe) -> float:
     """Forwards that a row of the method's own costs."""
-    method, learner = recipe.method, _learner(recipe)
-    if isinstance(method, GrpoMethod):
-        reference = 1.0 if recipe.train.get("beta", 0.0) else 0.0
-        return learner + 2.0 + reference + sum(REWARDED.get(reward.name, 0.0) for reward in method.rewards)
-    teacher = 1.0 if isinstance(method, DpoMethod) or method.name == "distill" else 0.0
-    return learner + teacher
+    return _learner(recipe) + recipe.method.forwards_beside(recipe.train)
 
 
 def _benign_forwards(recipe: Recipe) -> float:

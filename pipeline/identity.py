@@ -15,15 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.axis.files import file_fingerprint, fingerprint, vector_files
+from trimtab.recipes.methods import DEFAULT_METHOD, METHODS
 from trimtab.recipes.schema import Recipe, deciding
 
 Inputs = dict[str, Any]
 
 # ---- keys that are no part of it ----
 
-PORTIONS = (
-    "axis.sampling.batch_size", "floor.batch_size", "method.sampling.batch_size", "method.sampling_batch",
-)  # fmt: skip
+PORTIONS = ("axis.sampling.batch_size", "floor.batch_size", *{kind.batch_key for kind in METHODS.values()})
 PLACES = ("model.device",)
 
 TOLD = (
@@ -149,7 +148,7 @@ def differences(made: Inputs, now: Inputs) -> list[tuple[str, Any, Any]]:
     """
     defaults: Inputs = {}
     if now.keys() - made.keys():
-        method = made.get("method.name", now.get("method.name", "sft"))
+        method = made.get("method.name", now.get("method.name", DEFAULT_METHOD))
         plain = Recipe.model_validate({"model": {"name": "?"}, "method": {"name": method}})
         sections = plain.model_dump(mode="json", exclude={"train", "lora"})
         defaults = flat(sections)

@@ -7,7 +7,8 @@ from trimtab.axis.models import Loaded, generation_ends, load_model, load_tokeni
 from trimtab.axis.sampling import SamplingOptions
 from trimtab.axis.soundness import check_model
 from trimtab.pipeline.run import Run
-from trimtab.recipes.schema import ModelSection, Sampling
+from trimtab.recipes.schema import ModelSection
+from trimtab.recipes.sections import Sampling
 
 
 def load_section(section: ModelSection) -> Loaded:

@@ -13,25 +13,19 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.axis.errors import not_installed
+from trimtab.recipes.methods import GRPO_CONFIG, METHODS
 
 # (package, file, class), from the class itself down to its bases: the first annotation of a field wins.
 _TRAIN_BASES = (
     ("trl", "trainer/base_config.py", "_BaseConfig"),
     ("transformers", "training_args.py", "TrainingArguments"),
 )
-TRAIN_CLASSES = {
-    "sft": ("trl", "trainer/sft_config.py", "SFTConfig"),
-    "distill": ("trl", "trainer/sft_config.py", "SFTConfig"),
-    "grpo": ("trl", "trainer/grpo_config.py", "GRPOConfig"),
-    "dpo": ("trl", "trainer/dpo_config.py", "DPOConfig"),
-}
-# Of GRPOConfig, what says how rollouts are sampled by vLLM: SFT and distillation take it too, and sample by the same part of TRL.
+# Of GRPOConfig, what says how rollouts are sampled by vLLM: methods on rows take it too, and sample by the same part of TRL.
 VLLM_SETTINGS = (
     "mode", "model_impl", "enable_sleep_mode", "server_base_url", "server_host", "server_port", "server_timeout", "group_port",
     "gpu_memory_utilization", "max_model_length", "tensor_parallel_size",
 )  # fmt: skip
 VLLM_KEYS = ("use_vllm", *(f"vllm_{name}" for name in VLLM_SETTINGS))
-ROWS = ("sft", "distill")
 
 LORA_CLASSES = (
     ("peft", "tuners/lora/config.py", "LoraConfig"),
@@ -44,16 +38,17 @@ Fields = dict[str, ast.expr]
 
 def train_config(method: str) -> str:
     """Name of the config class of a method, such as ``trl.SFTConfig``."""
-    package, _, name = TRAIN_CLASSES[method]
-    return f"{package}.{name}"
+    config = METHODS[method].trl_config
+    return f"{config.package}.{config.name}"
 
 
 def train_fields(method: str) -> Fields:
     """Field name -> annotation of what ``train`` takes: a method's config class, and how vLLM is run."""
-    own = _fields_of((TRAIN_CLASSES[method], *_TRAIN_BASES))
-    if method not in ROWS:
+    own = _fields_of((METHODS[method].trl_config, *_TRAIN_BASES))
+    if not METHODS[method].lacks_vllm:
         return own
-    return {**own, **{key: annotation for key, annotation in train_fields("grpo").items() if key in VLLM_KEYS}}
+    of_vllm = _fields_of((GRPO_CONFIG, *_TRAIN_BASES))
+    return {**own, **{key: annotation for key, annotation in of_vllm.items() if key in VLLM_KEYS}}
 
 
 def lora_fields() -> Fields:

@@ -19,8 +19,9 @@ from pydantic import BaseModel, ValidationError
 from trimtab.axis.rows import is_hub_name
 from trimtab.recipes.faults import Fault, RecipeError, did_you_mean, nested
 from trimtab.recipes.library_fields import Fields, accepts, describe, lora_fields, train_config, train_fields
+from trimtab.recipes.methods import DEFAULT_METHOD, METHODS
 from trimtab.recipes.rules import impossible
-from trimtab.recipes.schema import METHODS, Recipe
+from trimtab.recipes.schema import Recipe
 from trimtab.recipes.yaml_lines import LONGEST, parse_yaml
 
 FOLDER = Path(__file__).parent
@@ -296,7 +297,7 @@ def _method_of(data: Mapping[str, Any]) -> str:
     """The method that a recipe names; where it names none, or one that there isn't, the default."""
     section = data.get("method")
     name = section.get("name") if isinstance(section, dict) else None
-    return name if isinstance(name, str) and name in METHODS else "sft"
+    return name if isinstance(name, str) and name in METHODS else DEFAULT_METHOD
 
 
 def _sound_values(draft: _Draft, section: str, known: Fields, owner: str) -> Any:

@@ -12,48 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.recipes.faults import Fault, did_you_mean
-from trimtab.recipes.schema import (
-    MOST_LAYERS,
-    DataSection,
-    DistillMethod,
-    DpoMethod,
-    GrpoMethod,
-    Recipe,
-    RowMethod,
-    SftMethod,
-)
+from trimtab.recipes.schema import MOST_LAYERS, Recipe
 
 DATA = Path(__file__).parent / "data"
 
-# Keys of `train` that trimtab sets itself, or whose work it does another way.
-NOT_YOURS_IN_ROWS = {
-    "dataset_kwargs": "remove it: trimtab sets it, as its rows come as tokens",
-    "dataset_text_field": "remove it: rows come as tokens, made of the `data` section",
-    "shuffle_dataset": "remove it: the order of prompts is fixed by data.seed",
-    "assistant_only_loss": "remove it: only the answer is ever trained on",
-    "completion_only_loss": "remove it: only the answer is ever trained on",
-    "train_sampling_strategy": "remove it: the order of prompts is fixed by data.seed",
-    "packing_strategy": "remove it: rows can't be packed",
-    "eval_packing": "remove it: rows can't be packed",
-    "pad_to_multiple_of": "remove it: trimtab pads its rows as the machine likes it",
-    "eos_token": "remove it: the chat template's own end of an answer is used",
-    "pad_token": "remove it: the tokenizer's own is used",
-    "dataset_num_proc": "remove it: rows come as tokens, and nothing is left to prepare",
-}
-NOT_YOURS_IN_DISTILLATION = {
-    "loss_type": "remove it: method.divergence is the loss",
-    "label_smoothing_factor": "remove it: the loss is a divergence, and has no labels",
-}
-NOT_YOURS_IN_GRPO = {
-    "reward_weights": "remove it: each entry of method.rewards has a weight",
-    "vllm_importance_sampling_correction": "remove it: method.correct_ratio and method.ratio_limit cover vLLM as well",
-    "generation_kwargs": "remove it: what shapes the samples beyond temperature would make the importance ratio wrong",
-    "chat_template_kwargs": "set model.chat_template_kwargs instead",
-    "use_transformers_continuous_batching": "remove it: trimtab samples the rollouts, or vLLM (train.use_vllm)",
-    "use_transformers_paged": "remove it: trimtab samples the rollouts, or vLLM (train.use_vllm)",
-    "transformers_continuous_batching_config": "remove it: trimtab samples the rollouts, or vLLM (train.use_vllm)",
-    "cache_implementation": "remove it: trimtab samples the rollouts, or vLLM (train.use_vllm)",
-}
+# Keys of `train` that trimtab sets itself, or whose work it does another way, whatever the method.
 NOT_YOURS = {
     "remove_unused_columns": "remove it: trimtab sets it, as its rows carry a column of their own",
     "chat_template_path": "remove it: the tokenizer's own template is used, with model.chat_template_kwargs",
@@ -80,11 +43,6 @@ ONLY = {
         "a checkpoint without the optimiser would be resumed with another one, and nothing would say so",
     ),
 }
-# Keys of `train` that shape GRPO's samples without its log-probabilities knowing of it -> values that do nothing.
-SHAPING: dict[str, tuple[object, ...]] = {
-    "top_p": (1, None), "top_k": (0, None), "min_p": (0, None), "repetition_penalty": (1, None),
-}  # fmt: skip
-
 # Keys of `lora` that may have but some values: (values, why, what to do instead). With its adapter off, a model must be its base.
 _NOT_THE_BASE = "the base's weights are rewritten: with the adapter off, the model would not be the base"
 _OF_AN_INIT = "it belongs to an initialisation that rewrites the base's weights, or does nothing"
@@ -128,13 +86,9 @@ LORA_ONLY: dict[str, tuple[tuple[object, ...], str, str]] = {
 }  # fmt: skip
 
 PATTERNS = ("rank_pattern", "alpha_pattern")  # of `lora`: a number for each module that a pattern names
-# TRL's own longest row, tokens, where train.max_length says nothing.
-ROW_LENGTH = 1024
 # How texts are taken for tokens without a tokenizer: characters a token, as in English, and what a template writes around a
 # message, and before a chat. Rather too many, so that what passes here does fit.
 CHARACTERS, MARKUP, HEAD = 4, 6, 32
-REWARDS = ("capped_self_llr", "capped_self", "persona_llr", "above_floor", "judge")
-NEED_SYSTEM = {"persona_llr"}  # rewards that score no answer without a system prompt
 # Keys of `train` and `lora` whose library takes any number, though not all of them mean something. Any other number must not be
 # below 0, but for those of which the library's own default, or its formula, may be.
 ABOVE_ZERO = (
@@ -247,13 +201,9 @@ def _evaluation(recipe: Recipe) -> Iterator[Fault]:
 
 
 def _train(recipe: Recipe, given: Set[str]) -> Iterator[Fault]:
-    rows = isinstance(recipe.method, RowMethod)
-    own = NOT_YOURS_IN_ROWS if rows else NOT_YOURS_IN_GRPO if isinstance(recipe.method, GrpoMethod) else {}
     if recipe.train.get("fp16") is True and (recipe.model.device == "cpu" or recipe.train.get("use_cpu") is True):
         yield Fault("has no effect: a CPU has no float16 training", "remove it, or set train.bf16=true", "train.fp16")
-    if isinstance(recipe.method, DistillMethod):
-        own = {**own, **NOT_YOURS_IN_DISTILLATION}
-    for key, remedy in {**NOT_YOURS, **own}.items():
+    for key, remedy in {**NOT_YOURS, **recipe.method.not_yours}.items():
         if key in recipe.train and not (key == "eval_strategy" and recipe.train[key] == "no"):
             yield Fault("this key can't be set in a recipe", remedy, f"train.{key}")
     yield from _numbers("train", recipe.train)
@@ -265,13 +215,6 @@ def _train(recipe: Recipe, given: Set[str]) -> Iterator[Fault]:
     for key, (only, why) in ONLY.items():
         if recipe.train.get(key, only) != only:
             yield Fault(f"is {recipe.train[key]}: {why}", f"set train.{key}={str(only).lower()}", f"train.{key}")
-    for key, neutral in SHAPING.items() if isinstance(recipe.method, GrpoMethod) else ():
-        if key in recipe.train and recipe.train[key] not in neutral:
-            yield Fault(
-                "shapes the samples without the log-probabilities knowing of it: the importance ratio would be wrong",
-                f"remove it, or set train.{key}={neutral[0]}",
-                f"train.{key}",
-            )
     yield from _size_of_training(recipe.train)
     trained = recipe.eval.tuned is None and "eval.tuned" not in given
     if trained and "max_steps" not in recipe.train and "num_train_epochs" not in recipe.train:
@@ -286,29 +229,14 @@ def _train(recipe: Recipe, given: Set[str]) -> Iterator[Fault]:
                 "has no effect: vLLM samples nothing", "set train.use_vllm=true, or remove this key", f"train.{key}"
             )
     yield from _numbers("lora", recipe.lora)
-    dropout = recipe.lora.get("lora_dropout", 0)
-    if isinstance(recipe.method, GrpoMethod) and isinstance(dropout, int | float) and 0 < dropout < 1:
-        yield Fault(
-            "GRPO compares log-probabilities of several forwards, and dropout makes each another",
-            "set lora.lora_dropout=0.0",
-            "lora.lora_dropout",
-        )
-
-
-def row_length(recipe: Recipe) -> int | None:
-    """The longest row that is trained on, in tokens; None for any: GRPO's completions are cut one by one."""
-    if isinstance(recipe.method, GrpoMethod):
-        return None
-    length: int | None = recipe.train.get("max_length", ROW_LENGTH)
-    return length
 
 
 def _lengths(recipe: Recipe) -> Iterator[Fault]:
     """Rows too short for an answer, or for the deepest turn of the shipped conversations with answers as long as they may be."""
-    longest, method = row_length(recipe), recipe.method
-    if isinstance(method, GrpoMethod) or not isinstance(longest, int) or longest < 1 or recipe.eval.tuned is not None:
+    longest = recipe.row_length
+    if not isinstance(longest, int) or longest < 1 or recipe.eval.tuned is not None:
         return
-    answer = method.sampling.max_new_tokens
+    answer = recipe.method.answers(recipe.train).max_new_tokens
     if longest <= answer + 2 * MARKUP:
         yield Fault(
             f"rows of {longest} tokens hold no answer of {answer} (method.sampling.max_new_tokens) with its prompt",
@@ -486,23 +414,12 @@ def _matches(pattern: str, name: str) -> bool | str:
 
 def _method_and_data(recipe: Recipe, given: Set[str]) -> Iterator[Fault]:
     method, data = recipe.method, recipe.data
-    if isinstance(method, RowMethod):
-        yield from _rows(method, given)
     yield from _benign(recipe, given)
-    if isinstance(method, GrpoMethod | DpoMethod) and method.floor_target == "base":
+    if method.floor_target == "base" and not method.base_floor:
         yield Fault(
             f"{method.name} has no base-relative floor", "set method.floor_target=absolute", "method.floor_target"
         )
-    if isinstance(method, GrpoMethod):
-        yield from _completions(recipe)
-        yield from _ratio(recipe, method, given)
-        yield from _rewards(method, data)
-    if isinstance(method, DistillMethod) and method.divergence != "jsd" and "method.jsd_beta" in given:
-        yield Fault(
-            f"has no effect: the divergence is {method.divergence}",
-            "remove it, or set method.divergence=jsd",
-            "method.jsd_beta",
-        )
+    yield from method.own_faults(recipe, given)
     yield from _files(recipe)
     yield from _weights(recipe)
     if data.drift_file is None and data.drift_prompts + data.role_questions + data.conversation_turns == 0:
@@ -535,28 +452,14 @@ def _weights(recipe: Recipe) -> Iterator[Fault]:
     """A loss whose every weight is 0 trains nothing, after axis and floor were made for it."""
     method = recipe.method
     barrier = recipe.data.benign_share > 0 and (method.benign_kl_weight > 0 or method.benign_axis_weight > 0)
-    if barrier or method.floor_weight > 0 or isinstance(method, DpoMethod):
-        return
-    own = {SftMethod: "ce_weight", DistillMethod: "distill_weight"}.get(type(method))
-    if isinstance(method, GrpoMethod):
-        if recipe.train.get("beta", 0) or any(entry.weight for entry in method.rewards):
-            return
-    elif own is not None and getattr(method, own) > 0:
+    own = method.own_weights(recipe.train)
+    if barrier or method.floor_weight > 0 or any(own.values()):
         return
     yield Fault(
         "every weight of the loss is 0: nothing would be trained",
-        f"set method.floor_weight above 0, or {'the weight of a reward' if own is None else f'method.{own}'}",
+        f"set method.floor_weight above 0, or {' or '.join(own)}",
         "method.floor_weight",
     )
-
-
-def _rows(method: RowMethod, given: Set[str]) -> Iterator[Fault]:
-    if method.rollouts == "stored" and "method.regenerate_every" in given:
-        yield Fault(
-            "has no effect: stored rollouts are made once",
-            "remove it, or set method.rollouts=on_the_fly",
-            "method.regenerate_every",
-        )
 
 
 def _benign(recipe: Recipe, given: Set[str]) -> Iterator[Fault]:
@@ -573,61 +476,6 @@ def _benign(recipe: Recipe, given: Set[str]) -> Iterator[Fault]:
                 "has no effect: no row is benign, as data.benign_share is 0",
                 "set data.benign_share above 0, or remove this weight",
                 f"method.{key}",
-            )
-
-
-def _completions(recipe: Recipe) -> Iterator[Fault]:
-    if recipe.train.get("max_completion_length", 1) is None:
-        yield Fault(
-            "is null: an answer has a longest length, as rollouts are sampled in batches",
-            "set train.max_completion_length=256",
-            "train.max_completion_length",
-        )
-
-
-def _ratio(recipe: Recipe, method: GrpoMethod, given: Set[str]) -> Iterator[Fault]:
-    for key in ("ratio_level", "ratio_beyond"):
-        if not method.correct_ratio and f"method.{key}" in given:
-            yield Fault(
-                "has no effect: method.correct_ratio is false",
-                "remove it, or set method.correct_ratio=true",
-                f"method.{key}",
-            )
-    of_sequences = recipe.train.get("importance_sampling_level") == "sequence"
-    if of_sequences and method.correct_ratio and method.ratio_level == "token":
-        yield Fault(
-            "is sequence: TRL then gives all tokens of a completion one surrogate, which tokens' own ratios can't correct",
-            "set method.ratio_level=sequence, or remove this key",
-            "train.importance_sampling_level",
-        )
-
-
-def _rewards(method: GrpoMethod, data: DataSection) -> Iterator[Fault]:
-    if not method.rewards:
-        yield Fault("no reward is named", "name one: method.rewards: [{name: capped_self_llr}]", "method.rewards")
-        return
-    weighted = {entry.name for entry in method.rewards if entry.weight}
-    if not weighted:
-        yield Fault("all rewards have weight 0", "give one a weight: {name: ..., weight: 1.0}", "method.rewards")
-    elif weighted <= NEED_SYSTEM and data.drift_file is None and data.conversation_turns:
-        yield Fault(
-            f"{' and '.join(sorted(weighted))} scores no answer without a system prompt, and the conversations have none: they "
-            "would carry no policy gradient",
-            "name capped_self_llr in its place or beside it, or set data.conversation_turns=0",
-            "method.rewards",
-        )
-    for entry in method.rewards:
-        if entry.name not in REWARDS and ":" not in entry.name:
-            yield Fault(
-                f"no such reward: {entry.name!r}",
-                f"name one of {', '.join(REWARDS)}, or a function: package.module:function",
-                "method.rewards",
-            )
-        if (entry.name == "judge") != (entry.judge is not None):
-            yield Fault(
-                "the reward `judge` and a `judge:` section belong together, and one is without the other",
-                "write {name: judge, judge: {endpoint: ..., model: ...}}",
-                "method.rewards",
             )
 
 

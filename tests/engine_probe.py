@@ -26,7 +26,6 @@ from trimtab.axis.adapters import merged_weights
 from trimtab.train.job import peak_memory
 
 ROOM = 48 << 10  # bytes that are left on a disk which is filled, too few for a checkpoint
-FOLDER = Path(__file__).resolve().parent.parent / "train"
 
 
 class Probe(TrainerCallback):
@@ -132,4 +131,4 @@ if __name__ == "__main__":
         _several_gpus_without_one()
     if os.environ.get("TRIMTAB_QUANTIZATION") == "nf4":
         _weights_of_4_bits_as_on_a_gpu()
-    runpy.run_path(str(FOLDER / f"{os.environ['TRIMTAB_METHOD']}.py"), run_name="__main__")
+    runpy.run_module(f"trimtab.train.{os.environ['TRIMTAB_METHOD']}", run_name="__main__", alter_sys=True)

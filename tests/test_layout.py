@@ -61,7 +61,7 @@ def _package(requirement: str) -> str:
 
 
 def test_no_module_bears_the_name_of_a_dependency_or_a_standard_module() -> None:
-    # `python train/sft.py` puts train/ first on sys.path, so train/torch.py would be what `import torch` finds.
+    # `python axis/rows.py` puts axis/ first on sys.path, so axis/torch.py would be what `import torch` finds.
     taken = set(sys.stdlib_module_names) | set(importlib.metadata.packages_distributions())
     taken -= {"trimtab", *FOLDERS}
     clashes = [str(path.relative_to(ROOT)) for path in MODULES if path.stem in taken]

@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 from trimtab.cli.launch import resolve_accelerate_config
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPT = ROOT / "train" / "sft.py"
+SCRIPT = "trimtab.train.sft"
 PROBE = Path(__file__).resolve().parent / "engine_probe.py"
 # Forked from a server that has imported everything: a start takes a fraction of a second, and each process is a fresh one.
 FORKS = multiprocessing.get_context("forkserver")
@@ -120,10 +120,11 @@ def environment(**extra: str) -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PATH": needs.path(), **extra}
 
 
-def command(recipe: Path, folder: Path, *, script: Path = SCRIPT, launcher: Sequence[str] = ()) -> list[str]:
-    """``train/sft.py`` on a recipe, started by :func:`quick_python` or by a launcher."""
+def command(recipe: Path, folder: Path, *, script: str | Path = SCRIPT, launcher: Sequence[str] = ()) -> list[str]:
+    """An entry script, a module or a file, on a recipe, started by :func:`quick_python` or by a launcher."""
     start = list(launcher) or [quick_python()]
-    return [*start, str(script), *arguments_of(recipe, folder)]
+    named = [str(script)] if isinstance(script, Path) else ["-m", script]
+    return [*start, *named, *arguments_of(recipe, folder)]
 
 
 def arguments_of(recipe: Path, folder: Path) -> list[str]:

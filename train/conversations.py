@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from typing import Any
 
 from trimtab.axis.errors import UserError
 from trimtab.axis.models import load_config
 from trimtab.pipeline.loading import chat_format
 from trimtab.pipeline.user_texts import Size, check_room
-from trimtab.recipes.rules import NEED_SYSTEM
-from trimtab.recipes.schema import GrpoMethod, Recipe
+from trimtab.recipes.methods import NEED_SYSTEM, ConversationMethod
+from trimtab.recipes.schema import Recipe
+from trimtab.train.protocols import Generations
 from trimtab.train.rewards import imported_reward
 from trimtab.train.rollouts import TrainPrompt
 from trimtab.train.sources import benign_sources, drift_sources
@@ -20,9 +20,10 @@ from trimtab.train.sources import benign_sources, drift_sources
 log = logging.getLogger("trimtab")
 
 
-def prompts_a_generation(arguments: Any) -> int:
+def prompts_a_generation(arguments: Generations) -> int:
     """How many prompts a generation has, each with its group of completions; ``arguments`` is TRL's config."""
-    return int(arguments.generation_batch_size // arguments.num_generations)
+    assert arguments.generation_batch_size is not None and arguments.num_generations is not None
+    return arguments.generation_batch_size // arguments.num_generations
 
 
 def conversation_prompts(recipe: Recipe, at_least: int = 1) -> list[TrainPrompt]:
@@ -69,10 +70,8 @@ def check_prompts(recipe: Recipe) -> None:
     without, others = _without_system(recipe, prompts)
     if without:
         log.info("rewards: %s: they are scored by %s alone", _share(without, prompts), " and ".join(others))
-    assert isinstance(recipe.method, GrpoMethod)
-    for entry in recipe.method.rewards:
-        if ":" in entry.name:
-            imported_reward(entry.name)
+    for name in recipe.method.functions():
+        imported_reward(name)
     try:
         form = chat_format(recipe.model)
         config = load_config(recipe.model.name, recipe.model.revision)
@@ -80,7 +79,7 @@ def check_prompts(recipe: Recipe) -> None:
         return  # whoever loads the model tells it
     if talks := [prompt for prompt in prompts if len(prompt.turns) > 1]:  # each is one row of tokens
         form.ids_between(talks[0].opening, {"role": "user", "content": talks[0].turns[1]}, ended=True)
-    answer, key = recipe.train["max_completion_length"], "train.max_completion_length"
+    answer, key = recipe.method.answers(recipe.train).max_new_tokens, "train.max_completion_length"
     remedy = "lower it, or data.conversation_turns, or shorten the prompts of data.drift_file"
     check_room(form, config, _sizes(prompts), answer, key=key, remedy=remedy)
     if recipe.data.benign_share:
@@ -106,7 +105,7 @@ def _refuse_without_reward(recipe: Recipe, prompts: Sequence[TrainPrompt]) -> No
 
 def _without_system(recipe: Recipe, prompts: Sequence[TrainPrompt]) -> tuple[list[TrainPrompt], list[str]]:
     """The prompts that some reward can't score, for want of a system prompt, and the rewards that can."""
-    assert isinstance(recipe.method, GrpoMethod)
+    assert isinstance(recipe.method, ConversationMethod)
     weighted = [entry.name for entry in recipe.method.rewards if entry.weight]
     needed = set(weighted) & NEED_SYSTEM
     return [prompt for prompt in prompts if needed and not prompt.system], [n for n in weighted if n not in needed]

@@ -1,7 +1,7 @@
 """DPO on pairs of the capped self's answer against the uncapped one, with the axis-floor penalty.
 
-    accelerate launch train/dpo.py --config recipes/smollm2-135m/dpo.yaml
-    accelerate launch --config_file accelerate_configs/zero3.yaml train/dpo.py --config recipes/qwen3-32b/dpo.yaml
+    accelerate launch -m trimtab.train.dpo --config recipes/smollm2-135m/dpo.yaml
+    accelerate launch --config_file accelerate_configs/zero3.yaml -m trimtab.train.dpo --config recipes/qwen3-32b/dpo.yaml
 
 Axis, floor and pairs are made first, by the main process alone, unless the run folder has them. The pairs, ``pairs.jsonl``, are a
 TRL preference dataset that any other trainer reads. Run the same command again after an interruption, and it resumes.
@@ -9,11 +9,26 @@ TRL preference dataset that any other trainer reads. Run the same command again 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import os
+import sys
 
+# `python train/dpo.py` puts train/ first on the path: nothing in it may stand in the place of a package.
+if (_here := os.path.dirname(os.path.realpath(__file__))) in sys.path:
+    sys.path.remove(_here)
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from trimtab.recipes.methods import DpoMethod
 from trimtab.train import job
 from trimtab.train.method import Method
+from trimtab.train.sft import check_prompts
+
+if TYPE_CHECKING:
+    from trl.trainer.dpo_config import DPOConfig
+
+    from trimtab.pipeline.run import Run, Variant
+    from trimtab.train.protocols import Toy, Trainer
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,14 +36,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return job.main(METHOD, argv)
 
 
-def training_arguments(run: Any, variant: Any, quiet: bool) -> Any:
+def training_arguments(run: Run, variant: Variant, quiet: bool) -> DPOConfig:
     """TRL's DPOConfig."""
     from trl.trainer.dpo_config import DPOConfig
 
     return DPOConfig(**job.common_arguments(run, variant, quiet))
 
 
-def build_trainer(run: Any, arguments: Any, variant: Any) -> Any:
+def build_trainer(run: Run, arguments: DPOConfig, variant: Variant) -> Trainer:
     """The trainer of a run: model, adapter, floor and pairs."""
     import datasets
 
@@ -47,7 +62,19 @@ def build_trainer(run: Any, arguments: Any, variant: Any) -> Any:
     )
 
 
-METHOD = Method("dpo", __doc__ or "", "pairs", training_arguments, build_trainer)
+def toy() -> Toy:
+    """Pairs of messages, for TRL's DPOTrainer."""
+    from trl.trainer.dpo_trainer import DPOTrainer
+
+    from trimtab.train.protocols import Toy
+
+    user, good, bad = (
+        [{"role": role, "content": text}] for role, text in (("user", "a"), ("assistant", "b"), ("assistant", "c"))
+    )
+    return Toy(DPOTrainer, {"prompt": user, "chosen": good, "rejected": bad}, {})
+
+
+METHOD = Method(DpoMethod, __doc__ or "", training_arguments, build_trainer, toy, check_prompts)
 
 if __name__ == "__main__":
     raise SystemExit(main())

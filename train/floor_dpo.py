@@ -22,10 +22,11 @@ from trl.trainer.dpo_trainer import DPOTrainer
 
 from trimtab.axis import Floor, UserError
 from trimtab.axis.chat import ChatFormat
-from trimtab.recipes.schema import DpoMethod
+from trimtab.axis.playing import recent_turns
+from trimtab.recipes.methods import DpoMethod
 from trimtab.train.barrier import BarrierOptions, BenignRows, HeldToBase
 from trimtab.train.penalty import Figures, FloorPenalty, FloorTrainer, PenaltyOptions, refuse_base_target
-from trimtab.train.rollouts import answer_tokens, recent_turns
+from trimtab.train.rollouts import answer_tokens
 
 log = logging.getLogger("trimtab")
 

@@ -48,9 +48,9 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 from trimtab.axis import ActivationController, Floor, UserError
 from trimtab.axis.adapters import as_base, merged_if_quicker
 from trimtab.axis.chat import ChatFormat
+from trimtab.axis.playing import Turn, play, scripted
 from trimtab.axis.sampling import Sampler, SamplingOptions, sample_on_all_ranks, seed_of
-from trimtab.recipes.rules import SHAPING
-from trimtab.recipes.schema import GrpoMethod
+from trimtab.recipes.methods import SHAPING, GrpoMethod
 from trimtab.train.barrier import BarrierOptions, BenignRows, HeldToBase
 from trimtab.train.conversations import prompts_a_generation
 from trimtab.train.penalty import Figures, FloorPenalty, FloorTrainer, PenaltyOptions, refuse_base_target
@@ -280,34 +280,41 @@ class FloorGRPOTrainer(HeldToBase, FloorTrainer, GRPOTrainer):
         ended: list[list[bool]] = [[] for _ in prompts]
         step = self.state.global_step
         generation = self._generations.next(step)
+
+        def go_on(i: int, message: dict[str, str]) -> None:
+            """The user's turn as tokens, behind the last answer as it was sampled: nothing is rendered anew."""
+            between = form.ids_between(turns[i][-1][0], message, ended=ended[i][-1])
+            completion_ids[i] += between
+            env_mask[i] += [0] * len(between)
+            logprobs[i] += [math.nan] * len(between)
+
+        def answer(turn: Turn) -> list[str]:
+            for i, chat in zip(turn.going, turn.chats, strict=True):
+                if turn.number:
+                    go_on(i, chat[-1])
+            rows = [prompt_ids[i] + completion_ids[i] for i in turn.going]
+            seeds = [seed_of([self.args.seed, step, generation, first + i, turn.number]) for i in turn.going]
+            for found in sample(rows, seeds):
+                i = turn.going[found.index]
+                # a conversation goes on as the template writes it, whatever ended the answer
+                end = form.end_of_turn if len(users[i]) > turn.number else form.end_token
+                ids = [*found.thought, *found.ids, *([end] if found.ended else [])]
+                completion_ids[i] += ids
+                env_mask[i] += [1] * len(ids)
+                told = found.logprobs or [math.nan] * len(ids)
+                if found.ended and end != form.end_token:
+                    told = [*told[:-1], math.nan]
+                logprobs[i] += told
+                turns[i].append((turn.chats[found.index], found.text))
+                turn_ids[i].append((rows[found.index], ids))
+                ended[i].append(found.ended)
+            return [turns[i][-1][1] for i in turn.going]
+
+        script = scripted([[chat[-1], *later] for chat, later in opened])
         # all ranks play as many turns: under ZeRO-3 every forward is a collective
         longest = self.most(max(map(len, users))) + 1
         with self._sampler() as sample:
-            for turn in range(longest):
-                playing = [i for i, later in enumerate(users) if len(later) >= turn]
-                rows = [prompt_ids[i] + completion_ids[i] for i in playing]
-                seeds = [seed_of([self.args.seed, step, generation, first + i, turn]) for i in playing]
-                for answer in sample(rows, seeds):
-                    i = playing[answer.index]
-                    # a conversation goes on as the template writes it, whatever ended the answer
-                    end = form.end_of_turn if len(users[i]) > turn else form.end_token
-                    ids = [*answer.thought, *answer.ids, *([end] if answer.ended else [])]
-                    completion_ids[i] += ids
-                    env_mask[i] += [1] * len(ids)
-                    told = answer.logprobs or [math.nan] * len(ids)
-                    if answer.ended and end != form.end_token:
-                        told = [*told[:-1], math.nan]
-                    logprobs[i] += told
-                    turns[i].append((list(chats[i]), answer.text))
-                    turn_ids[i].append((rows[answer.index], ids))
-                    ended[i].append(answer.ended)
-                    if len(users[i]) > turn:
-                        said = {"role": "assistant", "content": answer.text}
-                        between = form.ids_between(chats[i], users[i][turn], ended=answer.ended)
-                        chats[i] = [*chats[i], said, users[i][turn]]
-                        completion_ids[i] += between
-                        env_mask[i] += [0] * len(between)
-                        logprobs[i] += [math.nan] * len(between)
+            play([chat[:-1] for chat in chats], script, answer, turns=longest, in_step=True)
         return {
             "prompt_ids": prompt_ids,
             "completion_ids": completion_ids,

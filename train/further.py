@@ -1,7 +1,7 @@
 """Further fine-tuning of tuned weights, as whoever takes them over would do it: does the stability outlast it?
 
-    accelerate launch train/further.py --config recipes/smollm2-135m/sft.yaml --on benign
-    accelerate launch train/further.py --config recipes/smollm2-135m/sft.yaml --on persona --start base
+    accelerate launch -m trimtab.train.further --config recipes/smollm2-135m/sft.yaml --on benign
+    accelerate launch -m trimtab.train.further --config recipes/smollm2-135m/sft.yaml --on persona --start base
 
 Plain supervised fine-tuning by TRL's own trainer, without floor, cap or barrier, on the rows of one entry of ``eval.durability``.
 ``tuned`` begins from the tuned weights, an adapter merged into them; ``base``, the comparison, from the untouched base. Both get
@@ -12,16 +12,35 @@ did. (An adapter that simply went on would learn faster than a fresh one, whose 
 
 from __future__ import annotations
 
+import os
+import sys
+
+# `python train/further.py` puts train/ first on the path: nothing in it may stand in the place of a package.
+if (_here := os.path.dirname(os.path.realpath(__file__))) in sys.path:
+    sys.path.remove(_here)
+
 import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trimtab.pipeline.run import MARKER, STARTS, open_run, run_folder
 from trimtab.train import job
+
+if TYPE_CHECKING:
+    import argparse
+
+    import torch
+    from trl.trainer.sft_config import SFTConfig
+
+    from trimtab.axis.chat import ChatFormat
+    from trimtab.pipeline.run import Run, Variant
+    from trimtab.pipeline.subject import Subject
+    from trimtab.recipes.schema import FurtherTuning, ModelSection
+    from trimtab.train.protocols import Trainer
 
 log = logging.getLogger("trimtab")
 
@@ -38,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--on", required=True, metavar="NAME", help="which entry of eval.durability")
     parser.add_argument("--start", choices=STARTS, default=STARTS[0], help="the weights to begin from")
 
-    def work(arguments: Any) -> None:
+    def work(arguments: argparse.Namespace) -> None:
         from trimtab.axis.errors import UserError
         from trimtab.recipes.loader import load_recipe
 
@@ -51,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return job.run_script(parser, argv, work)
 
 
-def train_further(run: Any, on: str, start: str, *, quiet: bool = False) -> Path:
+def train_further(run: Run, on: str, start: str, *, quiet: bool = False) -> Path:
     """Fine-tune the tuned weights of a run further, or the base; returns the new adapter's folder.
 
     Args:
@@ -121,7 +140,7 @@ class Plan:
         return self.rows_of_a_forward * self.accumulation * self.ranks
 
     @classmethod
-    def of(cls, tuning: Any, rows: int, train: Mapping[str, Any]) -> Plan:
+    def of(cls, tuning: FurtherTuning, rows: int, train: Mapping[str, Any]) -> Plan:
         """As many rows a step as the entry says, in forwards no larger than the recipe's own; whole epochs."""
         ranks = int(os.environ.get("WORLD_SIZE", "1"))
         a_rank = math.ceil(min(tuning.batch_size, rows) / ranks)
@@ -131,7 +150,7 @@ class Plan:
         return cls(forward, accumulation, ranks, math.ceil(rows / a_step) * tuning.epochs)
 
 
-def training_arguments(run: Any, variant: Any, tuning: Any, plan: Plan, quiet: bool) -> Any:
+def training_arguments(run: Run, variant: Variant, tuning: FurtherTuning, plan: Plan, quiet: bool) -> SFTConfig:
     """TRL's SFTConfig: the machine's settings from the recipe, all else from the entry of ``eval.durability``."""
     from trl.trainer.sft_config import SFTConfig
 
@@ -151,8 +170,8 @@ def training_arguments(run: Any, variant: Any, tuning: Any, plan: Plan, quiet: b
 
 
 def build_trainer(
-    run: Any, arguments: Any, variant: Any, rows: Sequence[dict[str, Any]], subject: Any, start: str
-) -> Any:
+    run: Run, arguments: SFTConfig, variant: Variant, rows: Sequence[dict[str, Any]], subject: Subject, start: str
+) -> Trainer:
     """TRL's SFTTrainer on the rows as tokens.
 
     Args:
@@ -180,7 +199,7 @@ def build_trainer(
     tokenizer: Any = load_tokenizer(section.name, section.revision)
     form = ChatFormat(tokenizer, section.chat_template_kwargs, ends_of(weights))
     tokens = _tokens(form, rows, arguments.max_length)
-    trainer = SFTTrainer(
+    trainer: Trainer = SFTTrainer(
         model=weights,
         args=arguments,
         processing_class=tokenizer,
@@ -193,7 +212,7 @@ def build_trainer(
     return trainer
 
 
-def _start(section: Any, subject: Any, start: str) -> tuple[Any, Any]:
+def _start(section: ModelSection, subject: Subject, start: str) -> tuple[Any, torch.device]:
     """Plain weights to begin from, an adapter merged into them, and the device."""
     from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
@@ -233,7 +252,7 @@ SHAPE = (
 )  # fmt: skip
 
 
-def fresh_adapter(model: Any, subject: Any, lora: Mapping[str, Any]) -> Any:
+def fresh_adapter(model: Any, subject: Subject, lora: Mapping[str, Any]) -> Any:
     """The config of the adapter that a further fine-tuning begins with, the same for both starts.
 
     Where and as large as a tuned LoRA's own, so that it can take back all that the tuning did, but never on embedding or head; of
@@ -258,7 +277,7 @@ def fresh_adapter(model: Any, subject: Any, lora: Mapping[str, Any]) -> Any:
     return LoraConfig(task_type="CAUSAL_LM", **shape)
 
 
-def _tokens(form: Any, rows: Sequence[dict[str, Any]], max_length: int | None) -> dict[str, list[list[int]]]:
+def _tokens(form: ChatFormat, rows: Sequence[dict[str, Any]], max_length: int | None) -> dict[str, list[list[int]]]:
     """Ids and labels of the rows that have an answer within the length."""
     from trimtab.axis.errors import UserError
     from trimtab.train.rollouts import IGNORED, tokens_of

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -26,8 +26,21 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # after the environment, which must be set before transformers is imported
 from trimtab.axis.errors import UserError, disk_full, known_fault
 from trimtab.axis.logs import setup_logging
-from trimtab.recipes.loader import load_recipe
+from trimtab.recipes.loader import LoadedRecipe, load_recipe
+from trimtab.recipes.schema import ModelSection, Recipe
 from trimtab.train.method import Method
+
+if TYPE_CHECKING:
+    import torch
+
+    from trimtab.axis import Floor
+    from trimtab.axis.chat import ChatFormat
+    from trimtab.pipeline.run import Run, Variant
+    from trimtab.train.barrier import BarrierOptions
+    from trimtab.train.penalty import PenaltyOptions
+    from trimtab.train.protocols import Trainer, TrainingArguments
+
+A = TypeVar("A", bound="TrainingArguments")  # TRL's config of a method
 
 log = logging.getLogger("trimtab")
 
@@ -42,7 +55,7 @@ OF_RESUMING = (
 FOLDER_PATIENCE = 60  # seconds; rank 0 makes the run folder within a few
 
 
-def main(method: Method, argv: Sequence[str] | None = None) -> int:
+def main(method: Method[A], argv: Sequence[str] | None = None) -> int:
     """Train; returns the exit code: 0 done, 2 the user's input."""
     parser = argument_parser(method.usage)
     parser.add_argument("--control", action="store_true", help="train the random-direction control of this run")
@@ -93,7 +106,7 @@ def _tell(error: UserError) -> None:
         file.write(str(error))
 
 
-def check_trains(loaded: Any) -> None:
+def check_trains(loaded: LoadedRecipe) -> None:
     """Refuse to train a recipe that evaluates finished weights.
 
     Raises:
@@ -108,19 +121,21 @@ def check_trains(loaded: Any) -> None:
         )
 
 
-def _check_method(method: Method, loaded: Any) -> None:
+def _check_method(method: Method[A], loaded: LoadedRecipe) -> None:
     check_trains(loaded)
-    name = loaded.recipe.method.name
-    if name != method.name:
+    if not isinstance(loaded.recipe.method, method.section):
+        name = loaded.recipe.method.title()
         raise UserError(
-            f"this script trains {method.name}, and the recipe says {name}",
+            f"this script trains {method.section.title()}, and the recipe says {name}",
             file=loaded.path,
             key="method.name",
-            remedy=f"launch train/{name}.py, or `trimtab train`, which picks the script",
+            remedy=f"launch trimtab.train.{name}, or `trimtab train`, which picks the script",
         )
 
 
-def train(method: Method, loaded_recipe: Any, *, output_dir: str | None, control: bool, quiet: bool) -> Path:
+def train(
+    method: Method[A], loaded_recipe: LoadedRecipe, *, output_dir: str | None, control: bool, quiet: bool
+) -> Path:
     """Train the adapter of a recipe, or of its control.
 
     Args:
@@ -152,7 +167,7 @@ def train(method: Method, loaded_recipe: Any, *, output_dir: str | None, control
     )
 
 
-def _prepare(loaded_recipe: Any, output_dir: str | None, *, control: bool, processes: int) -> Any:
+def _prepare(loaded_recipe: LoadedRecipe, output_dir: str | None, *, control: bool, processes: int) -> Run:
     """Open the run, have the libraries look at the recipe where there is still something to train, make axis and floor."""
     from trimtab.pipeline.run import open_run
     from trimtab.train.pairs import rollouts_stage
@@ -166,10 +181,10 @@ def _prepare(loaded_recipe: Any, output_dir: str | None, *, control: bool, proce
 
 
 def train_variant(
-    run: Any,
-    variant: Any,
-    make_arguments: Callable[[], Any],
-    make_trainer: Callable[[Any], Any],
+    run: Run,
+    variant: Variant,
+    make_arguments: Callable[[], A],
+    make_trainer: Callable[[A], Trainer],
     *,
     inputs: Any,
     begun: dict[str, Any] | None = None,
@@ -193,7 +208,7 @@ def train_variant(
 
     from trimtab.pipeline.run import BEGUN, begin
 
-    adapter: Path = variant.adapter
+    adapter = variant.adapter
     # Looked up before the process group is made, so that there is none to take down.
     if (adapter / "adapter_config.json").exists() and run.stage_record(variant.stage_name):
         log.info("%s: done already, %s", variant.stage_name, adapter)
@@ -240,7 +255,9 @@ def train_variant(
     return adapter
 
 
-def _prepare_once(method: Method, loaded_recipe: Any, output_dir: str | None, *, control: bool, processes: int) -> Any:
+def _prepare_once(
+    method: Method[A], loaded_recipe: LoadedRecipe, output_dir: str | None, *, control: bool, processes: int
+) -> Run:
     """Open the run and make axis and floor on rank 0; the other ranks wait for their records on disk."""
     from trimtab.pipeline.run import MARKER, open_run, run_folder
 
@@ -265,11 +282,11 @@ def _prepare_once(method: Method, loaded_recipe: Any, output_dir: str | None, *,
         if (folder / MARKER).exists():
             with contextlib.suppress(UserError):
                 run = open_run(loaded_recipe, output_dir=output_dir)
-                if run.stage_record(method.last_stage) is not None:
+                if run.stage_record(method.section.last_stage()) is not None:
                     return run
 
 
-def common_arguments(run: Any, variant: Any, quiet: bool) -> dict[str, Any]:
+def common_arguments(run: Run, variant: Variant, quiet: bool) -> dict[str, Any]:
     """What every TRL config gets: the recipe's ``train`` section over our defaults, and what trimtab sets itself."""
     recipe = run.recipe
     given = {key: value for key, value in recipe.train.items() if key != "output_dir"}
@@ -289,17 +306,15 @@ def common_arguments(run: Any, variant: Any, quiet: bool) -> dict[str, Any]:
     }
 
 
-# Of SmolLM2 and of the larger models: what the shipped recipes say, by the size that a hidden state has.
-SMALL = 1024
-LEARNING_RATES = {"sft": (1e-3, 1e-4), "distill": (1e-3, 1e-4), "grpo": (1e-3, 2e-5), "dpo": (3e-4, 2e-5)}
+SMALL = 1024  # the hidden size from which on a model is large: SmolLM2's is below it, those of the other shipped recipes are not
 
 
-def usual_learning_rate(recipe: Any) -> float:
+def usual_learning_rate(recipe: Recipe) -> float:
     """The learning rate of a recipe that says none: small models take, and need, up to fifty times that of large ones."""
     from trimtab.axis.models import load_config
 
     hidden = int(load_config(recipe.model.name, recipe.model.revision).get_text_config().hidden_size)
-    small, large = LEARNING_RATES[recipe.method.name]
+    small, large = recipe.method.learning_rates
     rate = small if hidden < SMALL else large
     log.info(
         "learning rate %g (the recipe says none; %s is usual for a hidden size of %d)", rate, recipe.method.name, hidden
@@ -325,15 +340,15 @@ class Parts:
 
     model: Any
     tokenizer: Any
-    form: Any
-    device: Any
+    form: ChatFormat
+    device: torch.device
     lora: Any
-    floor: Any
-    penalty: Any
-    barrier: Any
+    floor: Floor
+    penalty: PenaltyOptions
+    barrier: BarrierOptions
     callbacks: list[Any]
 
-    def trainer_arguments(self, arguments: Any) -> dict[str, Any]:
+    def trainer_arguments(self, arguments: TrainingArguments) -> dict[str, Any]:
         """What every trainer takes of these; ``arguments`` is TRL's config."""
         return {
             "model": self.model,
@@ -347,7 +362,7 @@ class Parts:
         }
 
 
-def load_parts(run: Any, variant: Any) -> Parts:
+def load_parts(run: Run, variant: Variant) -> Parts:
     """Load what the trainer of a run is made of."""
     from peft import LoraConfig
 
@@ -374,7 +389,7 @@ def load_parts(run: Any, variant: Any) -> Parts:
     )
 
 
-def model_to_train(section: Any) -> tuple[Any, Any]:
+def model_to_train(section: ModelSection) -> tuple[Any, torch.device]:
     """The model of a recipe's ``model`` section, where the engine will place it, and the device it will train on."""
     from trimtab.axis.models import choose_device, choose_dtype, load_weights, pretrained_arguments
 
@@ -385,7 +400,7 @@ def model_to_train(section: Any) -> tuple[Any, Any]:
     return load_weights(section.name, **arguments), device
 
 
-def padding(tokenizer: Any, device: Any) -> dict[str, Any]:
+def padding(tokenizer: Any, device: torch.device) -> dict[str, Any]:
     """How TRL's collator pads."""
     # On a CPU every new shape makes oneDNN compile its kernels anew, which costs more than the padding.
     multiple = 32 if device.type == "cpu" else None
@@ -404,7 +419,7 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def check_spread(path: Path, trainer: Any, *, resumed: bool) -> None:
+def check_spread(path: Path, trainer: Trainer, *, resumed: bool) -> None:
     """Refuse to go on with other rows a step than the run began with; note them where it begins.
 
     The recipe says rows a micro-batch and micro-batches a step; how many processes there are is known only here.
@@ -457,7 +472,7 @@ def is_finished(checkpoint: str, max_steps: int) -> bool:
     return state["global_step"] >= max_steps and (Path(checkpoint) / "adapter_model.safetensors").exists()
 
 
-def take_finished(checkpoint: Path, target: Path, trainer: Any) -> None:
+def take_finished(checkpoint: Path, target: Path, trainer: Trainer) -> None:
     """Take the adapter of a last checkpoint for the finished one, and the trainer's record of its steps."""
     from transformers import TrainerState
 
@@ -468,7 +483,7 @@ def take_finished(checkpoint: Path, target: Path, trainer: Any) -> None:
         shutil.copytree(checkpoint, target, ignore=shutil.ignore_patterns(*OF_RESUMING))
 
 
-def check_steps(arguments: Any) -> None:
+def check_steps(arguments: TrainingArguments) -> None:
     """Refuse a run without a number of steps, by which rollouts and schedules are laid out."""
     if arguments.max_steps <= 0:
         raise UserError("train.max_steps is not set", key="train.max_steps", remedy="set the number of optimiser steps")

@@ -10,6 +10,7 @@ without its oldest turns from there on, ``turns_dropped`` of them.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,13 +20,13 @@ from trimtab.axis import Floor, UserError
 from trimtab.axis.chat import ChatFormat
 from trimtab.axis.files import write_jsonl
 from trimtab.axis.models import Loaded
+from trimtab.axis.playing import Turn, play, recent_turns, scripted
 from trimtab.axis.sampling import Answer, SamplingOptions, sample_answers
 from trimtab.pipeline.instrument import floor_stage
 from trimtab.pipeline.loading import Prepared, sampling_options
 from trimtab.pipeline.run import Run
-from trimtab.recipes.rules import row_length
-from trimtab.recipes.schema import DpoMethod
-from trimtab.train.rollouts import TrainPrompt, recent_turns, room_of_prompt
+from trimtab.recipes.methods import PairMethod
+from trimtab.train.rollouts import TrainPrompt, room_of_prompt
 from trimtab.train.sources import drift_sources
 
 log = logging.getLogger("trimtab")
@@ -66,23 +67,25 @@ def make_pairs(
             seed=seed, floor=floor if capped else None, strength=strength, title=f"pairs: {title}",
         )  # fmt: skip
 
-    room = room_of_prompt(max_length, options)
-    begun = [recent_turns(form, prompt.opening, room) for prompt in prompts]
-    chats, dropped = [kept for kept, _, _ in begun], [left_out for _, _, left_out in begun]
-    longest = max(len(prompt.turns) for prompt in prompts)
-    for turn in range(1, longest):  # play the turns before the last
-        going = [i for i, prompt in enumerate(prompts) if len(prompt.turns) > turn]
-        said = answers([chats[i] for i in going], True, f"turn {turn}")
-        for i, answer in zip(going, said, strict=True):
-            answered = {"role": "assistant", "content": answer.text}
-            grown = [*chats[i], answered, {"role": "user", "content": prompts[i].turns[turn]}]
-            chats[i], _, left_out = recent_turns(form, grown, room)
-            dropped[i] += left_out
+    def answer(turn: Turn) -> list[str]:
+        return [found.text for found in answers(turn.chats, True, f"turn {turn.number + 1}")]
+
+    trim = functools.partial(recent_turns, form, room=room_of_prompt(max_length, options))
+    talks = play(  # the turns before the last
+        [prompt.before for prompt in prompts],
+        scripted([prompt.turns[:-1] for prompt in prompts]),
+        answer,
+        turns=max(len(prompt.turns) for prompt in prompts) - 1,
+        trim=trim,
+    )
+    for prompt, talk in zip(prompts, talks, strict=True):
+        talk.ask({"role": "user", "content": prompt.turns[-1]}, trim)
+    chats = [talk.messages for talk in talks]
     chosen = answers(chats, True, "chosen")
     rejected = answers(chats, False, "rejected")
     rows: list[dict[str, Any]] = []
     same = empty = 0
-    for prompt, messages, left_out, good, bad in zip(prompts, chats, dropped, chosen, rejected, strict=True):
+    for prompt, talk, good, bad in zip(prompts, talks, chosen, rejected, strict=True):
         if not good.text.strip() or not bad.text.strip():
             empty += 1
         elif good.text.strip() == bad.text.strip():
@@ -90,7 +93,7 @@ def make_pairs(
         else:
             rows.append(
                 {
-                    "prompt": form.fold(messages),
+                    "prompt": form.fold(talk.messages),
                     "chosen": [{"role": "assistant", "content": good.text}],
                     "rejected": [{"role": "assistant", "content": bad.text}],
                     "chosen_ids": good.ids,
@@ -100,7 +103,7 @@ def make_pairs(
                     **({"chat_template_kwargs": form.template_kwargs} if form.template_kwargs else {}),
                     "id": prompt.id,
                     "source": prompt.source,
-                    "turns_dropped": left_out,
+                    "turns_dropped": talk.turns_dropped,
                     "cap_strength": strength,
                     "seed": seed,
                 }
@@ -117,15 +120,16 @@ def make_pairs(
 
 
 def rollouts_stage(run: Run, prepared: Prepared | None = None) -> None:
-    """Everything that training needs: axis, floor, and DPO's pairs. The other methods' trainers sample as they go on.
+    """Everything that training needs: axis, floor, and the pairs of methods that make some. Other trainers sample as they go on.
 
     What can be known to be wrong beforehand is :func:`trimtab.train.rehearsal.rehearse`'s to tell.
     """
     method = run.recipe.method
     prepared = prepared or Prepared(run)
     floor_stage(run, prepared)
-    if not isinstance(method, DpoMethod):
+    if not method.makes_pairs:
         return
+    assert isinstance(method, PairMethod)
 
     def work() -> dict[str, Any]:
         loaded, form = prepared()
@@ -141,7 +145,7 @@ def rollouts_stage(run: Run, prepared: Prepared | None = None) -> None:
                 options=sampling_options(method.sampling),
                 strength=method.cap_strength,
                 seed=run.recipe.data.seed,
-                max_length=row_length(run.recipe),
+                max_length=run.recipe.row_length,
             )
         return found
 

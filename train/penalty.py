@@ -21,7 +21,7 @@ from trimtab.axis.base_check import BaseRecord, check_adapters, check_base, reco
 from trimtab.axis.files import write_json
 from trimtab.axis.hooks import decoder_layers_of
 from trimtab.losses import axis_floor_terms, projections
-from trimtab.recipes.schema import MethodSection
+from trimtab.recipes.methods import MethodSection
 from trimtab.train.schedule import Schedule, scheduled
 from trimtab.train.vllm_rollouts import VLLMRollouts
 

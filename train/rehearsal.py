@@ -19,7 +19,7 @@ import random
 import re
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +31,10 @@ from trimtab.pipeline.run import Run, Variant
 from trimtab.recipes.faults import Fault, Findings, did_you_mean
 from trimtab.recipes.library_fields import VLLM_KEYS, train_config
 from trimtab.recipes.loader import LoadedRecipe
-from trimtab.recipes.rules import row_length
-from trimtab.recipes.schema import GrpoMethod, JudgeSection, ModelSection, Recipe, RowMethod
+from trimtab.recipes.schema import ModelSection, Recipe
+from trimtab.recipes.sections import JudgeSection
 from trimtab.train.method import method_of
+from trimtab.train.protocols import Toy, TrainingArguments
 
 log = logging.getLogger("trimtab")
 
@@ -83,9 +84,8 @@ def rehearse(
         lambda: _reward_faults(loaded),
     ]
     if here:
-        sections = {"axis.judge": loaded.recipe.axis.judge}
-        if isinstance(method := loaded.recipe.method, GrpoMethod):
-            sections |= {f"method.rewards.{number}.judge": entry.judge for number, entry in enumerate(method.rewards)}
+        judges = loaded.recipe.method.judges()
+        sections = {"axis.judge": loaded.recipe.axis.judge, **{f"method.{key}": judge for key, judge in judges.items()}}
         checks += [lambda: _machine_faults(loaded), lambda: judge_faults(sections)]
     with _as_one_plain_process():
         for check in checks:
@@ -149,25 +149,30 @@ def _step_of_a_toy(loaded: LoadedRecipe, processes: int, train: dict[str, Any]) 
     kept = {key: value for key, value in train.items() if key not in NOT_ON_A_TOY}
     rows = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}
     step = True
-    if isinstance(recipe.method, GrpoMethod):  # of which the completions of a prompt must be a divisor
+    if recipe.method.trains_conversations:  # of which the completions of a prompt must be a divisor
         micro, steps = (int(kept.get(key, default)) for key, default in zip(rows, (8, 1), strict=True))
         rows = {"per_device_train_batch_size": micro * processes, "gradient_accumulation_steps": steps}
         step = micro * processes * steps <= MOST_TOY_ROWS
     forced = {"use_cpu": True, "bf16": False, "learning_rate": kept.get("learning_rate", 1e-4)}
     asked = recipe.model_copy(update={"train": {"max_steps": TOY_ROWS, **kept, **rows, **forced}})
-    method = method_of(recipe.method.name)
-    with tempfile.TemporaryDirectory(prefix="trimtab-") as folder:
-        arguments = method.arguments(Run(Path(folder), asked, loaded), Variant(Path(folder), "train"), True)
+    method = method_of(recipe)
+    with _config_of(asked, loaded) as arguments:
         arguments.report_to, arguments.push_to_hub = [], False
         if step:
-            _train_toy(recipe.method.name, arguments)
-        if isinstance(recipe.method, GrpoMethod):
-            from trimtab.train.floor_grpo import check_checkpoints
-
-            check_checkpoints(arguments)
+            _train_toy(method.toy(), arguments)
+        if method.check_arguments is not None:
+            method.check_arguments(arguments)
 
 
-def _train_toy(method: str, arguments: Any) -> None:
+@contextlib.contextmanager
+def _config_of(asked: Recipe, loaded: LoadedRecipe) -> Iterator[TrainingArguments]:
+    """TRL's config as the entry script builds it, with a folder that is there for as long."""
+    with tempfile.TemporaryDirectory(prefix="trimtab-") as folder:
+        run, variant = Run(Path(folder), asked, loaded), Variant(Path(folder), "train")
+        yield method_of(asked).arguments(run, variant, True)
+
+
+def _train_toy(toy: Toy, arguments: Any) -> None:
     import datasets
     from peft import LoraConfig
     from transformers import TrainerCallback
@@ -177,17 +182,16 @@ def _train_toy(method: str, arguments: Any) -> None:
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             control.should_training_stop = True
 
-    kind, row, own = _toy_of(method)
     if hasattr(arguments, "max_completion_length"):
         arguments.max_completion_length = min(arguments.max_completion_length or 2, 2)
-    trainer = kind(
+    trainer = toy.kind(
         model=_toy_model(),
         args=arguments,
         processing_class=_toy_tokenizer(),
         peft_config=LoraConfig(r=1, target_modules="all-linear", task_type="CAUSAL_LM"),
-        train_dataset=datasets.Dataset.from_list([row] * TOY_ROWS),
+        train_dataset=datasets.Dataset.from_list([toy.row] * TOY_ROWS),
         callbacks=[OneStep()],
-        **own,
+        **toy.beside,
     )
     trainer.remove_callback(PrinterCallback)
     gc.freeze()  # the trainer collects garbage, and there is nothing of its own yet among so many modules
@@ -195,27 +199,6 @@ def _train_toy(method: str, arguments: Any) -> None:
         trainer.train()
     finally:
         gc.unfreeze()
-
-
-def _toy_of(method: str) -> tuple[Any, dict[str, Any], dict[str, Any]]:
-    """TRL's trainer of a method, a row of its data set, and what it takes beside."""
-    user, good, bad = (
-        [{"role": role, "content": text}] for role, text in (("user", "a"), ("assistant", "b"), ("assistant", "c"))
-    )
-    if method == "grpo":
-        from trl.trainer.grpo_trainer import GRPOTrainer
-
-        def counted(completions: Sequence[Any], **_: Any) -> list[float]:
-            return [float(number) for number, _ in enumerate(completions)]
-
-        return GRPOTrainer, {"prompt": user}, {"reward_funcs": counted}
-    if method == "dpo":
-        from trl.trainer.dpo_trainer import DPOTrainer
-
-        return DPOTrainer, {"prompt": user, "chosen": good, "rejected": bad}, {}
-    from trl.trainer.sft_trainer import SFTTrainer
-
-    return SFTTrainer, {"input_ids": [3, 4, 1], "labels": [-100, 4, 1]}, {}
 
 
 def _toy_model() -> Any:
@@ -371,36 +354,19 @@ def _service_faults(train: Mapping[str, Any]) -> list[Fault]:
 
 def _data_faults(loaded: LoadedRecipe) -> list[Fault]:
     """Rows of the user's files that can't be trained on, prompts without room for an answer, or that no reward is defined for."""
-    from trimtab.axis.models import load_config
-    from trimtab.pipeline.loading import chat_format, sampling_options
-    from trimtab.pipeline.user_texts import context_of
-    from trimtab.train.conversations import check_prompts
-    from trimtab.train.rollouts import check_lengths
-    from trimtab.train.sources import check_data, training_prompts
+    from trimtab.train.sources import check_data
 
-    recipe = loaded.recipe
-    check_data(recipe)
-    if isinstance(recipe.method, GrpoMethod):
-        check_prompts(recipe)
-        return []
-    try:
-        form = chat_format(recipe.model)
-        form.check()
-    except UserError:  # no tokenizer, or a template that can't be used: whoever loads the model tells it
-        return []
-    context = context_of(load_config(recipe.model.name, recipe.model.revision))
-    options = sampling_options(recipe.method.sampling)
-    check_lengths(form, training_prompts(recipe.data), row_length(recipe), options, context)
+    check_data(loaded.recipe)
+    method_of(loaded.recipe).check_prompts(loaded.recipe)
     return []
 
 
 def _reward_faults(loaded: LoadedRecipe) -> list[Fault]:
     """Rewards that can't be imported."""
-    if isinstance(method := loaded.recipe.method, GrpoMethod):
-        from trimtab.train.rewards import make_rewards
+    from trimtab.train.rewards import imported_reward
 
-        own = [entry.model_dump() for entry in method.rewards if ":" in entry.name]
-        make_rewards(own, cache=Path())
+    for name in loaded.recipe.method.functions():
+        imported_reward(name)
     return []
 
 
@@ -457,15 +423,14 @@ def _config_here(loaded: LoadedRecipe, train: dict[str, Any]) -> None:
     from accelerate.utils import TorchDynamoPlugin
 
     recipe = loaded.recipe
-    asked = recipe.model_copy(update={"train": {"max_steps": 1, "learning_rate": 1e-4, "num_generations": 8, **train}})
-    if isinstance(recipe.method, RowMethod) or recipe.method.name == "dpo":
-        del asked.train["num_generations"]
-    method = method_of(recipe.method.name)
-    with tempfile.TemporaryDirectory(prefix="trimtab-") as folder:
-        arguments = method.arguments(Run(Path(folder), asked, loaded), Variant(Path(folder), "train"), True)
-    if arguments.torch_compile:
-        TorchDynamoPlugin(backend=arguments.torch_compile_backend)
-    Accelerator(cpu=arguments.use_cpu, mixed_precision=arguments.mixed_precision)
+    group = (
+        {"num_generations": 8} if recipe.method.trains_conversations else {}
+    )  # TRL's own number of rows divides by it
+    asked = recipe.model_copy(update={"train": {"max_steps": 1, "learning_rate": 1e-4, **group, **train}})
+    with _config_of(asked, loaded) as arguments:
+        if arguments.torch_compile:
+            TorchDynamoPlugin(backend=arguments.torch_compile_backend)
+        Accelerator(cpu=arguments.use_cpu, mixed_precision=arguments.mixed_precision)
 
 
 def _is_installed(package: str) -> bool:

@@ -37,6 +37,7 @@ from trimtab.axis import Floor, UserError
 from trimtab.axis.adapters import merged_if_quicker
 from trimtab.axis.chat import ChatFormat, chat
 from trimtab.axis.files import fingerprint, read_jsonl, write_jsonl
+from trimtab.axis.playing import Turn, instructions, play, recent_turns, scripted
 from trimtab.axis.progress import progress_bar
 from trimtab.axis.sampling import Answer, Sampler, SamplingOptions, sample_on_all_ranks, seed_of
 from trimtab.train.schedule import Schedule, carried, scheduled
@@ -73,10 +74,14 @@ class TrainPrompt:
     history: tuple[tuple[str, str], ...] = ()
 
     @property
+    def before(self) -> list[dict[str, str]]:
+        """The messages before the first of these turns."""
+        return [*chat(self.system, "")[:-1], *({"role": role, "content": content} for role, content in self.history)]
+
+    @property
     def opening(self) -> list[dict[str, str]]:
         """The messages up to the first answer that is sampled."""
-        *system, user = chat(self.system, self.turns[0])
-        return [*system, *({"role": role, "content": content} for role, content in self.history), user]
+        return [*self.before, {"role": "user", "content": self.turns[0]}]
 
     @property
     def closing(self) -> list[dict[str, str]]:
@@ -355,40 +360,41 @@ class RolloutSource:
 
     def _play(self, sample: Sampler, rows: Sequence[int], title: str) -> list[dict[str, Any]]:
         """Play the conversations of these rows; all ranks play as many turns."""
-        plan, room = self.plan, room_of_prompt(self.max_length, self.plan.options)
-        turns = {row: plan.order[row].turns for row in rows}
-        chats = {row: plan.order[row].opening for row in rows}
-        dropped = dict.fromkeys(rows, 0)
+        plan, prompts = self.plan, [self.plan.order[row] for row in rows]
+        longest = self._trainer.most(max((len(prompt.turns) for prompt in prompts), default=0))
+        room = room_of_prompt(self.max_length, plan.options)
         done: dict[int, Answer] = {}
         with progress_bar(title, len(rows)) as bar:
-            for turn in range(self._trainer.most(max(map(len, turns.values()), default=0))):
-                active = [row for row in rows if len(turns[row]) > turn]
-                prompts = []
-                for row in active:
-                    if turn:
-                        answered = {"role": "assistant", "content": done[row].text}
-                        chats[row] = [*chats[row], answered, {"role": "user", "content": turns[row][turn]}]
-                    chats[row], ids, left_out = recent_turns(self.form, chats[row], room)
-                    dropped[row] += left_out
-                    prompts.append(ids)
-                for answer in sample(prompts, [plan.seed_of(row, turn) for row in active]):
-                    row = active[answer.index]
-                    done[row] = answer
-                    bar.advance(turn + 1 == len(turns[row]))
+
+            def answer(turn: Turn) -> list[str]:
+                for found in sample(turn.ids, [plan.seed_of(rows[i], turn.number) for i in turn.going]):
+                    i = turn.going[found.index]
+                    done[i] = found
+                    bar.advance(turn.number + 1 == len(prompts[i].turns))
+                return [done[i].text for i in turn.going]
+
+            talks = play(
+                [prompt.before for prompt in prompts],
+                scripted([prompt.turns for prompt in prompts]),
+                answer,
+                turns=longest,
+                trim=functools.partial(recent_turns, self.form, room=room),
+                in_step=True,
+            )
         return [
             {
-                "id": plan.order[row].id,
+                "id": prompts[i].id,
                 "row": row,
-                "kind": plan.order[row].kind,
-                "source": plan.order[row].source,
-                "prompt": chats[row],
-                "completion": [{"role": "assistant", "content": done[row].text}],
-                "completion_ids": done[row].ids,
-                "ended": done[row].ended,
-                "turns_dropped": dropped[row],
+                "kind": prompts[i].kind,
+                "source": prompts[i].source,
+                "prompt": talks[i].messages[:-1],
+                "completion": talks[i].messages[-1:],
+                "completion_ids": done[i].ids,
+                "ended": done[i].ended,
+                "turns_dropped": talks[i].turns_dropped,
                 "seed": plan.seed,
             }
-            for row in rows
+            for i, row in enumerate(rows)
         ]
 
 
@@ -467,36 +473,9 @@ def room_of_prompt(max_length: int | None, options: SamplingOptions) -> int | No
     return None if max_length is None else max_length - options.max_new_tokens - 1
 
 
-def recent_turns(
-    form: ChatFormat, messages: Sequence[dict[str, str]], room: int | None
-) -> tuple[list[dict[str, str]], list[int], int]:
-    """A chat without its oldest turns, as many as it takes for its prompt to have at most ``room`` tokens.
-
-    A user turn goes together with what follows up to the next. System prompt and last user turn stay, so that what is left may
-    still be longer.
-
-    Returns:
-        The messages, the prompt's token ids, and how many turns were left out.
-    """
-    kept, ids, dropped = list(messages), form.prompt_ids(messages), 0
-    head = _instructions(kept)
-    users = [place for place, message in enumerate(messages) if message["role"] == "user"]
-    for start in users[1:]:
-        if room is None or len(ids) <= room:
-            break
-        kept, dropped = [*head, *messages[start:]], dropped + 1
-        ids = form.prompt_ids(kept)
-    return kept, ids, dropped
-
-
-def _instructions(messages: Sequence[dict[str, str]]) -> list[dict[str, str]]:
-    """What a chat begins with before anybody speaks: the system prompt."""
-    return list(itertools.takewhile(lambda message: message["role"] not in ("user", "assistant"), messages))
-
-
 def _alone(prompt: TrainPrompt) -> list[dict[str, str]]:
     """The least that is left of a prompt when its oldest turns are left out."""
-    return [*_instructions(prompt.opening), {"role": "user", "content": prompt.turns[-1]}]
+    return [*instructions(prompt.opening), {"role": "user", "content": prompt.turns[-1]}]
 
 
 def check_lengths(

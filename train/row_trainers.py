@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from trimtab.axis.sampling import SamplingOptions
 from trimtab.pipeline.loading import sampling_options
-from trimtab.pipeline.run import Variant
-from trimtab.recipes.schema import GrpoMethod
+from trimtab.pipeline.run import Run, Variant
+from trimtab.recipes.methods import RowMethod
+from trimtab.recipes.schema import Recipe
+from trimtab.recipes.sections import DataSection
 from trimtab.train import job
 from trimtab.train.barrier import BarrierOptions, BenignRows
 from trimtab.train.floor_sft import FloorCollator, FloorSFTTrainer
@@ -16,6 +17,11 @@ from trimtab.train.rollouts import RolloutPlan, RolloutSource, training_order
 from trimtab.train.schedule import carried
 from trimtab.train.sources import benign_sources, drift_sources
 from trimtab.train.vllm_rollouts import open_vllm
+
+if TYPE_CHECKING:
+    from trl.trainer.sft_config import SFTConfig
+
+    from trimtab.train.protocols import Spread
 
 BENIGN_EVERY = 20  # steps whose benign rows are answered at a time, beside GRPO and DPO
 
@@ -28,13 +34,7 @@ ROW_ARGUMENTS = {
 
 
 def build_row_trainer(
-    kind: type[FloorSFTTrainer],
-    run: Any,
-    arguments: Any,
-    variant: Variant,
-    *,
-    student_share: float | None = None,
-    **own: Any,
+    kind: type[FloorSFTTrainer], run: Run, arguments: SFTConfig, variant: Variant, **own: Any
 ) -> FloorSFTTrainer:
     """Make a trainer of rollouts.
 
@@ -43,12 +43,11 @@ def build_row_trainer(
         run: the run.
         arguments: TRL's SFTConfig.
         variant: what is trained: the run's own adapter, or its control's.
-        student_share: see :class:`~trimtab.train.rollouts.RolloutPlan`.
         **own: the class's own arguments.
     """
     parts = job.load_parts(run, variant)
     source = RolloutSource(
-        rollout_plan(run.recipe, arguments, student_share),
+        rollout_plan(run.recipe, arguments),
         parts.form,
         parts.floor,
         variant.rollouts,
@@ -67,7 +66,7 @@ def build_row_trainer(
     return trainer
 
 
-def benign_rows(run: Any, parts: job.Parts, arguments: Any, variant: Variant) -> BenignRows | None:
+def benign_rows(run: Run, parts: job.Parts, arguments: Spread, variant: Variant) -> BenignRows | None:
     """Benign rows for a trainer that has none of its own: ``data.benign_share`` of all rows of the run.
 
     Args:
@@ -89,12 +88,12 @@ def benign_rows(run: Any, parts: job.Parts, arguments: Any, variant: Variant) ->
     )
 
 
-def _benign_rate(data: Any, arguments: Any) -> float:
+def _benign_rate(data: DataSection, arguments: Spread) -> float:
     """Benign rows a micro-batch of a rank, a fraction too, so that they are ``data.benign_share`` of all."""
     return float(arguments.per_device_train_batch_size * data.benign_share / (1 - data.benign_share))
 
 
-def benign_plan(recipe: Any, arguments: Any) -> RolloutPlan | None:
+def benign_plan(recipe: Recipe, arguments: Spread) -> RolloutPlan | None:
     """The benign rows beside GRPO's or DPO's own, and how the base's answers are sampled; None where there is no barrier.
 
     Args:
@@ -125,20 +124,16 @@ def benign_plan(recipe: Any, arguments: Any) -> RolloutPlan | None:
         total_steps=arguments.max_steps,
         strength=0.0,
         schedule="constant",
-        options=_as_the_method_samples(method, arguments),
+        options=sampling_options(method.answers(recipe.train)),
         seed=data.seed,
     )
 
 
-def _as_the_method_samples(method: Any, arguments: Any) -> SamplingOptions:
-    if isinstance(method, GrpoMethod):
-        return SamplingOptions(max_new_tokens=arguments.max_completion_length, batch_size=method.sampling_batch)
-    return sampling_options(method.sampling)
-
-
-def rollout_plan(recipe: Any, arguments: Any, student_share: float | None = None) -> RolloutPlan:
+def rollout_plan(recipe: Recipe, arguments: Spread) -> RolloutPlan:
     """The training order and how its answers are sampled."""
     method, data = recipe.method, recipe.data
+    assert isinstance(method, RowMethod)
+    drift = method.drift
     ranks = arguments.world_size
     accumulation = arguments.gradient_accumulation_steps
     order = training_order(
@@ -156,10 +151,10 @@ def rollout_plan(recipe: Any, arguments: Any, student_share: float | None = None
         batch_size=arguments.per_device_train_batch_size,
         every=method.regenerate_every if method.rollouts == "on_the_fly" else arguments.max_steps,
         total_steps=arguments.max_steps,
-        strength=getattr(method, "cap_strength", 1.0),
-        schedule=getattr(method, "cap_schedule", "constant"),
+        strength=drift.strength,
+        schedule=drift.schedule,
         options=sampling_options(method.sampling),
         seed=data.seed,
-        student_share=student_share,
+        student_share=drift.student_share,
         benign_student_share=method.benign_student_share,
     )

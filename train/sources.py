@@ -5,12 +5,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
+from trimtab.axis.errors import UserError
+from trimtab.axis.models import load_config
 from trimtab.axis.rows import Row, RowFault, read_once, source_name
 from trimtab.axis.transcripts import Talk, read_talks
-from trimtab.pipeline.user_texts import check_rendering
+from trimtab.pipeline.loading import chat_format, sampling_options
+from trimtab.pipeline.user_texts import check_rendering, context_of
 from trimtab.recipes import data
-from trimtab.recipes.schema import DataSection, Recipe
-from trimtab.train.rollouts import Kind, TrainPrompt
+from trimtab.recipes.schema import Recipe
+from trimtab.recipes.sections import DataSection
+from trimtab.train.rollouts import Kind, TrainPrompt, check_lengths
 
 log = logging.getLogger("trimtab")
 
@@ -144,3 +148,19 @@ def check_data(recipe: Recipe) -> None:
         if source is not None:
             chats = [(prompt.id, prompt.closing) for prompt in from_file(source, kind)]
             check_rendering(recipe.model, chats, source, f"data.{kind}_file")
+
+
+def check_rows(recipe: Recipe) -> None:
+    """Check before anything is sampled that every prompt leaves room for its answer in a row, and in the model's context.
+
+    Raises:
+        UserError: see :func:`~trimtab.train.rollouts.check_lengths`.
+    """
+    try:
+        form = chat_format(recipe.model)
+        form.check()
+    except UserError:  # no tokenizer, or a template that can't be used: whoever loads the model tells it
+        return
+    context = context_of(load_config(recipe.model.name, recipe.model.revision))
+    options = sampling_options(recipe.method.answers(recipe.train))
+    check_lengths(form, training_prompts(recipe.data), recipe.row_length, options, context)

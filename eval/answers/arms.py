@@ -14,6 +14,7 @@ from torch import Tensor
 from trimtab.axis import Floor
 from trimtab.axis.chat import ChatFormat
 from trimtab.axis.files import fingerprint, load_tensors, read_jsonl, save_tensors, write_jsonl
+from trimtab.axis.playing import Turn, play, scripted
 from trimtab.axis.sampling import Answer, SamplingOptions, sample_answers, seed_of
 from trimtab.eval.answers.weights import Weights
 from trimtab.eval.schema import ARMS
@@ -149,17 +150,14 @@ class Arms:
             One :class:`Answers` a turn, with a place for every conversation: see :func:`placed`.
         """
         played: list[Answers] = []
-        chats = [list(item.prompt) for item in items]
-        for number in range(max(len(script) for script in turns)):
-            going = [i for i, script in enumerate(turns) if len(script) > number]
-            asked = []
-            for i in going:
-                chats[i].append({"role": "user", "content": turns[i][number]})
-                asked.append(Item(items[i].id, items[i].cluster, list(chats[i])))
-            answers = self.answers(f"{name}-turn-{number + 1}", asked, arm)
-            for i, text in zip(going, answers.texts, strict=True):
-                chats[i].append({"role": "assistant", "content": text})
-            played.append(placed(answers, going, len(items)))
+
+        def answer(turn: Turn) -> list[str]:
+            asked = [Item(items[i].id, items[i].cluster, chat) for i, chat in zip(turn.going, turn.chats, strict=True)]
+            answers = self.answers(f"{name}-turn-{turn.number + 1}", asked, arm)
+            played.append(placed(answers, turn.going, len(items)))
+            return answers.texts
+
+        play([item.prompt for item in items], scripted(turns), answer, turns=max(map(len, turns)))
         return played
 
     def _one_turn(self, name: str, items: Sequence[Item], arm: str) -> list[Answer]:

@@ -20,6 +20,8 @@ from trimtab.axis.errors import UserError
 from trimtab.axis.files import fingerprint, read_json, write_json
 from trimtab.axis.judge import ENDPOINT_TOKENS, open_endpoint, opening_of
 from trimtab.axis.models import load_model
+from trimtab.axis.playing import Chat, play
+from trimtab.axis.playing import Turn as PlayedTurn
 from trimtab.axis.replies import Missing, spoken
 from trimtab.axis.sampling import SamplingOptions, sample_answers, seed_of
 from trimtab.eval import ids
@@ -47,7 +49,6 @@ What you bring to this conversation: {topic}
 Write only your next message, one to four sentences, in this person's own way, with no name before it and no description of what
 you do. React to what was said last and go deeper, as a person would. When you have nothing more to say, write {end} alone."""
 
-Chat = list[dict[str, str]]
 UserModel = Callable[[Sequence[Chat], int], "list[str | None]"]
 """(chats as the user sees them, turn) -> what the users say; None where the model said nothing aloud."""
 ENDED = re.compile(rf"(^|[\s.!?])[\"'*(]*{END}\W*$")  # a word of its own at the end: "the WEEKEND" goes on
@@ -172,13 +173,13 @@ def simulated_conversations(
         arm: which arm.
         played_by: settings of that model: what it said is not taken for another's.
     """
-    talks: list[Chat] = [[] for _ in users]
-    going, lost = list(range(len(users))), list[int]()
+    lost = list[int]()
     played: list[SimulatedTurn] = []
-    for turn in range(turns):
-        said = _said(arms, arm, turn, [as_user(users[i], talks[i]) for i in going], ask, played_by)
-        lost += [i for i, text in zip(going, said, strict=True) if text is None]
-        kept = [(i, text) for i, text in zip(going, said, strict=True) if text]
+
+    def speak(turn: int, going: Sequence[int], talks: Sequence[Chat]) -> list[dict[str, str] | None]:
+        asked = [as_user(users[i], talk) for i, talk in zip(going, talks, strict=True)]
+        said = _said(arms, arm, turn, asked, ask, played_by)
+        lost.extend(i for i, text in zip(going, said, strict=True) if text is None)
         if turn == 0 and len(lost) == len(users):
             raise UserError(
                 "the model that plays the users said nothing aloud to begin with, in any conversation",
@@ -186,18 +187,17 @@ def simulated_conversations(
                 remedy="raise eval.user.max_tokens (a model that thinks needs some thousands), or switch thinking off, such as "
                 "eval.user.chat_template_kwargs={enable_thinking: false}",
             )
-        going = [i for i, _ in kept]
-        if not going:
-            if played:
-                played[-1] = replace(played[-1], lost=tuple(lost))
-            break
-        for i, text in kept:
-            talks[i] = [*talks[i], {"role": "user", "content": text}]
-        items = [Item(users[i].id, users[i].id, talks[i]) for i in going]
-        answers = arms.answers(f"simulated-turn-{turn + 1}", items, arm)
-        for i, text in zip(going, answers.texts, strict=True):
-            talks[i] = [*talks[i], {"role": "assistant", "content": text}]
-        played.append(SimulatedTurn(list(going), [text for _, text in kept], answers, tuple(lost)))
+        return [{"role": "user", "content": text} if text else None for text in said]
+
+    def answer(turn: PlayedTurn) -> list[str]:
+        items = [Item(users[i].id, users[i].id, chat) for i, chat in zip(turn.going, turn.chats, strict=True)]
+        answers = arms.answers(f"simulated-turn-{turn.number + 1}", items, arm)
+        played.append(SimulatedTurn(turn.going, [chat[-1]["content"] for chat in turn.chats], answers, tuple(lost)))
+        return answers.texts
+
+    play([[] for _ in users], speak, answer, turns=turns)
+    if played:  # where none goes on, some may have broken off since
+        played[-1] = replace(played[-1], lost=tuple(lost))
     return played
 
 

@@ -32,8 +32,7 @@ from trimtab.cli.work import Speed
 from trimtab.eval.stages import eval_stage
 from trimtab.pipeline.run import open_run
 from trimtab.recipes.loader import load_recipe, shipped_recipes
-from trimtab.recipes.rules import row_length
-from trimtab.recipes.schema import RowMethod
+from trimtab.recipes.methods import RowMethod
 from trimtab.train.rollouts import RolloutPlan, RolloutSource
 from trimtab.train.row_trainers import benign_plan, rollout_plan
 
@@ -170,11 +169,11 @@ def test_hours_of_shipped_recipes_are_those_of_their_calls(
     processes = strategy_of(resolve_accelerate_config(engine), None).processes
     arguments = training_shape(recipe, processes)
     if isinstance(recipe.method, RowMethod):
-        plan = rollout_plan(recipe, arguments, getattr(recipe.method, "student_share", None))
+        plan = rollout_plan(recipe, arguments)
     else:
         plan = benign_plan(recipe, arguments)
-    played = Ranks(processes).play(plan, form_of_smollm2, tmp_path, row_length(recipe))
-    counted = list(rollout_calls(plan, processes, "", row_length(recipe)))
+    played = Ranks(processes).play(plan, form_of_smollm2, tmp_path, recipe.row_length)
+    counted = list(rollout_calls(plan, processes, "", recipe.row_length))
     assert sum(call.answer for call in counted) == pytest.approx(sum(call.answer for call in played), rel=0.02)
     speed = Speed(8e9, 16e9, 36)
     assert speed.seconds(counted) == pytest.approx(speed.seconds(played), rel=0.1)

@@ -193,8 +193,8 @@ def test_training_command(recipe: Path, tmp_path: Path) -> None:
     config = accelerate_configs()["cpu"]
     command = training_command(loaded, tmp_path / "run", config, "sft", ["--control"], num_processes=2, quiet=True)
     assert command[:3] == [sys.executable, "-m", "accelerate.commands.launch"]
-    script = next(i for i, word in enumerate(command) if word.endswith("sft.py"))
-    assert Path(command[script]).is_file()
+    script = command.index("trimtab.train.sft")
+    assert command[script - 1] == "--module"
     assert command[command.index("--num_processes") + 1] == "2"
     assert command[script + 1 :] == [
         "--config", str(recipe), "--output_dir", str(tmp_path / "run"), "--control", "--quiet", "train.learning_rate=1e-4",

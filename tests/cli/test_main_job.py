@@ -311,7 +311,7 @@ def test_a_script_refuses_a_recipe_of_another_method(job: Job, capsys: pytest.Ca
 
     assert distill(["--config", str(job.recipe), "--output_dir", str(job.folder)]) == 2
     said = capsys.readouterr().err
-    assert "trains distill, and the recipe says sft" in said and "train/sft.py" in said
+    assert "trains distill, and the recipe says sft" in said and "trimtab.train.sft" in said
 
 
 def test_what_can_t_be_merged_is_told(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

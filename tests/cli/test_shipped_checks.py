@@ -68,7 +68,7 @@ def test_a_shipped_recipe_is_what_its_header_says(name: str, structure_of: Any) 
         assert (structure.window[0], structure.window[-1]) == published
     header = loaded.text.split("\n\n")[0]
     (engine,) = set(re.findall(r"--accelerate (\S+)", header))
-    assert f"accelerate_configs/{engine}.yaml train/{recipe.method.name}.py" in header
+    assert f"accelerate_configs/{engine}.yaml -m trimtab.train.{recipe.method.name} " in header
     strategy = strategy_of(resolve_accelerate_config(engine), None)
     counted = count(recipe, strategy.processes)
     plan = plan_memory(recipe, structure, config, strategy, counted)

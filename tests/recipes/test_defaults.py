@@ -18,26 +18,21 @@ from trimtab.losses.callback import FloorCallback
 from trimtab.losses.injection import FloorInjection
 from trimtab.pipeline.identity import differences, flat
 from trimtab.recipes.loader import load_recipe, shipped_recipes
-from trimtab.recipes.schema import (
-    BENIGN_SHARES,
+from trimtab.recipes.methods import (
     METHODS,
-    TRAIN_DEFAULTS,
-    DataSection,
     DistillMethod,
     DpoMethod,
     GrpoMethod,
     MethodSection,
-    Sampling,
-    Section,
     SftMethod,
 )
+from trimtab.recipes.sections import Sampling, Section
 from trimtab.recipes.yaml_lines import parse_yaml
 from trimtab.train.barrier import BarrierOptions
 from trimtab.train.floor_distill import FloorDistillTrainer
 from trimtab.train.floor_dpo import FloorDPOTrainer
 from trimtab.train.floor_grpo import FloorGRPOTrainer, off_policy
 from trimtab.train.floor_sft import FloorSFTTrainer
-from trimtab.train.job import LEARNING_RATES
 from trimtab.train.penalty import PenaltyOptions
 from trimtab.train.rollouts import RolloutPlan
 
@@ -76,7 +71,7 @@ def test_a_recipe_of_two_lines_trains_what_was_measured(method: str, tmp_path: P
     rows = [train["per_device_train_batch_size"] * train.get("gradient_accumulation_steps", 1) for train in (
         measured.recipe.train, plain.recipe.train)]  # fmt: skip
     assert rows[0] == rows[1]
-    assert measured.recipe.train["learning_rate"] == LEARNING_RATES[method][0]
+    assert measured.recipe.train["learning_rate"] == METHODS[method].learning_rates[0]
     warm = plain.recipe.train["warmup_steps"] * steps  # a share of the steps
     assert abs(math.ceil(warm) - measured.recipe.train["warmup_steps"]) <= 1
 
@@ -100,11 +95,11 @@ def test_a_larger_model_is_trained_as_was_measured(name: str) -> None:
     plain = METHODS[method.name](name=method.name)  # type: ignore[arg-type]
     said, usual = method.model_dump(exclude=ROOMIER), plain.model_dump(exclude=ROOMIER)
     assert said == usual | LARGER.get(method.name, {})
-    assert recipe.data.benign_share == BENIGN_SHARES.get(method.name, DataSection().benign_share)
-    train, usual = recipe.train, {**TRAIN_DEFAULTS[method.name], **LARGER_TRAIN.get(method.name, {})}
+    assert recipe.data.benign_share == method.benign_share
+    train, usual = recipe.train, {**method.train_defaults, **LARGER_TRAIN.get(method.name, {})}
     warm_up = usual["warmup_steps"] * train["max_steps"]  # a share of the steps
     assert {key: train[key] for key in usual} == {**usual, "warmup_steps": warm_up}
-    assert train["learning_rate"] == LEARNING_RATES[method.name][1]
+    assert train["learning_rate"] == method.learning_rates[1]
 
 
 @pytest.mark.parametrize("name", shipped_recipes())

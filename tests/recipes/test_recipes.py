@@ -20,8 +20,8 @@ import yaml
 from trimtab.recipes.faults import Fault, RecipeError
 from trimtab.recipes.library_fields import VLLM_KEYS, accepts, lora_fields, train_config, train_fields
 from trimtab.recipes.loader import load_recipe, shipped_recipes
+from trimtab.recipes.methods import METHODS
 from trimtab.recipes.rules import floor_layers
-from trimtab.recipes.schema import METHODS
 from trimtab.recipes.yaml_lines import parse_yaml
 
 GOOD = """\
@@ -319,14 +319,14 @@ def test_a_conversation_that_rows_do_not_hold_is_told_with_what_would(method: st
 def test_the_longest_row_of_the_rules_is_trls_own() -> None:
     from trl import DPOConfig, SFTConfig
 
-    from trimtab.recipes.rules import ROW_LENGTH
+    from trimtab.recipes.methods import ROW_LENGTH
 
     for config in (SFTConfig, DPOConfig):
         assert config.__dataclass_fields__["max_length"].default == ROW_LENGTH
 
 
 def test_rewards_of_the_rules_are_those_that_ship() -> None:
-    from trimtab.recipes.rules import REWARDS
+    from trimtab.recipes.methods import REWARDS
     from trimtab.train.rewards import SHIPPED
 
     assert set(REWARDS) == {*SHIPPED, "judge"}

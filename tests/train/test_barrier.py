@@ -18,7 +18,8 @@ from test_floor_sft import wake
 
 from trimtab.axis.chat import ChatFormat
 from trimtab.axis.sampling import SamplingOptions
-from trimtab.recipes.schema import DataSection, DpoMethod
+from trimtab.recipes.methods import DpoMethod
+from trimtab.recipes.sections import DataSection
 from trimtab.train import row_trainers
 from trimtab.train.barrier import BarrierOptions, BenignRows
 from trimtab.train.floor_dpo import FloorDPOTrainer
@@ -151,7 +152,7 @@ def test_the_share_asked_for_is_the_share_drawn(
         barrier=OPTIONS, form=ChatFormat(build_tokenizer()), tokenizer=build_tokenizer(), device=torch.device("cpu")
     )
     method = DpoMethod(name="dpo", benign_kl_weight=OPTIONS.kl_weight, benign_axis_weight=OPTIONS.axis_weight)
-    run = SimpleNamespace(recipe=SimpleNamespace(data=DataSection(benign_share=share), method=method))
+    run = SimpleNamespace(recipe=SimpleNamespace(data=DataSection(benign_share=share), method=method, train={}))
     arguments = SimpleNamespace(
         per_device_train_batch_size=own, gradient_accumulation_steps=micro_batches, world_size=ranks, max_steps=steps
     )

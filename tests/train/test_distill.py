@@ -41,7 +41,7 @@ def by_hand(model: Any, rows: list[dict[str, Any]], kind: str) -> Tensor:
 @pytest.mark.parametrize("chunk", [2, 256])
 def test_loss_and_gradient_by_hand(tmp_path: Path, kind: str, chunk: int) -> None:
     rows = make_rows(4)
-    extra = {"divergence": kind, "chunk": chunk, "floor_weight": 0.0}
+    extra = {"divergence": kind, "chunk": chunk, "floor_weight": 0.0, "distill_weight": 1.0}
     trainer = make_trainer(tmp_path, rows, kind=FloorDistillTrainer, extra=extra)
     model = trainer.model
     wake(model)

@@ -15,7 +15,6 @@ import needs
 import pytest
 from peft import PeftModel
 from tiny_recipe import (
-    ROOT,
     TWO_PROCESSES,
     adapter,
     command,
@@ -50,7 +49,7 @@ def one_process(method: str, model: Path) -> Path:
     folder = model.parent / f"{method}-alone"
     if not folder.exists():
         recipe = write_recipe(model.parent / f"{method}-alone.yaml", model, method)
-        done = run(command(recipe, folder, script=ROOT / "train" / f"{method}.py"), env=environment())
+        done = run(command(recipe, folder, script=f"trimtab.train.{method}"), env=environment())
         assert done.returncode == 0, done.stderr[-6000:]
     return folder
 
@@ -131,7 +130,7 @@ def test_a_run_goes_on_with_another_number_of_processes(model: Path, tmp_path: P
         assert largest_difference(adapter(folder), adapter(alone)) < 1e-4
     wrong = half(two, "wrong")
     recipe = write_recipe(tmp_path / "wrong.yaml", model, method, **TWO_PROCESSES)
-    done = run(command(recipe, wrong, script=ROOT / "train" / f"{method}.py"), env=environment(), cwd=tmp_path)
+    done = run(command(recipe, wrong, script=f"trimtab.train.{method}"), env=environment(), cwd=tmp_path)
     assert done.returncode == 2
     assert "8 rows a step" in done.stderr and "train.gradient_accumulation_steps=2" in done.stderr
 

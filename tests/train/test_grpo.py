@@ -30,8 +30,7 @@ from trimtab.axis.chat import ChatFormat, chat
 from trimtab.pipeline.user_texts import Size, check_room
 from trimtab.recipes.faults import RecipeError
 from trimtab.recipes.loader import load_recipe, shipped_recipes
-from trimtab.recipes.rules import NEED_SYSTEM
-from trimtab.recipes.schema import GrpoMethod
+from trimtab.recipes.methods import NEED_SYSTEM, GrpoMethod
 from trimtab.train import floor_grpo
 from trimtab.train.conversations import check_prompts, conversation_prompts
 from trimtab.train.floor_grpo import FloorGRPOTrainer, off_policy, unscored_rows

@@ -16,8 +16,8 @@ from tiny_recipe import write_recipe
 from trimtab.pipeline.run import Run
 from trimtab.recipes.faults import Fault, RecipeError
 from trimtab.recipes.loader import load_recipe
-from trimtab.recipes.schema import METHODS
-from trimtab.train.job import LEARNING_RATES, common_arguments
+from trimtab.recipes.methods import METHODS
+from trimtab.train.job import common_arguments
 from trimtab.train.rehearsal import rehearse
 
 CONFIG = {
@@ -161,8 +161,8 @@ def test_what_a_machine_hasnt_got_is_told_where_it_is_this_one(folder: Path) -> 
 
 def test_a_recipe_that_says_no_learning_rate_gets_that_of_its_model_s_size(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"hidden_size": 2048}), encoding="utf-8")
-    for method, (small, large) in LEARNING_RATES.items():
-        for model, rate in ((folder, small), (tmp_path, large)):
+    for method, section in METHODS.items():
+        for model, rate in zip((folder, tmp_path), section.learning_rates, strict=True):
             path = tmp_path / f"{method}.yaml"
             text = f"model: {{name: {model}}}\nmethod: {{name: {method}}}\ntrain: {{max_steps: 3}}\n"
             path.write_text(text, encoding="utf-8")

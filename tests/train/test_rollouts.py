@@ -27,7 +27,7 @@ from trimtab.axis.sampling import SamplingOptions, sample_batch
 from trimtab.pipeline.run import open_run
 from trimtab.recipes import data
 from trimtab.recipes.loader import load_recipe
-from trimtab.recipes.schema import DataSection
+from trimtab.recipes.sections import DataSection
 from trimtab.train.rollouts import (
     IGNORED,
     RolloutPlan,

@@ -21,7 +21,7 @@ from trimtab.axis.models import EMBEDDED
 from trimtab.pipeline import loading
 from trimtab.recipes import data
 from trimtab.recipes.loader import load_recipe, shipped_recipes
-from trimtab.recipes.schema import GrpoMethod
+from trimtab.recipes.methods import GrpoMethod
 from trimtab.train.rehearsal import rehearse
 from trimtab.train.rollouts import IGNORED, tokens_of
 
