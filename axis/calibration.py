@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trimtab.axis.chat import ChatFormat
+from trimtab.axis.chat_format import ChatFormat
 from trimtab.axis.directions import MIN_FIRING, Axis, Floor, check_fits
 from trimtab.axis.errors import UserError
 from trimtab.axis.given import Given

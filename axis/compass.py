@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from trimtab.axis.calibration import check_window, window_by_rule
-from trimtab.axis.chat import ChatFormat, Message
+from trimtab.axis.chat_format import ChatFormat, Message
 from trimtab.axis.directions import Axis, Floor, check_fits
 from trimtab.axis.errors import UserError
 from trimtab.axis.hooks import ActivationController, project

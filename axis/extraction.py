@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trimtab.axis.chat import ChatFormat, chat
+from trimtab.axis.chat_format import ChatFormat, chat
 from trimtab.axis.directions import Axis, unit
 from trimtab.axis.errors import UserError
 from trimtab.axis.files import append_jsonl, fingerprint, load_tensors, read_jsonl, save_tensors, write_jsonl

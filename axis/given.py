@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from trimtab.axis.chat import ChatFormat, Message
+from trimtab.axis.chat_format import ChatFormat, Message
 from trimtab.axis.progress import progress_bar
 from trimtab.axis.sampling import batches_on_all_ranks
 

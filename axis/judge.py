@@ -22,7 +22,7 @@ from trimtab.axis.extraction import RoleJudge, RolloutItem
 from trimtab.axis.replies import Missing, say_missing, spoken
 
 if TYPE_CHECKING:
-    from trimtab.axis.chat import ChatFormat, Message
+    from trimtab.axis.chat_format import ChatFormat, Message
     from trimtab.axis.endpoint import Chat, Endpoint
 
 log = logging.getLogger("trimtab")
@@ -281,7 +281,7 @@ class _LocalModel:
     """Asks a chat model that is loaded here."""
 
     def __init__(self, settings: Mapping[str, Any], section: str) -> None:
-        from trimtab.axis.chat import ChatFormat
+        from trimtab.axis.chat_format import ChatFormat
         from trimtab.axis.models import load_model
 
         loaded = load_model(settings["model"])

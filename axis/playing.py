@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from trimtab.axis.chat import ChatFormat
+    from trimtab.axis.chat_format import ChatFormat
 
 Chat = list[dict[str, str]]
 Users = Callable[[int, Sequence[int], Sequence[Chat]], "Sequence[Mapping[str, str] | None]"]

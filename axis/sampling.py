@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from trimtab.axis.chat import ChatFormat, Message
+from trimtab.axis.chat_format import ChatFormat, Message
 from trimtab.axis.directions import Floor
 from trimtab.axis.errors import UserError
 from trimtab.axis.files import fingerprint

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trimtab.axis.chat import ChatFormat, Message
+from trimtab.axis.chat_format import ChatFormat, Message
 from trimtab.axis.given import Given
 from trimtab.axis.sampling import pad_left
 from trimtab.axis.soundness import not_finite

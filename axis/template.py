@@ -1,7 +1,7 @@
 """A tokenizer's chat template: the one place that renders it, and where its faults become the user's.
 
 Nothing is assumed of a template but that it renders chats. Whatever else has to be known of it is found by rendering words of
-our own and looking where they come out: see :mod:`trimtab.axis.chat`.
+our own and looking where they come out: see :mod:`trimtab.axis.chat_format`.
 """
 
 from __future__ import annotations

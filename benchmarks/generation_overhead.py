@@ -32,7 +32,7 @@ from transformers import GenerationConfig
 
 from trimtab.axis import ActivationController, Floor, UserError
 from trimtab.axis.adapters import merged
-from trimtab.axis.chat import ChatFormat
+from trimtab.axis.chat_format import ChatFormat
 from trimtab.axis.models import load_model
 from trimtab.axis.sampling import SamplingOptions, pad_left, sample_batch
 

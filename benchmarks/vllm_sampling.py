@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM
 from vllm import LLM, SamplingParams
 
 from trimtab.axis import ActivationController, Floor
-from trimtab.axis.chat import ChatFormat, chat
+from trimtab.axis.chat_format import ChatFormat, chat
 from trimtab.axis.models import fetch_embedded, load_tokenizer
 from trimtab.axis.sampling import SamplingOptions, sample_batch
 from trimtab.axis.vllm_cap import LOAD_FLOOR, SET_STRENGTH, check_loaded, floor_payload

@@ -12,7 +12,7 @@ from pathlib import Path
 from transformers import TextIteratorStreamer
 
 from trimtab.axis import Floor, UserError
-from trimtab.axis.chat import ChatFormat, chat
+from trimtab.axis.chat_format import ChatFormat, chat
 from trimtab.axis.instruments import check_instrument, load_floor
 from trimtab.axis.layers import text_config_of
 from trimtab.axis.models import model_shape

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from trimtab.axis.chat import chat
+from trimtab.axis.chat_format import chat
 from trimtab.axis.extraction import rollout_items
 from trimtab.axis.sampling import batches_by_length
 from trimtab.eval.answers.arms import arm_names

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from trimtab.axis.calibration import check_window
-from trimtab.axis.chat import ChatFormat, chat
+from trimtab.axis.chat_format import ChatFormat, chat
 from trimtab.axis.compass import Course, load_transcript, project_transcript
 from trimtab.axis.directions import Floor
 from trimtab.axis.errors import UserError

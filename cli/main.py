@@ -465,7 +465,7 @@ def _run(arguments: argparse.Namespace) -> None:
     _free_memory()
     if trains:
         _train(run, arguments)
-    _train_further(run, arguments)
+    _train_durability(run, arguments)
     verdict = eval_stage(run)
     page = report_stage(run)
     print(f"verdict ({verdict['status']}): {verdict['verdict']}")
@@ -499,7 +499,7 @@ def _stage(arguments: argparse.Namespace) -> None:
 
                 floor_stage(run)
                 _free_memory()
-            _train_further(run, arguments)
+            _train_durability(run, arguments)
             stages.eval_stage(run)
         if arguments.command == "report" or run.recipe.eval.tuned is not None:
             print(f"report: {stages.report_stage(run)}")
@@ -538,13 +538,13 @@ def _train(run: Any, arguments: argparse.Namespace) -> None:
         _launch(run, arguments, run.recipe.method.name, ["--control"] if control else [])
 
 
-def _train_further(run: Any, arguments: argparse.Namespace) -> None:
-    """The further fine-tunings whose outcome the evaluation measures: of the tuned weights, and of the base beside them."""
+def _train_durability(run: Any, arguments: argparse.Namespace) -> None:
+    """The durability runs whose outcome the evaluation measures: of the tuned weights, and of the base beside them."""
     from trimtab.pipeline.run import STARTS
 
     for tuning in run.recipe.eval.durability:
         for start in STARTS:
-            _launch(run, arguments, "further", ["--on", tuning.name, "--start", start])
+            _launch(run, arguments, "durability", ["--on", tuning.name, "--start", start])
 
 
 def _launch(run: Any, arguments: argparse.Namespace, script: str, options: Sequence[str]) -> None:

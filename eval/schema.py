@@ -188,15 +188,15 @@ class Rerouting(Part):
 
 
 class DurabilityMetric(Part):
-    """One metric through a further fine-tuning.
+    """One metric through a durability run.
 
     Attributes:
         id: of the metric.
         name: for people.
         unit: such as ``nat/token``.
         before: retention of the tuned model.
-        after: retention of the tuned model after the further fine-tuning, against the untouched base and its cap.
-        base_after: the same of the base after that fine-tuning: what the further rows do by themselves.
+        after: retention of the tuned model after the durability run, against the untouched base and its cap.
+        base_after: the same of the base after that fine-tuning: what its rows do by themselves.
         left: (tuned after - base after) / (tuned - base): what of the tuning's own distance is left.
         tuned_change: tuned after minus tuned, paired.
         lead: tuned after minus base after, paired.
@@ -214,7 +214,7 @@ class DurabilityMetric(Part):
 
 
 class Durability(Part):
-    """Outcome of one further fine-tuning; the first metric is the primary one. ``meaning`` says on what and how long."""
+    """Outcome of one durability run; the first metric is the primary one. ``meaning`` says on what and how long."""
 
     name: str
     meaning: str

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.axis import Floor, UserError
-from trimtab.axis.chat import ChatFormat
+from trimtab.axis.chat_format import ChatFormat
 from trimtab.axis.files import fingerprint, write_text
 from trimtab.axis.judge import check_endpoint
 from trimtab.axis.models import EMBEDDED

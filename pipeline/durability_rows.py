@@ -1,4 +1,4 @@
-"""The rows that a further fine-tuning trains on."""
+"""The rows that a durability run trains on."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ import logging
 from typing import Any
 
 from trimtab.axis.calibration import evenly_chosen
-from trimtab.axis.chat import chat
+from trimtab.axis.chat_format import chat
 from trimtab.axis.errors import UserError
 from trimtab.axis.files import read_jsonl
 from trimtab.axis.rows import RowFault, source_name
 from trimtab.axis.transcripts import Talk, read_talks
 from trimtab.pipeline.run import Run
 from trimtab.recipes import data
-from trimtab.recipes.schema import FurtherTuning
+from trimtab.recipes.schema import DurabilityRun
 
 log = logging.getLogger("trimtab")
 
 
-def rows_of(run: Run, tuning: FurtherTuning) -> list[dict[str, Any]]:
-    """The rows of a further fine-tuning, ``prompt`` and ``completion`` as messages, and whether the answer ``ended``.
+def rows_of(run: Run, tuning: DurabilityRun) -> list[dict[str, Any]]:
+    """The rows of a durability run, ``prompt`` and ``completion`` as messages, and whether the answer ``ended``.
 
     ``benign`` and ``long``: requests of the train split with written answers. ``persona``: the base's own in-character answers
     behind the axis, of training roles, as an adversary with a few examples would take. Any other name: the rows of its file.

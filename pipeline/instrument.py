@@ -21,7 +21,7 @@ from trimtab.axis.calibration import (
     gate,
     window_by_rule,
 )
-from trimtab.axis.chat import ChatFormat, chat
+from trimtab.axis.chat_format import ChatFormat, chat
 from trimtab.axis.directions import check_fits, unit
 from trimtab.axis.errors import one_line
 from trimtab.axis.extraction import DEFAULT, Extraction, Role, RoleJudge, extract

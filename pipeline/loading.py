@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from trimtab.axis.chat import ChatFormat, ends_of
+from trimtab.axis.chat_format import ChatFormat, ends_of
 from trimtab.axis.models import Loaded, generation_ends, load_model, load_tokenizer
 from trimtab.axis.sampling import SamplingOptions
 from trimtab.axis.soundness import check_model

@@ -30,7 +30,7 @@ log = logging.getLogger("trimtab")
 
 MARKER = "run.json"
 BEGUN = "begun.json"  # beside what a stage has made so far: what it is made from
-STARTS = ("tuned", "base")  # what a further fine-tuning may begin from
+STARTS = ("tuned", "base")  # what a durability run may begin from
 PACKAGES = (
     "torch",
     "transformers",
@@ -102,14 +102,14 @@ class Run:
         """Where the adapter of the run, or of its random-direction control, lies."""
         return Variant(self.folder / "control", "train_control") if control else Variant(self.folder, "train")
 
-    def further(self, start: str, tuning: str) -> Variant:
-        """Where the adapter lies that a further fine-tuning gives.
+    def durability(self, start: str, name: str) -> Variant:
+        """Where the adapter lies that a durability run gives.
 
         Args:
             start: the weights it began from, one of :data:`STARTS`.
-            tuning: name of the fine-tuning.
+            name: of the durability run.
         """
-        return Variant(self.folder / "durability" / f"{start}-{tuning}", f"durability_{start}_{tuning}")
+        return Variant(self.folder / "durability" / f"{start}-{name}", f"durability_{start}_{name}")
 
     def inputs(self, stage: str) -> Inputs:
         """What a stage depends on: dotted key -> value."""
@@ -177,7 +177,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Variant:
-    """A trained adapter's place: of the run itself, of its control, or of a further fine-tuning.
+    """A trained adapter's place: of the run itself, of its control, or of a durability run.
 
     Attributes:
         folder: where it all lies.

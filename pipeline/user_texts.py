@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from trimtab.axis.chat import ChatFormat, Message
+from trimtab.axis.chat_format import ChatFormat, Message
 from trimtab.axis.errors import UserError
 from trimtab.axis.models import load_tokenizer
 from trimtab.axis.rows import MOST_TOLD, RowFault, source_name, told

@@ -189,9 +189,7 @@ def _evaluation(recipe: Recipe) -> Iterator[Fault]:
         )
     names = [tuning.name for tuning in section.durability]
     if len(names) > len(set(names)):
-        yield Fault(
-            f"two further fine-tunings share a name: {', '.join(names)}", "give each its own", "eval.durability"
-        )
+        yield Fault(f"two durability runs share a name: {', '.join(names)}", "give each its own", "eval.durability")
     if recipe.eval.tuned is not None and recipe.eval.control:
         yield Fault(
             "there is no control to weights that were tuned elsewhere: eval.tuned is set",

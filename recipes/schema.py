@@ -130,7 +130,7 @@ def with_lora_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
     return {"lora_alpha": 2 * rank, **found} if isinstance(rank, int) and rank > 0 else found
 
 
-# Further fine-tunings that bring their rows, and what they set.
+# Durability runs that bring their rows, and what they set.
 SHIPPED_TUNINGS: dict[str, dict[str, Any]] = {
     "benign": {},
     "long": {"epochs": 5},
@@ -138,8 +138,10 @@ SHIPPED_TUNINGS: dict[str, dict[str, Any]] = {
 }
 
 
-class FurtherTuning(Section):
-    """A further fine-tuning that the stability should outlast. Those of :data:`SHIPPED_TUNINGS` bring their rows, others a file.
+class DurabilityRun(Section):
+    """A durability run: a later fine-tuning that the effect should survive.
+
+    Those of :data:`SHIPPED_TUNINGS` bring their rows, others a file.
 
     ``long`` is ``benign`` several times over. ``persona`` is adversarial: a few in-character answers, several times over.
     """
@@ -161,7 +163,7 @@ class FurtherTuning(Section):
         return {**SHIPPED_TUNINGS[name], **given} if isinstance(name, str) and name in SHIPPED_TUNINGS else given
 
     @model_validator(mode="after")
-    def _rows_from_somewhere(self) -> FurtherTuning:
+    def _rows_from_somewhere(self) -> DurabilityRun:
         if self.file is None and self.name not in SHIPPED_TUNINGS:
             raise ValueError(
                 f"file is missing: give it a file of rows; only {', '.join(SHIPPED_TUNINGS)} bring their own"
@@ -198,7 +200,7 @@ class EvalSection(Section):
     capability_limit: Positive | None = None
     capability_folder: Name | None = None
     capability_batch: Positive = 16
-    durability: list[FurtherTuning] = []
+    durability: list[DurabilityRun] = []
     control: bool = False
     tuned_cap: bool = True
     bootstrap: Annotated[int, Field(gt=0, le=100_000)] = 5000

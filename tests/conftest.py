@@ -29,7 +29,7 @@ from judge_endpoint import KEY, Endpoint
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from trimtab.axis.chat import ChatFormat
+from trimtab.axis.chat_format import ChatFormat
 from trimtab.axis.directions import Floor, unit
 from trimtab.axis.hooks import cap
 from trimtab.axis.models import Loaded

@@ -21,7 +21,7 @@ from torch import Tensor
 from trl.trainer.dpo_trainer import DPOTrainer
 
 from trimtab.axis import Floor, UserError
-from trimtab.axis.chat import ChatFormat
+from trimtab.axis.chat_format import ChatFormat
 from trimtab.axis.playing import recent_turns
 from trimtab.recipes.methods import DpoMethod
 from trimtab.train.barrier import BarrierOptions, BenignRows, HeldToBase

@@ -47,7 +47,7 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 
 from trimtab.axis import ActivationController, Floor, UserError
 from trimtab.axis.adapters import as_base, merged_if_quicker
-from trimtab.axis.chat import ChatFormat
+from trimtab.axis.chat_format import ChatFormat
 from trimtab.axis.playing import Turn, play, scripted
 from trimtab.axis.sampling import Sampler, SamplingOptions, sample_on_all_ranks, seed_of
 from trimtab.recipes.methods import SHAPING, GrpoMethod

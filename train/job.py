@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     import torch
 
     from trimtab.axis import Floor
-    from trimtab.axis.chat import ChatFormat
+    from trimtab.axis.chat_format import ChatFormat
     from trimtab.pipeline.run import Run, Variant
     from trimtab.train.barrier import BarrierOptions
     from trimtab.train.penalty import PenaltyOptions
@@ -367,7 +367,7 @@ def load_parts(run: Run, variant: Variant) -> Parts:
     from peft import LoraConfig
 
     from trimtab.axis import Floor
-    from trimtab.axis.chat import ChatFormat, ends_of
+    from trimtab.axis.chat_format import ChatFormat, ends_of
     from trimtab.axis.models import load_tokenizer
     from trimtab.train.barrier import BarrierOptions
     from trimtab.train.penalty import PenaltyOptions

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.axis import Floor, UserError
-from trimtab.axis.chat import ChatFormat
+from trimtab.axis.chat_format import ChatFormat
 from trimtab.axis.files import write_jsonl
 from trimtab.axis.models import Loaded
 from trimtab.axis.playing import Turn, play, recent_turns, scripted

@@ -35,7 +35,7 @@ import torch
 
 from trimtab.axis import Floor, UserError
 from trimtab.axis.adapters import merged_if_quicker
-from trimtab.axis.chat import ChatFormat, chat
+from trimtab.axis.chat_format import ChatFormat, chat
 from trimtab.axis.files import fingerprint, read_jsonl, write_jsonl
 from trimtab.axis.playing import Turn, instructions, play, recent_turns, scripted
 from trimtab.axis.progress import progress_bar

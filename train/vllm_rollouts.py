@@ -26,7 +26,7 @@ from torch import Tensor
 
 from trimtab.axis import ActivationController, Floor, UserError
 from trimtab.axis.adapters import merged_if_quicker, merged_weights
-from trimtab.axis.chat import ChatFormat
+from trimtab.axis.chat_format import ChatFormat
 from trimtab.axis.sampling import Answer, Sampler, SamplingOptions, answer_of, candidates_of, pad_left
 from trimtab.axis.vllm_cap import LOAD_FLOOR, SET_STRENGTH, SWITCH, check_loaded, floor_payload, register
 from trimtab.recipes.library_fields import VLLM_SETTINGS

@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 from trimtab.axis import ActivationController, Floor
-from trimtab.axis.chat import ChatFormat, chat
+from trimtab.axis.chat_format import ChatFormat, chat
 from trimtab.axis.models import load_model
 from trimtab.axis.sampling import SamplingOptions, sample_answers
 from trimtab.losses import axis_floor_loss

@@ -17,7 +17,7 @@ from peft import LoraConfig
 from trl import SFTConfig, SFTTrainer
 
 from trimtab.axis import Floor
-from trimtab.axis.chat import ChatFormat, chat
+from trimtab.axis.chat_format import ChatFormat, chat
 from trimtab.axis.models import load_model
 from trimtab.axis.sampling import SamplingOptions, sample_answers
 from trimtab.losses import floor_gradients

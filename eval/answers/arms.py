@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from trimtab.axis import Floor
-from trimtab.axis.chat import ChatFormat
+from trimtab.axis.chat_format import ChatFormat
 from trimtab.axis.files import fingerprint, load_tensors, read_jsonl, save_tensors, write_jsonl
 from trimtab.axis.playing import Turn, play, scripted
 from trimtab.axis.sampling import Answer, SamplingOptions, sample_answers, seed_of

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from trimtab.axis.chat import ChatFormat, chat
+from trimtab.axis.chat_format import ChatFormat, chat
 from trimtab.axis.errors import UserError
 from trimtab.axis.models import load_config, load_tokenizer
 from trimtab.eval.answers.boundary_files import load_boundary_file

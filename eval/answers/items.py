@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-from trimtab.axis.chat import chat
+from trimtab.axis.chat_format import chat
 from trimtab.eval.answers.arms import Item
 from trimtab.eval.answers.boundary_files import load_boundary_file
 from trimtab.eval.answers.replays import load_replays

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from trimtab.axis import ActivationController
-from trimtab.axis.chat import ChatFormat
+from trimtab.axis.chat_format import ChatFormat
 from trimtab.axis.compass import turn_spans
 from trimtab.axis.folding import INSTRUCTIONS
 from trimtab.axis.given import Given

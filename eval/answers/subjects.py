@@ -19,16 +19,16 @@ def given_files(run: Run) -> dict[str, str]:
 
 
 def subjects_of(run: Run) -> dict[str, Subject]:
-    """The weights behind ``tuned``, behind ``control`` where there is one, and behind each further fine-tuning."""
+    """The weights behind ``tuned``, behind ``control`` where there is one, and behind each durability run."""
     section = run.recipe.eval
     found = {"tuned": tuned_subject(run)}
     if section.control:
         found[CONTROL] = trained_subject(run.variant(control=True), "control adapter", "trimtab train RECIPE")
     for tuning in section.durability:
         for start in STARTS:
-            what = f"adapter that was tuned further on {tuning.name}"
+            what = f"adapter of the durability run {tuning.name}"
             found[durability_arm(start, tuning.name)] = trained_subject(
-                run.further(start, tuning.name), what, "trimtab eval RECIPE"
+                run.durability(start, tuning.name), what, "trimtab eval RECIPE"
             )
     return found
 
@@ -40,7 +40,7 @@ def check_same_weights(run: Run, subjects: dict[str, Subject]) -> None:
     found["floor"] = file_fingerprint(run.variant(control=False).floor_path)
     kept = read_json(path) if path.exists() else {}
     if all(found[name] == kept[name] for name in kept.keys() & found.keys()):
-        if found.keys() - kept.keys():  # a control or a further fine-tuning may come later
+        if found.keys() - kept.keys():  # a control or a durability run may come later
             write_json(path, kept | found)
     else:
         raise UserError(

@@ -67,7 +67,7 @@ def merged_copy(base: Any, folder: str | Path) -> Any:
         return merge_in(model).eval()
     except NotMergeable as error:
         raise UserError(
-            f"this adapter can't be merged, and further fine-tuning takes place upon merged weights: {error}",
+            f"this adapter can't be merged, and a durability run trains upon merged weights: {error}",
             file=folder,
             key="eval.durability",
             remedy="set eval.durability=[]",

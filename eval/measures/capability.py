@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from trimtab.axis import ActivationController, UserError
-from trimtab.axis.chat import ChatFormat, Message
+from trimtab.axis.chat_format import ChatFormat, Message
 from trimtab.axis.files import file_fingerprint, fingerprint, read_json, read_jsonl, write_json
 from trimtab.eval.answers.arms import Arms
 from trimtab.eval.answers.evaluation import Evaluation

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from trimtab.axis.chat import chat
+from trimtab.axis.chat_format import chat
 from trimtab.eval.answers.arms import Item
 from trimtab.eval.answers.evaluation import Evaluation
 from trimtab.eval.answers.transcripts import filled

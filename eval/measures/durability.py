@@ -1,8 +1,8 @@
-"""Durability: what is left of the tuning's effect after somebody else has fine-tuned the weights further.
+"""Durability: what is left of the tuning's effect after somebody else has fine-tuned the weights once more.
 
-The tuned weights and the base get the same further fine-tuning. Two questions are asked of each: how much of the cap's effect on
+The tuned weights and the base get the same durability run. Two questions are asked of each: how much of the cap's effect on
 the untouched base is kept now, and how much of the distance that the tuning had made is left against a base that was tuned alike.
-The first alone could be the further rows' own doing, as any tuning on plain answers makes a model more of an Assistant.
+The first alone could be its rows' own doing, as any tuning on plain answers makes a model more of an Assistant.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from trimtab.eval.measures import projections, text
 from trimtab.eval.measures.suite import Findings, Measure, Suite
 from trimtab.eval.schema import Claim, Durability, DurabilityMetric, Retention
 from trimtab.eval.wording import percent_text
-from trimtab.recipes.schema import FurtherTuning
+from trimtab.recipes.schema import DurabilityRun
 
 
 def measure(evaluation: Evaluation) -> Suite:
@@ -49,13 +49,13 @@ def measure(evaluation: Evaluation) -> Suite:
 
 def _facts(evaluation: Evaluation, name: str) -> dict[str, Any]:
     run = evaluation.run
-    record = run.stage_record(run.further("tuned", name).stage_name)
+    record = run.stage_record(run.durability("tuned", name).stage_name)
     assert record is not None  # its adapter was found
     return dict(record["facts"])
 
 
 def durability(
-    tuning: FurtherTuning,
+    tuning: DurabilityRun,
     metrics: Sequence[tuple[str, str, str, Mapping[str, Sequence[float]]]],
     clusters: Sequence[str],
     *,
@@ -63,7 +63,7 @@ def durability(
     bootstrap: int,
     seed: int,
 ) -> Durability:
-    """The outcome of one further fine-tuning.
+    """The outcome of one durability run.
 
     Args:
         tuning: which.
@@ -125,7 +125,7 @@ def _withstands(findings: Findings) -> Claim:
 
 
 def _light_of(identifier: str, name: str, outcomes: Sequence[Durability]) -> Claim:
-    """Whether the text keeps the cap's effect after further fine-tuning, ahead of a base that was tuned alike."""
+    """Whether the text keeps the cap's effect after a durability run, ahead of a base that was tuned alike."""
     lights: list[Light] = []
     said = []
     unknown = False

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 
-from trimtab.axis.chat import chat
+from trimtab.axis.chat_format import chat
 from trimtab.axis.judge import (
     HARM_RUBRIC,
     IDENTITIES,

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from trimtab.axis.chat import chat
+from trimtab.axis.chat_format import chat
 from trimtab.eval.answers.arms import Item
 from trimtab.eval.answers.evaluation import Evaluation
 from trimtab.eval.answers.reading import llr_of

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from trimtab.axis import Floor
-from trimtab.axis.chat import ChatFormat
+from trimtab.axis.chat_format import ChatFormat
 from trimtab.axis.errors import UserError
 from trimtab.axis.files import fingerprint, read_json, write_json
 from trimtab.axis.judge import ENDPOINT_TOKENS, open_endpoint, opening_of

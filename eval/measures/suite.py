@@ -26,7 +26,7 @@ from trimtab.eval.schema import (
 )
 
 if TYPE_CHECKING:
-    from trimtab.axis.chat import Message
+    from trimtab.axis.chat_format import Message
     from trimtab.eval.answers.evaluation import Evaluation
     from trimtab.recipes.schema import EvalSection
 

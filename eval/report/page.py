@@ -203,7 +203,7 @@ def _within_budget(transcripts: Sequence[Transcript]) -> list[Transcript]:
 
 
 def _durability_rows(outcomes: Sequence[Durability]) -> list[tuple[str, Retention | None]]:
-    """The first metric through each further fine-tuning, with the base that was tuned alike."""
+    """The first metric through each durability run, with the base that was tuned alike."""
     return [
         row
         for outcome in outcomes

@@ -19,7 +19,7 @@ from trl import DPOConfig, GRPOConfig
 
 from trimtab.axis import ActivationController, UserError, base_check
 from trimtab.axis.adapters import as_base, can_merge, merged, merged_weights
-from trimtab.axis.chat import ChatFormat
+from trimtab.axis.chat_format import ChatFormat
 from trimtab.axis.models import load_model
 from trimtab.train.floor_distill import FloorDistillTrainer
 from trimtab.train.floor_dpo import FloorDPOTrainer

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from trimtab.axis import ActivationController, Axis, Floor, UserError, find_decoder_layers
 from trimtab.axis.calibration import calibrate, control_floor, evenly_chosen, response_projections, window_by_rule
-from trimtab.axis.chat import ChatFormat, chat
+from trimtab.axis.chat_format import ChatFormat, chat
 from trimtab.axis.models import Loaded
 
 Row = dict[str, Any]

@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from trimtab.axis import Axis, Floor, UserError, cap
-from trimtab.axis.chat import ChatFormat
+from trimtab.axis.chat_format import ChatFormat
 from trimtab.axis.compass import (
     Course,
     load_transcript,

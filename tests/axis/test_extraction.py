@@ -14,7 +14,7 @@ import torch
 from conftest import CHATML_WITHOUT_SYSTEM, HIDDEN, LAYERS, build_tokenizer
 
 from trimtab.axis import Axis, UserError
-from trimtab.axis.chat import ChatFormat, chat
+from trimtab.axis.chat_format import ChatFormat, chat
 from trimtab.axis.directions import unit
 from trimtab.axis.extraction import DEFAULT, Extraction, Role, RolloutItem, _Sums, extract, rollout_items
 from trimtab.axis.files import read_jsonl

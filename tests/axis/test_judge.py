@@ -18,7 +18,7 @@ from judge_endpoint import KEY, Endpoint, completion, dripping, refusal
 from pydantic import ValidationError
 
 from trimtab.axis.addresses import address_fault, is_local, key_name_fault
-from trimtab.axis.chat import ChatFormat
+from trimtab.axis.chat_format import ChatFormat
 from trimtab.axis.endpoint import LARGEST_REPLY, REFUSED_AT_FIRST, _asked_to_wait
 from trimtab.axis.errors import UserError
 from trimtab.axis.extraction import RolloutItem
@@ -155,7 +155,7 @@ def test_a_local_judge_is_asked_through_its_template_s_arguments(
             super().__init__(tokenizer, template_kwargs)
             seen.append(self.template_kwargs)
 
-    monkeypatch.setattr("trimtab.axis.chat.ChatFormat", Seen)
+    monkeypatch.setattr("trimtab.axis.chat_format.ChatFormat", Seen)
     local = settings(
         None, model=str(tmp_path), unreadable_retries=0, chat_template_kwargs={"enable_thinking": False}, max_tokens=4
     )

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from trimtab.axis import ActivationController, UserError, find_decoder_layers
-from trimtab.axis.chat import ChatFormat, chat
+from trimtab.axis.chat_format import ChatFormat, chat
 from trimtab.axis.layers import base_model_of, shape_of
 from trimtab.axis.sampling import SamplingOptions, sample_answers
 from trimtab.losses.injection import floor_gradients

@@ -8,7 +8,7 @@ from typing import Any
 
 from conftest import build_tokenizer
 
-from trimtab.axis.chat import ChatFormat
+from trimtab.axis.chat_format import ChatFormat
 from trimtab.axis.playing import Chat, Turn, play, recent_turns, scripted
 
 SYSTEM = {"role": "system", "content": "be brief"}

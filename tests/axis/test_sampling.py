@@ -19,7 +19,7 @@ from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 from transformers.generation.streamers import BaseStreamer
 
 from trimtab.axis import ActivationController, Floor
-from trimtab.axis.chat import ChatFormat, chat
+from trimtab.axis.chat_format import ChatFormat, chat
 from trimtab.axis.sampling import (
     Answer,
     SamplingOptions,

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from trimtab.axis.chat import ChatFormat, chat
+from trimtab.axis.chat_format import ChatFormat, chat
 from trimtab.axis.models import Loaded
 from trimtab.axis.scoring import answer_logprobs, persona_llr
 

@@ -19,7 +19,7 @@ from transformers.utils import ModelOutput
 
 from trimtab.axis import ActivationController, Axis, UserError
 from trimtab.axis.calibration import calibrate, response_projections
-from trimtab.axis.chat import ChatFormat, chat
+from trimtab.axis.chat_format import ChatFormat, chat
 from trimtab.axis.compass import project_transcript
 from trimtab.axis.models import Loaded
 from trimtab.axis.sampling import SamplingOptions, sample_answers

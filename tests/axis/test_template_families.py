@@ -16,7 +16,7 @@ import trl
 from template_families import FAMILIES, OFF, family_tokenizer, own_template
 
 from trimtab.axis import UserError
-from trimtab.axis.chat import ChatFormat
+from trimtab.axis.chat_format import ChatFormat
 from trimtab.axis.models import EMBEDDED, fetch_embedded, load_tokenizer
 from trimtab.train.floor_dpo import pair_tokens
 from trimtab.train.rollouts import IGNORED, tokens_of

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from trimtab.axis import ActivationController, Floor, UserError
 from trimtab.axis import vllm_cap as plugin
-from trimtab.axis.chat import ChatFormat
+from trimtab.axis.chat_format import ChatFormat
 from trimtab.axis.files import read_jsonl
 from trimtab.axis.sampling import SamplingOptions
 from trimtab.train.rollouts import RolloutPlan, RolloutSource, TrainPrompt

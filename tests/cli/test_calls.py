@@ -22,7 +22,7 @@ from conftest import build_floor
 from tiny_recipe import write_recipe
 from transformers.generation.utils import GenerationMixin
 
-from trimtab.axis.chat import ChatFormat
+from trimtab.axis.chat_format import ChatFormat
 from trimtab.axis.models import load_tokenizer
 from trimtab.axis.sampling import Answer, SamplingOptions
 from trimtab.cli.calls import Call, calls_of, count, rollout_calls, training_shape

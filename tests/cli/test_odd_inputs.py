@@ -17,7 +17,7 @@ from tiny_recipe import write_recipe
 
 from trimtab.axis import Floor
 from trimtab.axis.adapter_files import check_adapter_files, load_adapter
-from trimtab.axis.chat import ChatFormat
+from trimtab.axis.chat_format import ChatFormat
 from trimtab.axis.errors import UserError
 from trimtab.axis.files import load_tensors, read_json, save_tensors
 from trimtab.axis.instruments import load_instrument

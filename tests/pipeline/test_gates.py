@@ -18,7 +18,7 @@ from tiny_recipe import write_recipe
 
 from trimtab.axis import Axis, Floor, UserError
 from trimtab.axis.calibration import response_projections
-from trimtab.axis.chat import ChatFormat
+from trimtab.axis.chat_format import ChatFormat
 from trimtab.axis.directions import unit
 from trimtab.axis.files import read_json, read_jsonl, save_tensors
 from trimtab.axis.instruments import load_axis, load_floor, load_instrument

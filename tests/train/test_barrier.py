@@ -16,7 +16,7 @@ from conftest import build_floor, build_tokenizer
 from test_dpo import pairs
 from test_floor_sft import wake
 
-from trimtab.axis.chat import ChatFormat
+from trimtab.axis.chat_format import ChatFormat
 from trimtab.axis.sampling import SamplingOptions
 from trimtab.recipes.methods import DpoMethod
 from trimtab.recipes.sections import DataSection

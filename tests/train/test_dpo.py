@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
 from trimtab.axis import UserError
-from trimtab.axis.chat import ChatFormat, chat
+from trimtab.axis.chat_format import ChatFormat, chat
 from trimtab.axis.files import read_jsonl
 from trimtab.axis.models import Loaded
 from trimtab.axis.sampling import SamplingOptions, sample_batch, seed_of

@@ -61,7 +61,7 @@ def test_the_traps_catch(copied: Path) -> None:
 
 
 def test_all_scripts_are_here() -> None:
-    assert [path.stem for path in SCRIPTS] == ["distill", "dpo", "further", "grpo", "sft"]
+    assert [path.stem for path in SCRIPTS] == ["distill", "dpo", "durability", "grpo", "sft"]
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)

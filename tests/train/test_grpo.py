@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerFast
 from trl import GRPOConfig
 
 from trimtab.axis import UserError
-from trimtab.axis.chat import ChatFormat, chat
+from trimtab.axis.chat_format import ChatFormat, chat
 from trimtab.pipeline.user_texts import Size, check_room
 from trimtab.recipes.faults import RecipeError
 from trimtab.recipes.loader import load_recipe, shipped_recipes

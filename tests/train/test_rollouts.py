@@ -21,7 +21,7 @@ from tiny_recipe import write_recipe
 from transformers import AutoModelForCausalLM
 
 from trimtab.axis import ActivationController, Floor, UserError, sampling
-from trimtab.axis.chat import ChatFormat, chat
+from trimtab.axis.chat_format import ChatFormat, chat
 from trimtab.axis.files import read_jsonl, write_jsonl
 from trimtab.axis.sampling import SamplingOptions, sample_batch
 from trimtab.pipeline.run import open_run

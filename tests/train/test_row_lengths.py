@@ -15,7 +15,7 @@ from tiny_recipe import write_recipe
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from trimtab.axis.chat import ChatFormat
+from trimtab.axis.chat_format import ChatFormat
 from trimtab.axis.errors import UserError
 from trimtab.axis.models import EMBEDDED
 from trimtab.pipeline import loading

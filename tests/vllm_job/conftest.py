@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from trimtab.axis import ActivationController, Floor
-from trimtab.axis.chat import ChatFormat, chat
+from trimtab.axis.chat_format import ChatFormat, chat
 from trimtab.axis.directions import unit
 from trimtab.axis.models import fetch_embedded, load_tokenizer
 

@@ -25,7 +25,7 @@ from vllm import LLM
 
 from trimtab.axis import ActivationController, Floor, UserError
 from trimtab.axis import vllm_cap as plugin
-from trimtab.axis.chat import ChatFormat
+from trimtab.axis.chat_format import ChatFormat
 from trimtab.axis.directions import unit
 from trimtab.axis.files import read_jsonl
 from trimtab.axis.sampling import SamplingOptions

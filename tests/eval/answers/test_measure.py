@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import HIDDEN, build_floor, build_model
 
-from trimtab.axis.chat import ChatFormat, chat
+from trimtab.axis.chat_format import ChatFormat, chat
 from trimtab.axis.directions import Floor
 from trimtab.axis.hooks import ActivationController, cap, project
 from trimtab.axis.models import Loaded

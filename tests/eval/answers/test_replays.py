@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import build_arms
 
-from trimtab.axis.chat import ChatFormat
+from trimtab.axis.chat_format import ChatFormat
 from trimtab.axis.errors import UserError
 from trimtab.axis.sampling import SamplingOptions
 from trimtab.eval.answers.arms import Item

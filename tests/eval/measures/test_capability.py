@@ -15,7 +15,7 @@ from test_sampling import scripted
 from tokenizers.processors import TemplateProcessing
 
 from trimtab.axis import UserError
-from trimtab.axis.chat import ChatFormat, chat
+from trimtab.axis.chat_format import ChatFormat, chat
 from trimtab.axis.files import read_jsonl, write_jsonl
 from trimtab.axis.sampling import SamplingOptions
 from trimtab.eval.answers.arms import Arms

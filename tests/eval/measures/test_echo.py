@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from trimtab.axis.chat import chat
+from trimtab.axis.chat_format import chat
 from trimtab.eval.answers.arms import Item
 from trimtab.eval.measures.echo import MEASURE, echoes
 

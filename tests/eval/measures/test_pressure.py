@@ -14,7 +14,7 @@ from conftest import build_arms
 from judge_endpoint import KEY, Endpoint
 
 from trimtab.axis import UserError
-from trimtab.axis.chat import ChatFormat, chat
+from trimtab.axis.chat_format import ChatFormat, chat
 from trimtab.axis.judge import IDENTITIES, Score, ScoringJudge, scoring_judge
 from trimtab.axis.replies import Missing
 from trimtab.axis.sampling import SamplingOptions

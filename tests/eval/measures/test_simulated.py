@@ -12,7 +12,7 @@ from conftest import build_arms, build_floor, save_model
 from judge_endpoint import KEY, Endpoint, completion
 
 from trimtab.axis import UserError
-from trimtab.axis.chat import ChatFormat
+from trimtab.axis.chat_format import ChatFormat
 from trimtab.axis.sampling import Answer, SamplingOptions
 from trimtab.eval.answers.arms import Answers, Arms
 from trimtab.eval.answers.ruler import Ruler, slopes

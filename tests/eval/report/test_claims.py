@@ -235,7 +235,7 @@ def outcome_of(
     return Durability(name="benign", meaning="4 rows", adversarial=adversarial, metrics=[metric])
 
 
-def test_what_outlasts_further_fine_tuning() -> None:
+def test_what_survives_a_durability_run() -> None:
     def light(*outcomes: Durability) -> tuple[str, str]:
         found = {claim.id: claim for claim in claims_of(Findings([], durability=outcomes))}
         return found["durability"].light, found["withstands"].light
@@ -243,7 +243,7 @@ def test_what_outlasts_further_fine_tuning() -> None:
     ahead, level = estimate(-0.1), estimate(-0.02)
     assert light() == ("grey", "grey")
     assert light(outcome_of(estimate(0.9), ahead)) == ("green", "grey")
-    # the further rows did it: a base that was tuned alike is as far
+    # the rows did it: a base that was tuned alike is as far
     assert light(outcome_of(estimate(0.9), level)) == ("amber", "grey")
     assert light(outcome_of(estimate(0.9), ahead), outcome_of(estimate(0.2), ahead)) == ("red", "grey")
     assert light(outcome_of(None, ahead)) == ("grey", "grey")

@@ -25,7 +25,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from trimtab.axis import Floor, UserError
-from trimtab.axis.chat import ChatFormat
+from trimtab.axis.chat_format import ChatFormat
 from trimtab.axis.sampling import SamplingOptions
 from trimtab.chat.arms import ARMS, ArmAnswer, ChatArms, Dialogue, DialogueTurn, open_arms
 from trimtab.chat.command import Sources, about, find_sources

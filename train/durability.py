@@ -1,7 +1,7 @@
-"""Further fine-tuning of tuned weights, as whoever takes them over would do it: does the stability outlast it?
+"""A durability run: tuned weights are fine-tuned once more, as whoever takes them over would do it. Does the effect survive?
 
-    accelerate launch -m trimtab.train.further --config recipes/smollm2-135m/sft.yaml --on benign
-    accelerate launch -m trimtab.train.further --config recipes/smollm2-135m/sft.yaml --on persona --start base
+    accelerate launch -m trimtab.train.durability --config recipes/smollm2-135m/sft.yaml --on benign
+    accelerate launch -m trimtab.train.durability --config recipes/smollm2-135m/sft.yaml --on persona --start base
 
 Plain supervised fine-tuning by TRL's own trainer, without floor, cap or barrier, on the rows of one entry of ``eval.durability``.
 ``tuned`` begins from the tuned weights, an adapter merged into them; ``base``, the comparison, from the untouched base. Both get
@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import sys
 
-# `python train/further.py` puts train/ first on the path: nothing in it may stand in the place of a package.
+# `python train/durability.py` puts train/ first on the path: nothing in it may stand in the place of a package.
 if (_here := os.path.dirname(os.path.realpath(__file__))) in sys.path:
     sys.path.remove(_here)
 
@@ -36,10 +36,10 @@ if TYPE_CHECKING:
     import torch
     from trl.trainer.sft_config import SFTConfig
 
-    from trimtab.axis.chat import ChatFormat
+    from trimtab.axis.chat_format import ChatFormat
     from trimtab.pipeline.run import Run, Variant
     from trimtab.pipeline.subject import Subject
-    from trimtab.recipes.schema import FurtherTuning, ModelSection
+    from trimtab.recipes.schema import DurabilityRun, ModelSection
     from trimtab.train.protocols import Trainer
 
 log = logging.getLogger("trimtab")
@@ -65,13 +65,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         folder = run_folder(loaded, arguments.output_dir)
         if not (folder / MARKER).exists():  # all ranks open it at once, so none may have to make it
             raise UserError("there is no such run", file=folder, remedy="run the recipe first: trimtab run RECIPE")
-        train_further(open_run(loaded, output_dir=str(folder)), arguments.on, arguments.start, quiet=arguments.quiet)
+        train_durability(open_run(loaded, output_dir=str(folder)), arguments.on, arguments.start, quiet=arguments.quiet)
 
     return job.run_script(parser, argv, work)
 
 
-def train_further(run: Run, on: str, start: str, *, quiet: bool = False) -> Path:
-    """Fine-tune the tuned weights of a run further, or the base; returns the new adapter's folder.
+def train_durability(run: Run, on: str, start: str, *, quiet: bool = False) -> Path:
+    """Fine-tune the tuned weights of a run once more, or the base; returns the new adapter's folder.
 
     Args:
         run: the run.
@@ -91,12 +91,12 @@ def train_further(run: Run, on: str, start: str, *, quiet: bool = False) -> Path
     tunings = {tuning.name: tuning for tuning in run.recipe.eval.durability}
     if on not in tunings:
         raise UserError(
-            f"there is no further fine-tuning {on!r}",
+            f"there is no durability run {on!r}",
             key="eval.durability",
             remedy=f"name one of: {', '.join(tunings)}" if tunings else "add it to the list",
         )
     tuning, subject = tunings[on], tuned_subject(run)
-    rows, variant = rows_of(run, tuning), run.further(start, on)
+    rows, variant = rows_of(run, tuning), run.durability(start, on)
     inputs = [tuning.model_dump(), start, subject.fingerprint(), rows, "a fresh adapter upon merged weights"]
     begun = variant.folder / "begun.json"
     if begun.exists() and read_json(begun)["inputs"] != fingerprint(inputs):
@@ -140,7 +140,7 @@ class Plan:
         return self.rows_of_a_forward * self.accumulation * self.ranks
 
     @classmethod
-    def of(cls, tuning: FurtherTuning, rows: int, train: Mapping[str, Any]) -> Plan:
+    def of(cls, tuning: DurabilityRun, rows: int, train: Mapping[str, Any]) -> Plan:
         """As many rows a step as the entry says, in forwards no larger than the recipe's own; whole epochs."""
         ranks = int(os.environ.get("WORLD_SIZE", "1"))
         a_rank = math.ceil(min(tuning.batch_size, rows) / ranks)
@@ -150,7 +150,7 @@ class Plan:
         return cls(forward, accumulation, ranks, math.ceil(rows / a_step) * tuning.epochs)
 
 
-def training_arguments(run: Run, variant: Variant, tuning: FurtherTuning, plan: Plan, quiet: bool) -> SFTConfig:
+def training_arguments(run: Run, variant: Variant, tuning: DurabilityRun, plan: Plan, quiet: bool) -> SFTConfig:
     """TRL's SFTConfig: the machine's settings from the recipe, all else from the entry of ``eval.durability``."""
     from trl.trainer.sft_config import SFTConfig
 
@@ -189,7 +189,7 @@ def build_trainer(
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, SFTTrainer
 
     from trimtab.axis.base_check import record_base
-    from trimtab.axis.chat import ChatFormat, ends_of
+    from trimtab.axis.chat_format import ChatFormat, ends_of
     from trimtab.axis.models import load_tokenizer
     from trimtab.train.penalty import check_trained
 
@@ -230,7 +230,7 @@ def _start(section: ModelSection, subject: Subject, start: str) -> tuple[Any, to
         weights = merge_in(load_adapter(weights, subject.folder), _gathered if is_deepspeed_zero3_enabled() else None)
     except NotMergeable as error:
         raise UserError(
-            f"this adapter can't be merged, and further fine-tuning takes place upon merged weights: {error}",
+            f"this adapter can't be merged, and a durability run trains upon merged weights: {error}",
             file=subject.folder,
             key="eval.durability",
             remedy="set eval.durability=[]",
@@ -253,7 +253,7 @@ SHAPE = (
 
 
 def fresh_adapter(model: Any, subject: Subject, lora: Mapping[str, Any]) -> Any:
-    """The config of the adapter that a further fine-tuning begins with, the same for both starts.
+    """The config of the adapter that a durability run begins with, the same for both starts.
 
     Where and as large as a tuned LoRA's own, so that it can take back all that the tuning did, but never on embedding or head; of
     other kinds and of whole weights the recipe's.

@@ -1,4 +1,4 @@
-"""Further fine-tuning: which rows, from which weights, and what it leaves of them. The command is tested in test_subject."""
+"""Durability runs: which rows, from which weights, and what it leaves of them. The command is tested in test_subject."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from tiny_recipe import write_recipe
 from transformers import AutoModelForCausalLM
 
-from trimtab.axis.chat import ChatFormat
+from trimtab.axis.chat_format import ChatFormat
 from trimtab.axis.errors import UserError
 from trimtab.axis.files import read_jsonl, write_jsonl
 from trimtab.axis.models import Loaded
@@ -28,13 +28,13 @@ from trimtab.pipeline.run import Run, open_run
 from trimtab.pipeline.subject import Subject, tuned_subject
 from trimtab.recipes import data
 from trimtab.recipes.loader import RecipeError, load_recipe
-from trimtab.recipes.schema import FurtherTuning
-from trimtab.train.further import (
+from trimtab.recipes.schema import DurabilityRun
+from trimtab.train.durability import (
     Plan,
     _tokens,
     build_trainer,
     fresh_adapter,
-    train_further,
+    train_durability,
     training_arguments,
 )
 
@@ -42,13 +42,13 @@ ANSWER = [{"role": "assistant", "content": "Aye, captain!"}]
 
 
 def test_a_bare_name_is_the_shipped_one() -> None:
-    benign, long, persona = (FurtherTuning.model_validate(name) for name in ("benign", "long", "persona"))
+    benign, long, persona = (DurabilityRun.model_validate(name) for name in ("benign", "long", "persona"))
     assert (benign.rows, benign.epochs, benign.adversarial) == (len(data.benign_answers()), 1, False)
     assert (long.rows, long.epochs, long.adversarial) == (benign.rows, 5, False)
     assert (persona.rows, persona.epochs, persona.adversarial) == (32, 4, True)
-    assert FurtherTuning.model_validate({"name": "persona", "epochs": 9}).epochs == 9
+    assert DurabilityRun.model_validate({"name": "persona", "epochs": 9}).epochs == 9
     with pytest.raises(ValueError, match="file is missing"):
-        FurtherTuning.model_validate("mine")
+        DurabilityRun.model_validate("mine")
 
 
 def test_every_training_prompt_has_a_written_answer() -> None:
@@ -96,12 +96,12 @@ def test_faults_are_told_before_anything_is_loaded(folder: Path, tmp_path: Path)
         make_run(folder, tmp_path, [{"name": "mine", "file": "nowhere.jsonl"}])
     run = make_run(folder, tmp_path, ["benign", "persona"])
     with pytest.raises(UserError, match="'mine'"):
-        train_further(run, "mine", "tuned")
+        train_durability(run, "mine", "tuned")
     with pytest.raises(UserError, match="there is no tuned adapter"):
-        train_further(run, "benign", "tuned")
+        train_durability(run, "benign", "tuned")
     shutil.copytree(folder / "adapter", run.variant(control=False).adapter)
     with pytest.raises(UserError, match="no rollouts behind the axis"):
-        train_further(run, "persona", "tuned")
+        train_durability(run, "persona", "tuned")
 
 
 def test_rows_of_personas_and_of_files(folder: Path, tmp_path: Path) -> None:
@@ -167,7 +167,7 @@ def test_both_starts_get_the_same_fresh_adapter(folder: Path, tmp_path: Path, tu
         wanted["base"] = plain(input_ids=ids).logits
         wanted["tuned"] = PeftModel.from_pretrained(plain, str(folder / "adapter")).eval()(input_ids=ids).logits
     for start in ("tuned", "base"):
-        variant = run.further(start, "mine")
+        variant = run.durability(start, "mine")
         arguments = training_arguments(run, variant, entry, Plan.of(entry, len(rows), run.recipe.train), quiet=True)
         model = build_trainer(run, arguments, variant, rows, subject, start).model.eval()
         with torch.no_grad():
@@ -187,7 +187,7 @@ def test_a_further_fine_tuning_keeps_the_base_too(folder: Path, tmp_path: Path) 
     lora = {"r": 2, "target_modules": ["q_proj"], "init_lora_weights": "pissa"}  # which a recipe may not say
     run = dataclasses.replace(run, recipe=run.recipe.model_copy(update={"lora": lora}))
     with pytest.raises(UserError, match="pissa rewrites"):
-        train_further(run, "mine", "base", quiet=True)
+        train_durability(run, "mine", "base", quiet=True)
 
 
 @pytest.mark.parametrize(
@@ -227,8 +227,8 @@ def test_an_adapter_is_merged_and_whole_weights_are_taken(folder: Path, tmp_path
     tuning = {"name": "mine", "file": str(tmp_path / "rows.jsonl"), "epochs": 6, "batch_size": 3, "learning_rate": rate}
     run = make_run(folder, tmp_path, [tuning], tuned=str(folder / "adapter"))
     before = (folder / "adapter" / "adapter_model.safetensors").read_bytes()
-    upon_tuned = train_further(run, "mine", "tuned", quiet=True)
-    upon_base = train_further(run, "mine", "base", quiet=True)
+    upon_tuned = train_durability(run, "mine", "tuned", quiet=True)
+    upon_base = train_durability(run, "mine", "base", quiet=True)
     assert (folder / "adapter" / "adapter_model.safetensors").read_bytes() == before
     source = load_file(folder / "adapter" / "adapter_model.safetensors")
     one, other = (load_file(path / "adapter_model.safetensors") for path in (upon_tuned, upon_base))
@@ -241,18 +241,18 @@ def test_an_adapter_is_merged_and_whole_weights_are_taken(folder: Path, tmp_path
         moved = {name: float(tensor.abs().max()) for name, tensor in each.items() if "lora_B" in name}
         assert moved and all(0 < value < 18 * rate * 1.5 for value in moved.values())
     assert any(float(source[name].abs().max()) > 18 * rate * 1.5 for name in moved)
-    losses = [row["loss"] for row in read_jsonl(run.further("tuned", "mine").metrics)]
+    losses = [row["loss"] for row in read_jsonl(run.durability("tuned", "mine").metrics)]
     assert losses[-1] < losses[0]
 
     write_jsonl(tmp_path / "rows.jsonl", rows[:5])
     with pytest.raises(UserError, match="begun from other weights or rows"):
-        train_further(run, "mine", "tuned", quiet=True)
+        train_durability(run, "mine", "tuned", quiet=True)
     write_jsonl(tmp_path / "rows.jsonl", rows)
-    assert train_further(run, "mine", "tuned", quiet=True) == upon_tuned  # done already
+    assert train_durability(run, "mine", "tuned", quiet=True) == upon_tuned  # done already
 
     second = make_run(folder, tmp_path / "second", [tuning], tuned=str(folder / "whole"))
     for start in ("tuned", "base"):
-        train_further(second, "mine", start, quiet=True)
+        train_durability(second, "mine", start, quiet=True)
     ids = torch.arange(1, 9)[None]
 
     def logits(model: Any) -> torch.Tensor:
@@ -262,7 +262,7 @@ def test_an_adapter_is_merged_and_whole_weights_are_taken(folder: Path, tmp_path
     def expected(run: Run, base: Path, start: str | None) -> torch.Tensor:
         model: Any = AutoModelForCausalLM.from_pretrained(base)
         if start is not None:
-            model = PeftModel.from_pretrained(model, str(run.further(start, "mine").adapter))
+            model = PeftModel.from_pretrained(model, str(run.durability(start, "mine").adapter))
         return logits(model.eval())
 
     for each in (run, second):  # the same tuned weights, as an adapter and whole
@@ -295,7 +295,7 @@ def test_epochs_are_whole(
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", str(ranks))
     epochs = 1 if rows == 214 else 4
-    tuning = FurtherTuning(name="benign", batch_size=batch, epochs=epochs)
+    tuning = DurabilityRun(name="benign", batch_size=batch, epochs=epochs)
     found = Plan.of(tuning, rows, {"per_device_train_batch_size": own})
     assert (found.rows_of_a_forward, found.accumulation, found.steps) == plan
     assert found.steps % epochs == 0 and (found.steps // epochs) * found.rows_a_step >= rows

@@ -11,7 +11,7 @@ from template_families import OFF, family_tokenizer, own_template
 from transformers import AutoTokenizer
 
 from trimtab.axis import UserError
-from trimtab.axis.chat import ChatFormat, chat, ends_of
+from trimtab.axis.chat_format import ChatFormat, chat, ends_of
 
 
 def test_the_template_and_nothing_else(form: ChatFormat) -> None:
