@@ -1,17 +1,17 @@
 """Every way of baking, side by side: one axis, one floor, the same prompts and LoRA, about as many minutes, judged uncapped.
 
-    python benchmarks/methods.py --folder runs/methods                       # all arms, three seeds: many hours on a CPU
-    python benchmarks/methods.py --folder runs/methods --arms SFT "floor only" --seeds 2
+    python benchmarks/methods.py --folder runs/methods                       # all methods, three seeds: many hours on a CPU
+    python benchmarks/methods.py --folder runs/methods --methods SFT "floor only" --seeds 2
     python benchmarks/methods.py --folder runs/methods --kept docs/measured   # with what was measured before, on any machine
 
-Axis, floor and the base's answers are made once and shared. Each arm is a shipped recipe with a few overrides, printed below the
+Axis, floor and the base's answers are made once and shared. Each method is a shipped recipe with a few overrides, printed below the
 table. Run the same command again after an interruption: what is done stays done. With ``--kept`` each finished run's report,
-without transcripts, is kept as ``<arm>-<seed>.json``, a run that has one is not made again, and the table is of all that are
+without transcripts, is kept as ``<method>-<seed>.json``, a run that has one is not made again, and the table is of all that are
 kept; ``--seeds`` without a number makes none and writes the table alone. The table goes to ``README.md`` in that folder, or
-to ``<folder>/methods.md``. Two such commands may work on one folder at a time, with other arms each; start the second one when
+to ``<folder>/methods.md``. Two such commands may work on one folder at a time, with other methods each; start the second one when
 the first has its floor.
 
-Seeds are pooled and every arm is held against the recipes' default, role by role (``trimtab.eval.report.pooling``);
+Seeds are pooled and every method is held against the recipes' default, role by role (``trimtab.eval.report.pooling``);
 ``trimtab report --compare docs/measured/capped-SFT-+-floor-*.json docs/measured/*.json`` shows the same with plots.
 """
 
@@ -26,6 +26,7 @@ from pathlib import Path
 from trimtab.axis.files import file_fingerprint, write_jsonl, write_text
 from trimtab.axis.logs import setup_logging
 from trimtab.cli.launch import launch_training
+from trimtab.eval import ids
 from trimtab.eval.intervals import most_telling
 from trimtab.eval.report.compare import load_runs
 from trimtab.eval.report.page import load_report
@@ -36,13 +37,13 @@ from trimtab.pipeline.run import Run, open_run
 from trimtab.recipes.loader import LoadedRecipe, load_recipe
 from trimtab.train.pairs import rollouts_stage
 
-# The same for all, so that the arms share their axis and their base answers.
+# The same for all, so that the methods share their axis and their base answers.
 EVAL = [
     "eval.roles=68", "eval.questions=3", "eval.conversations=8", "eval.turns=4", "eval.benign=48", "eval.professional=0",
     "eval.reextract_roles=0", "eval.probe_rows=0", "eval.transcripts=3", "eval.control=false", "eval.capability=[]",
     "eval.tuned_cap=false",
 ]  # fmt: skip
-ARMS: dict[str, tuple[str, list[str]]] = {
+METHODS: dict[str, tuple[str, list[str]]] = {
     "SFT": ("sft", ["method.cap_strength=0", "method.floor_weight=0"]),
     "capped SFT": ("sft", ["method.floor_weight=0"]),
     "floor only": ("floor", []),
@@ -55,25 +56,25 @@ ARMS: dict[str, tuple[str, list[str]]] = {
     "DPO": ("dpo", ["method.floor_weight=0"]),
     "DPO + floor": ("dpo", []),
 }
-DEFAULT = "capped SFT + floor"  # of the recipes: what every arm is held against
+DEFAULT = "capped SFT + floor"  # of the recipes: what every method is held against
 COLUMNS = {
-    "text_llr": "text-only behaviour",
-    "z_held_out": "z, held-out axis",
-    "z_conversations": "z, conversations",
-    "kl_capped_self": "KL to the capped self",
+    ids.TEXT_LLR: "text-only behaviour",
+    ids.Z_HELD_OUT: "z, held-out axis",
+    ids.Z_CONVERSATIONS: "z, conversations",
+    ids.KL_CAPPED_SELF: "KL to the capped self",
 }
 EFFECTS = {
-    "benign_kl": "benign KL",
-    "default_z_shift": "z-shift, free",
-    "default_z_shift_same_text": "z-shift, same text",
+    ids.BENIGN_KL: "benign KL",
+    ids.DEFAULT_Z_SHIFT: "z-shift, free",
+    ids.DEFAULT_Z_SHIFT_SAME_TEXT: "z-shift, same text",
     "repetition_change": "repetition",
 }
 SAMPLES = 4000  # of the bootstrap over seeds and roles
 
 
-def recipe_of(arm: str, model: str, seed: int, extra: list[str]) -> LoadedRecipe:
-    """The recipe of an arm and a seed."""
-    name, overrides = ARMS[arm]
+def recipe_of(method: str, model: str, seed: int, extra: list[str]) -> LoadedRecipe:
+    """The recipe of a method and a seed."""
+    name, overrides = METHODS[method]
     seeds = [f"train.seed={seed}", f"data.seed={seed}"]
     return load_recipe(f"{model}/{name}", [*EVAL, *overrides, *seeds, *extra])
 
@@ -107,10 +108,10 @@ def share_answers(folder: Path, run: Run) -> None:
                 shutil.copy(path, run.folder / "eval")
 
 
-def play(arm: str, seed: int, folder: Path, model: str, extra: list[str]) -> Run:
-    """Train and evaluate one arm with one seed, unless that is done."""
-    loaded = recipe_of(arm, model, seed, extra)
-    run = open_run(loaded, output_dir=str(folder / _file_name(arm, seed)))
+def play(method: str, seed: int, folder: Path, model: str, extra: list[str]) -> Run:
+    """Train and evaluate one method with one seed, unless that is done."""
+    loaded = recipe_of(method, model, seed, extra)
+    run = open_run(loaded, output_dir=str(folder / _file_name(method, seed)))
     if not (run.folder / "stages" / "floor.json").exists():
         share(folder, run)
     rollouts_stage(run)
@@ -130,32 +131,32 @@ def kept_report(report: Report) -> Report:
     )
 
 
-def by_arm(reports: dict[str, Report]) -> dict[str, list[Report]]:
+def by_method(reports: dict[str, Report]) -> dict[str, list[Report]]:
     """Arm -> its runs in the order of seeds, the default first."""
     found: dict[str, list[Report]] = {}
-    for arm in sorted(ARMS, key=lambda arm: arm != DEFAULT):
-        runs = {int(name.rpartition("-")[2]): report for name, report in reports.items() if _arm_of(name) == arm}
+    for method in sorted(METHODS, key=lambda method: method != DEFAULT):
+        runs = {int(name.rpartition("-")[2]): report for name, report in reports.items() if _method_of(name) == method}
         if runs:
-            found[arm] = [runs[seed] for seed in sorted(runs)]
+            found[method] = [runs[seed] for seed in sorted(runs)]
     return found
 
 
-def _arm_of(name: str) -> str:
+def _method_of(name: str) -> str:
     return name.rpartition("-")[0].replace("-", " ")
 
 
-def _file_name(arm: str, seed: int) -> str:
-    return f"{arm.replace(' ', '-')}-{seed}"
+def _file_name(method: str, seed: int) -> str:
+    return f"{method.replace(' ', '-')}-{seed}"
 
 
 def table(reports: dict[str, Report]) -> str:
     """The tables in Markdown: retention, gaps to the default, effects_table; seeds pooled, each seed's value in brackets."""
-    arms = by_arm(reports)
+    methods = by_method(reports)
     together = stand(
-        {f"{arm}/{k}": run for arm, runs in arms.items() for k, run in enumerate(runs)}, samples=SAMPLES, seed=0,
-        settings={arm: [f"{arm}/{k}" for k in range(len(runs))] for arm, runs in arms.items()},
+        {f"{method}/{k}": run for method, runs in methods.items() for k, run in enumerate(runs)}, samples=SAMPLES, seed=0,
+        settings={method: [f"{method}/{k}" for k in range(len(runs))] for method, runs in methods.items()},
     )  # fmt: skip
-    order = [arm for arm in ARMS if arm in arms]
+    order = [method for method in METHODS if method in methods]
 
     def cell(pooled: Pooled | None, digits: int) -> str:
         if pooled is None or pooled.estimate is None:
@@ -173,46 +174,46 @@ def table(reports: dict[str, Report]) -> str:
 
     def rows(head: list[str], cells: dict[str, list[str]]) -> str:
         lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-        return "\n".join(lines + ["| " + " | ".join([arm, *row]) + " |" for arm, row in cells.items()]) + "\n"
+        return "\n".join(lines + ["| " + " | ".join([method, *row]) + " |" for method, row in cells.items()]) + "\n"
 
     kept = {
-        arm: [
-            str(len(arms[arm])),
-            *(cell(together.metrics.get(key, {}).get(arm), 2) for key in COLUMNS),
-            _without(arms[arm], next(iter(COLUMNS))),
+        method: [
+            str(len(methods[method])),
+            *(cell(together.metrics.get(key, {}).get(method), 2) for key in COLUMNS),
+            _without(methods[method], next(iter(COLUMNS))),
         ]
-        for arm in order
+        for method in order
     }
     apart = {
-        arm: [gap(together.metrics.get(key, {}).get(arm)) for key in COLUMNS]
+        method: [gap(together.metrics.get(key, {}).get(method)) for key in COLUMNS]
         + [
-            gap(together.effects.get("benign_kl", {}).get(arm), 3),
-            gap(together.effects.get("default_z_shift", {}).get(arm)),
+            gap(together.effects.get(ids.BENIGN_KL, {}).get(method), 3),
+            gap(together.effects.get(ids.DEFAULT_Z_SHIFT, {}).get(method)),
         ]
-        for arm in order
-        if arm != DEFAULT
+        for method in order
+        if method != DEFAULT
     }
     effects_table = {
-        arm: [
-            *(cell(together.effects.get(key, {}).get(arm), 3) for key in EFFECTS),
-            *(_mean([run.training.get(key) for run in arms[arm]]) for key in ("minutes", "peak_gib")),
+        method: [
+            *(cell(together.effects.get(key, {}).get(method), 3) for key in EFFECTS),
+            *(_mean([run.training.get(key) for run in methods[method]]) for key in ("minutes", "peak_gib")),
         ]
-        for arm in order
+        for method in order
     }
-    some = next(iter(arms.values()))[0]
+    some = next(iter(methods.values()))[0]
     parts = [
         "Retention, seeds pooled:",
         rows(["method", "seeds", *COLUMNS.values(), "text, without the role that weighs most"], kept),
         _wrapped("The base keeps 0 of the cap's effect, and base + cap keeps 1, by definition.") + "\nThey measure:",
         rows(["metric", "base", "base + cap", "unit", "n"], _given(some)),
     ]
-    if DEFAULT in arms and apart:
+    if DEFAULT in methods and apart:
         parts += [
             _wrapped(
                 f"The gap to {DEFAULT}, paired by role and conversation. Bold: p < 0.05 (Holm). Where a method has one seed, "
                 "the gap is of those very weights:"
             ),
-            rows(["method", *COLUMNS.values(), EFFECTS["benign_kl"], EFFECTS["default_z_shift"]], apart),
+            rows(["method", *COLUMNS.values(), EFFECTS[ids.BENIGN_KL], EFFECTS[ids.DEFAULT_Z_SHIFT]], apart),
         ]
     cap = {
         effect.id.removesuffix("_cap"): effect.estimate for effect in some.side_effects if effect.id.endswith("_cap")
@@ -222,7 +223,7 @@ def table(reports: dict[str, Report]) -> str:
         "-", "-",
     ]  # fmt: skip
     parts += ["Side effects:", rows(["method", *EFFECTS.values(), "minutes of training", "peak GiB"], effects_table)]
-    machines = sorted({_machine(run) for runs in arms.values() for run in runs})
+    machines = sorted({_machine(run) for runs in methods.values() for run in runs})
     return "\n\n".join(part.strip() for part in [*parts, _wrapped(f"Measured on: {'; '.join(machines)}.")]) + "\n"
 
 
@@ -265,16 +266,16 @@ def _machine(report: Report) -> str:
 
 
 def main() -> None:
-    """Run the arms and write the table."""
+    """Run the methods and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="where the runs go")
     parser.add_argument(
         "--model", default="smollm2-135m", help="folder of recipes that has sft, floor, distill, grpo and dpo"
     )
-    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), metavar="ARM")
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD")
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--kept", type=Path, help="folder of kept reports, which are not made again")
-    parser.add_argument("--set", nargs="*", default=[], metavar="section.key=value", help="overrides of every arm")
+    parser.add_argument("--set", nargs="*", default=[], metavar="section.key=value", help="overrides of every method")
     arguments = parser.parse_args()
     setup_logging()
     folder: Path = arguments.folder
@@ -284,11 +285,11 @@ def main() -> None:
     page = folder / "methods.md" if arguments.kept is None else arguments.kept / "README.md"
     told: str | None = None  # the bootstrap behind it takes as long as many a run
     for seed in arguments.seeds:
-        for arm in arguments.arms:
-            name = _file_name(arm, seed)
+        for method in arguments.methods:
+            name = _file_name(method, seed)
             if name in reports:
                 continue
-            run = play(arm, seed, folder, arguments.model, arguments.set)
+            run = play(method, seed, folder, arguments.model, arguments.set)
             reports[name] = kept_report(load_report(run.folder / "report.json"))
             if arguments.kept is not None:
                 write_jsonl(arguments.kept / f"{name}.json", [reports[name].model_dump()])
@@ -298,11 +299,15 @@ def main() -> None:
 
 
 def write_page(page: Path, reports: dict[str, Report], model: str) -> str:
-    """Write the table with what each arm is; returns the table."""
-    told, known = table(reports), by_arm(reports)
-    arms = [f"- {arm}: `{model}/{ARMS[arm][0]}` {' '.join(ARMS[arm][1])}".rstrip() for arm in ARMS if arm in known]
+    """Write the table with what each method is; returns the table."""
+    told, known = table(reports), by_method(reports)
+    methods = [
+        f"- {method}: `{model}/{METHODS[method][0]}` {' '.join(METHODS[method][1])}".rstrip()
+        for method in METHODS
+        if method in known
+    ]
     head = f"# Every training method, {model}\n\nWritten by `benchmarks/methods.py`.\n\n"
-    write_text(page, head + told + "\n" + "\n".join(arms) + "\n")
+    write_text(page, head + told + "\n" + "\n".join(methods) + "\n")
     return told
 
 
