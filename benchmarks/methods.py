@@ -4,8 +4,8 @@
     python benchmarks/methods.py --folder runs/methods --methods SFT "floor only" --seeds 2
     python benchmarks/methods.py --folder runs/methods --kept docs/measured   # with what was measured before, on any machine
 
-Axis, floor and the base's answers are made once and shared. Each method is a shipped recipe with a few overrides, printed below the
-table. Run the same command again after an interruption: what is done stays done. With ``--kept`` each finished run's report,
+Axis, floor and the base's answers are made once and shared. Each method is a shipped recipe with a few overrides, printed below
+the table. Run the same command again after an interruption: what is done stays done. With ``--kept`` each finished run's report,
 without transcripts, is kept as ``<method>-<seed>.json``, a run that has one is not made again, and the table is of all that are
 kept; ``--seeds`` without a number makes none and writes the table alone. The table goes to ``README.md`` in that folder, or
 to ``<folder>/methods.md``. Two such commands may work on one folder at a time, with other methods each; start the second one when
@@ -301,11 +301,8 @@ def main() -> None:
 def write_page(page: Path, reports: dict[str, Report], model: str) -> str:
     """Write the table with what each method is; returns the table."""
     told, known = table(reports), by_method(reports)
-    methods = [
-        f"- {method}: `{model}/{METHODS[method][0]}` {' '.join(METHODS[method][1])}".rstrip()
-        for method in METHODS
-        if method in known
-    ]
+    recipes = {method: " ".join((f"`{model}/{name}`", *changes)) for method, (name, changes) in METHODS.items()}
+    methods = [f"- {method}: {recipe}" for method, recipe in recipes.items() if method in known]
     head = f"# Every training method, {model}\n\nWritten by `benchmarks/methods.py`.\n\n"
     write_text(page, head + told + "\n" + "\n".join(methods) + "\n")
     return told
