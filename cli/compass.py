@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,8 @@ from rich.console import Console
 
 from trimtab.axis.calibration import check_window
 from trimtab.axis.chat_format import ChatFormat, chat
-from trimtab.axis.compass import Course, load_transcript, project_transcript
-from trimtab.axis.directions import Floor
+from trimtab.axis.compass import Course, Transcript, load_transcript, project_transcript
+from trimtab.axis.directions import Axis, Floor
 from trimtab.axis.errors import UserError
 from trimtab.axis.files import write_json
 from trimtab.axis.instruments import check_instrument, load_instrument
@@ -70,6 +70,35 @@ def project_command(
     """
     _check_pages(html, json)
     conversations = load_transcript(transcript)
+    instrument = _instrument(model, floor, experiment, layers, capped=capped)
+    form = ChatFormat(load_tokenizer(model), template_kwargs)
+    form.prompt_text(chat("", "x"))  # a template that can't be used is told before the weights load
+    form.tell()
+    loaded = load_model(model)
+    check_model(loaded)
+
+    def project(conversation: Transcript) -> Course:
+        if conversation.model not in (None, model):
+            log.info("%s: written by %s, read by %s", conversation.title, conversation.model, model)
+        messages, title = conversation.messages, conversation.title
+        return project_transcript(loaded.model, form, instrument, messages, layers=layers, capped=capped, title=title)
+
+    courses, faults = _each(conversations, project)
+    _show(courses, model, floor, html, json)
+    if faults:
+        raise UserError(
+            f"{len(faults)} of {len(conversations)} conversations can't be read: "
+            + "; ".join(f"{title}: {error.fault}" for title, error in faults.items()),
+            file=transcript,
+            remedy=" ".join(dict.fromkeys(error.remedy for error in faults.values())),
+        )
+    return 0
+
+
+def _instrument(
+    model: str, floor: str | Path, experiment: str | None, layers: Sequence[int] | None, *, capped: bool
+) -> Axis | Floor:
+    """What is projected on, checked against the model's shape."""
     instrument = load_instrument(floor, experiment)
     if capped and not isinstance(instrument, Floor):
         raise UserError("an axis alone can't cap", file=floor, key="--capped", remedy="give a floor.safetensors")
@@ -78,37 +107,38 @@ def project_command(
     if layers is not None:
         check_window(layers, shape[0])
         instrument = instrument.at(layers) if isinstance(instrument, Floor) else instrument
-    form = ChatFormat(load_tokenizer(model), template_kwargs)
-    form.prompt_text(chat("", "x"))  # a template that can't be used is told before the weights load
-    form.tell()
-    loaded = load_model(model)
-    check_model(loaded)
     made_for = instrument.metadata.get("model")
     if made_for not in (None, model):
         log.warning(
             "%s was made for %s: its numbers hold for %s only if that has the same weights", floor, made_for, model
         )
+    return instrument
+
+
+def _each(
+    conversations: Sequence[Transcript], project: Callable[[Transcript], Course]
+) -> tuple[list[Course], dict[str, UserError]]:
+    """The courses of those that can be read, and the faults of the others by title.
+
+    Raises:
+        UserError: if none can be read, all for one reason.
+    """
     courses: list[Course] = []
     faults: dict[str, UserError] = {}
     for conversation in track(conversations, "projections"):
-        if conversation.model not in (None, model):
-            log.info("%s: written by %s, read by %s", conversation.title, conversation.model, model)
         try:
-            courses.append(
-                project_transcript(
-                    loaded.model,
-                    form,
-                    instrument,
-                    conversation.messages,
-                    layers=layers,
-                    capped=capped,
-                    title=conversation.title,
-                )
-            )
+            courses.append(project(conversation))
         except UserError as error:
             faults[conversation.title] = error
     if not courses and len({error.fault for error in faults.values()}) == 1:
         raise next(iter(faults.values()))
+    return courses, faults
+
+
+def _show(
+    courses: Sequence[Course], model: str, floor: str | Path, html: str | Path | None, json: str | Path | None
+) -> None:
+    """Print the tables, and write what was asked for."""
     answers = [turn for course in courses for turn in course.assistant]
     if answers and all(turn.below == 0 for turn in answers):
         log.warning("%s: no token of an answer lies below this floor, so its cap would do nothing here", floor)
@@ -121,11 +151,3 @@ def project_command(
     if html is not None:
         write_plot(html, courses)
         print(f"page: {Path(html).resolve()}")
-    if faults:
-        raise UserError(
-            f"{len(faults)} of {len(conversations)} conversations can't be read: "
-            + "; ".join(f"{title}: {error.fault}" for title, error in faults.items()),
-            file=transcript,
-            remedy=" ".join(dict.fromkeys(error.remedy for error in faults.values())),
-        )
-    return 0

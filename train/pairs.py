@@ -20,7 +20,7 @@ from trimtab.axis import Floor, UserError
 from trimtab.axis.chat_format import ChatFormat
 from trimtab.axis.files import write_jsonl
 from trimtab.axis.models import Loaded
-from trimtab.axis.playing import Turn, play, recent_turns, scripted
+from trimtab.axis.playing import Talk, Turn, play, recent_turns, scripted
 from trimtab.axis.sampling import Answer, SamplingOptions, sample_answers
 from trimtab.pipeline.instrument import floor_stage
 from trimtab.pipeline.loading import Prepared, sampling_options
@@ -91,23 +91,7 @@ def make_pairs(
         elif good.text.strip() == bad.text.strip():
             same += 1
         else:
-            rows.append(
-                {
-                    "prompt": form.fold(talk.messages),
-                    "chosen": [{"role": "assistant", "content": good.text}],
-                    "rejected": [{"role": "assistant", "content": bad.text}],
-                    "chosen_ids": good.ids,
-                    "rejected_ids": bad.ids,
-                    "chosen_ended": good.ended,
-                    "rejected_ended": bad.ended,
-                    **({"chat_template_kwargs": form.template_kwargs} if form.template_kwargs else {}),
-                    "id": prompt.id,
-                    "source": prompt.source,
-                    "turns_dropped": talk.turns_dropped,
-                    "cap_strength": strength,
-                    "seed": seed,
-                }
-            )
+            rows.append({**_pair(form, prompt, talk, good, bad), "cap_strength": strength, "seed": seed})
     write_jsonl(path, rows)
     shortened = sum(row["turns_dropped"] > 0 for row in rows)
     facts = {"pairs": len(rows), "same": same, "empty": empty, "shortened": shortened}
@@ -117,6 +101,23 @@ def make_pairs(
             "pairs: %d are without their oldest turns, which train.max_length=%s does not hold", shortened, max_length
         )
     return facts
+
+
+def _pair(form: ChatFormat, prompt: TrainPrompt, talk: Talk, chosen: Answer, rejected: Answer) -> dict[str, Any]:
+    """A row of the file, but for what all of them share."""
+    return {
+        "prompt": form.fold(talk.messages),
+        "chosen": [{"role": "assistant", "content": chosen.text}],
+        "rejected": [{"role": "assistant", "content": rejected.text}],
+        "chosen_ids": chosen.ids,
+        "rejected_ids": rejected.ids,
+        "chosen_ended": chosen.ended,
+        "rejected_ended": rejected.ended,
+        **({"chat_template_kwargs": form.template_kwargs} if form.template_kwargs else {}),
+        "id": prompt.id,
+        "source": prompt.source,
+        "turns_dropped": talk.turns_dropped,
+    }
 
 
 def rollouts_stage(run: Run, prepared: Prepared | None = None) -> None:
