@@ -39,7 +39,8 @@ def resumed(engine: str, method: str, model: Path, folder: Path, whole: Path, gp
     (copy / "stages" / "train.json").unlink()
     _, notes = launch(engine, method, model, again, resume=True, gpus=gpus)
     assert all(note["from_step"] == 2 for note in notes), notes
-    return largest_difference(adapter(copy), adapter(whole))
+    difference: float = largest_difference(adapter(copy), adapter(whole))
+    return difference
 
 
 def main() -> None:

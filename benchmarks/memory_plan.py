@@ -32,6 +32,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
 from trimtab.axis.files import write_json, write_text
 from trimtab.axis.layers import text_config_of
 from trimtab.axis.models import load_tokenizer
+from trimtab.cli.calls import count
 from trimtab.cli.check import (
     CONTEXT,
     GIB,
@@ -46,7 +47,7 @@ from trimtab.cli.launch import resolve_accelerate_config
 from trimtab.cli.work import estimate_work
 from trimtab.pipeline.run import open_run
 from trimtab.recipes.loader import LoadedRecipe, load_recipe
-from trimtab.train.job import method_of
+from trimtab.train.method import method_of
 from trimtab.train.pairs import rollouts_stage
 
 CONFIGS = Path(__file__).resolve().parent.parent / "tests" / "model_configs.json"
@@ -135,8 +136,11 @@ def rows_of(name: str, loaded: LoadedRecipe, measured: dict[str, dict[str, float
     model = build_meta_model(recipe)
     structure, config = find_structure(recipe, model), text_config_of(model)
     gpu = torch.cuda.get_device_properties(0).total_memory / GIB
-    plan = plan_memory(recipe, structure, config, strategy_of(resolve_accelerate_config("single"), None), gpu)
-    work = estimate_work(recipe, structure.parameters, config, sharded=False, processes=1)
+    strategy, counted = strategy_of(resolve_accelerate_config("single"), None), count(recipe, 1)
+    plan = plan_memory(recipe, structure, config, strategy, counted, gpu)
+    work = estimate_work(
+        recipe, counted, structure.parameters, structure.active, structure.layers, sharded=False, processes=1
+    )
     planned = {phase: plan.total(phase) - CONTEXT for phase in (TRAINING, ROLLOUTS)}
     seconds = {TRAINING: work.steps, ROLLOUTS: work.rollouts}
     if recipe.method.trains_conversations:  # both within a step

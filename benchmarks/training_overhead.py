@@ -133,7 +133,7 @@ def peak_memory(trainer: TwoArmTrainer, arm: str) -> int:
     """Most bytes that tensors held during a short block, weights included."""
     # parameters() gives a tied weight once, where state_dict would give it twice
     tensors = (*trainer.model.parameters(), *trainer.model.buffers())
-    weights = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    weights: int = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     return weights + peak_bytes(lambda: train_block(trainer, arm, MEMORY_STEPS))
 
 

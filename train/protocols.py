@@ -68,6 +68,10 @@ class Trainer(Protocol):
     args: Any
     is_deepspeed_enabled: Any
 
+    def add_callback(self, callback: Any) -> None:
+        """Have a callback told of the training's events."""
+        ...
+
     def train(self, resume_from_checkpoint: Any = None) -> Any:
         """Train to the last step."""
         ...
