@@ -32,7 +32,6 @@ ENDPOINT_TOKENS = 1024  # room for some thoughts; a judge that does not think en
 LOCAL_TOKENS = 32
 LONGEST_ANSWER = 60  # characters of a reply that can be a score and nothing else
 
-RUBRIC_VERSION = "1"
 RUBRIC = """You rate how far an answer plays a role that its system prompt asked for.
 
 System prompt: {system}

@@ -21,7 +21,7 @@ Trim = Callable[[Chat], "tuple[Chat, list[int], int]"]
 
 
 @dataclass(frozen=True)
-class Turn:
+class PlayedTurn:
     """A turn that is to be answered.
 
     Attributes:
@@ -38,7 +38,7 @@ class Turn:
 
 
 @dataclass
-class Talk:
+class Played:
     """A conversation.
 
     Attributes:
@@ -66,12 +66,12 @@ class Talk:
 def play(
     begun: Sequence[Sequence[Mapping[str, str]]],
     users: Users,
-    answer: Callable[[Turn], Sequence[str]],
+    answer: Callable[[PlayedTurn], Sequence[str]],
     *,
     turns: int,
     trim: Trim | None = None,
     in_step: bool = False,
-) -> list[Talk]:
+) -> list[Played]:
     """Play conversations.
 
     Args:
@@ -85,11 +85,11 @@ def play(
     Returns:
         The conversations, each up to its last answer.
     """
-    talks = [Talk([dict(message) for message in messages]) for messages in begun]
+    talks = [Played([dict(message) for message in messages]) for messages in begun]
     going = list(range(len(talks)))
     for number in range(turns):
         said = users(number, going, [talks[i].messages for i in going])
-        turn = Turn(number, [i for i, message in zip(going, said, strict=True) if message is not None])
+        turn = PlayedTurn(number, [i for i, message in zip(going, said, strict=True) if message is not None])
         for i, message in zip(going, said, strict=True):
             if message is not None:
                 turn.ids.append(talks[i].ask(message, trim))

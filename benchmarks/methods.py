@@ -1,4 +1,4 @@
-"""Every way of baking, side by side: one axis, one floor, the same prompts and LoRA, about as many minutes, judged uncapped.
+"""Every training method, side by side: one axis, one floor, the same prompts and LoRA, about as many minutes, judged uncapped.
 
     python benchmarks/methods.py --folder runs/methods                       # all methods, three seeds: many hours on a CPU
     python benchmarks/methods.py --folder runs/methods --methods SFT "floor only" --seeds 2

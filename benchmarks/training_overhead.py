@@ -1,4 +1,4 @@
-"""What the floor loss costs: the same TRL SFT run with and without it, in turns, within one process.
+"""What the floor penalty costs: the same TRL SFT run with and without it, in turns, within one process.
 
     python benchmarks/training_overhead.py [--json out.json]
 
@@ -40,7 +40,7 @@ MEMORY_STEPS = 2  # the optimiser's state is there from the second on
 
 
 class TwoArmTrainer(FloorSFTTrainer):
-    """Switches between plain SFT, without hooks, and SFT with the floor loss."""
+    """Switches between plain SFT, without hooks, and SFT with the floor penalty."""
 
     arm = "floor"
 

@@ -27,7 +27,7 @@ ARMS = ("base", "base+cap", "tuned")
 
 
 @dataclass(frozen=True)
-class ArmAnswer:
+class ChatAnswer:
     """One arm's answer, whole or so far.
 
     Attributes:
@@ -51,7 +51,7 @@ class DialogueTurn:
     """What the user said, and what each arm answered; an arm that is still to answer is absent."""
 
     user: str
-    answers: Mapping[str, ArmAnswer] = field(default_factory=dict)
+    answers: Mapping[str, ChatAnswer] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ class ChatArms:
                 remedy="shorten the message or the answer, take back turns, or start again",
             )
 
-    def _said(self, arm: str, prompt: list[int], options: SamplingOptions, seed: int) -> Iterator[ArmAnswer]:
+    def _said(self, arm: str, prompt: list[int], options: SamplingOptions, seed: int) -> Iterator[ChatAnswer]:
         """The answer word by word, and at last whole and with its height."""
         streamer = TextIteratorStreamer(self._form.tokenizer, skip_prompt=True, skip_special_tokens=True)
         text = ""
@@ -152,12 +152,12 @@ class ChatArms:
             for piece in streamer:
                 text += piece
                 if piece and text.strip():
-                    yield ArmAnswer(text, None, (), ended=False, whole=False)
+                    yield ChatAnswer(text, None, (), ended=False, whole=False)
             yield answer.result()
 
     def _sample(
         self, arm: str, prompt: list[int], options: SamplingOptions, seed: int, streamer: TextIteratorStreamer
-    ) -> ArmAnswer:
+    ) -> ChatAnswer:
         floor = self.floor if arm.endswith("+cap") else None
         with self._one_at_a_time, self._weights[arm.removesuffix("+cap")]() as model:
             (found,) = sample_batch(
@@ -167,9 +167,9 @@ class ChatArms:
         means = found.mean[None, list(self.floor.layers)]  # [1, L, D]
         height = float(above_floor(self.floor, means))
         if math.isnan(height):
-            return ArmAnswer(found.text, None, (), found.ended)
+            return ChatAnswer(found.text, None, (), found.ended)
         by_layer = tuple(above_floor_by_layer(self.floor, means)[0].tolist())
-        return ArmAnswer(found.text, height, by_layer, found.ended)
+        return ChatAnswer(found.text, height, by_layer, found.ended)
 
 
 def open_arms(

@@ -12,7 +12,7 @@ from typing import Any
 
 from trimtab.axis.errors import UserError
 from trimtab.axis.files import read_json
-from trimtab.chat.serving import check_address, import_gradio, is_local, serve
+from trimtab.chat.serving import check_address, import_gradio, serve, stays_here
 from trimtab.recipes.schema import ModelSection
 
 log = logging.getLogger("trimtab")
@@ -197,7 +197,7 @@ def about(sources: Sources, floor: Any, host: str) -> str:
     shown = " · ".join(f"{name}: <code>{html.escape(value)}</code>" for name, value in facts.items())
     reach = (
         "The page and what is said in it stay on this machine, and nothing is kept."
-        if is_local(host)
+        if stays_here(host)
         else f"<b>This page is served at {html.escape(host)}: other machines can open it.</b> What is said goes nowhere else, "
         "and nothing is kept."
     )

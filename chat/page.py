@@ -1,4 +1,4 @@
-"""The page of ``trimtab chat``: three conversations, their meters, one message box for all, and the curve over turns."""
+"""The page of ``trimtab chat``: three conversations, their meters, one message box for all, and the plot over turns."""
 
 from __future__ import annotations
 

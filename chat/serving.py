@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import os
 import socket
 from pathlib import Path
 from typing import Any
 
+from trimtab.axis.addresses import is_this_machine
 from trimtab.axis.errors import UserError
 
 log = logging.getLogger("trimtab")
@@ -55,12 +55,10 @@ def _unavailable(host: str, port: int | None) -> UserError:
     )
 
 
-def is_local(host: str) -> bool:
+def stays_here(host: str) -> bool:
     """Whether only this machine reaches an address."""
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return host == "localhost"
+    bare = host.strip("[]")
+    return is_this_machine(f"//[{bare}]" if ":" in bare else f"//{bare}")
 
 
 def serve(page: Any, host: str, port: int | None, *, browser: bool) -> None:
@@ -90,7 +88,7 @@ def serve(page: Any, host: str, port: int | None, *, browser: bool) -> None:
         )  # fmt: skip
     except OSError as error:
         raise _unavailable(host, port) from error
-    if not is_local(host):
+    if not stays_here(host):
         log.warning("the page is served at %s: other machines can open it", host)
     print(f"page: {url}   (Ctrl+C ends it)", flush=True)
     page.block_thread()

@@ -1,4 +1,4 @@
-"""What the page of ``trimtab chat`` shows of a conversation: columns, meters and the curve of heights over turns.
+"""What the page of ``trimtab chat`` shows of a conversation: columns, meters and the plot of heights over turns.
 
 Plain HTML with every word of user and model escaped: a model's answer can neither load nor run anything.
 """
@@ -9,7 +9,7 @@ import html
 import math
 from typing import Any
 
-from trimtab.chat.arms import ARMS, ArmAnswer, Dialogue
+from trimtab.chat.arms import ARMS, ChatAnswer, Dialogue
 from trimtab.eval.report.plots import DASHES, SYMBOLS
 from trimtab.eval.wording import number
 
@@ -69,7 +69,7 @@ def column_html(talk: Dialogue, arm: str) -> str:
     return f'<div class="talk" role="log" tabindex="0" aria-label="{label}"><div>{body}</div></div>'
 
 
-def _footnote(answer: ArmAnswer) -> str:
+def _footnote(answer: ChatAnswer) -> str:
     cut = "" if answer.ended else " · cut short"
     return f'<p class="footnote {_side(answer.height)}"><span></span>{_reading(answer.height)}{cut}</p>'
 

@@ -313,7 +313,7 @@ def grpo_generations(prompts: Sequence[TrainPrompt], shape: TrainingShape) -> It
 
 
 def _evaluation_calls(recipe: Recipe) -> Iterator[Call]:
-    """The calls of the evaluation, in the order of :func:`trimtab.eval.stages.evaluate`."""
+    """The calls of the evaluation: what all measures share, arm by arm, and what each asks for itself."""
     section = recipe.eval
     for _ in range(3 if section.reextract_roles else 0):  # tuned, base, base+cap
         yield from _axis_calls(_reextraction(recipe))

@@ -56,7 +56,7 @@ def project_command(
         transcript: see :func:`load_transcript`.
         experiment: id in a published ``capping_config.pt``.
         layers: see :func:`project_transcript`.
-        html: also write a page with the curves, the layers and the coloured text.
+        html: also write a page with the plots, the layers and the coloured text.
         json: also write the numbers.
         capped: read the model with the cap on.
         template_kwargs: extra arguments of the chat template.

@@ -65,7 +65,7 @@ def _number(value: float | None) -> str:
 
 
 def write_plot(path: str | Path, courses: Course | Sequence[Course]) -> None:
-    """Write a self-contained HTML page: for each course its curve, its layers, and its text coloured token by token.
+    """Write a self-contained HTML page: for each course its plot, its layers, and its text coloured token by token.
 
     The page holds plotly's own source, about 5 MB, and loads nothing. It is written whole or not at all.
     """

@@ -118,7 +118,7 @@ def build_parser() -> argparse.ArgumentParser:
     project.add_argument("--experiment", metavar="ID", help="experiment of the capping_config.pt")
     of_axis = "layers to read, such as 46-53 or 20,22 (default: the floor's; of an axis those that a floor would take)"
     project.add_argument("--layers", metavar="L", type=_layers, help=of_axis)
-    project.add_argument("--html", metavar="FILE", type=Path, help="also write a page: curves, layers, coloured text")
+    project.add_argument("--html", metavar="FILE", type=Path, help="also write a page: plots, layers, coloured text")
     project.add_argument("--json", metavar="FILE", type=Path, help="also write the numbers")
     project.add_argument("--capped", action="store_true", help="read the model with the cap on")
     _add_template(project)

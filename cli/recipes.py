@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from trimtab.pipeline.identity import NOT_SET, differences, flat
+from trimtab.pipeline.identity import NOT_SET, flat
 from trimtab.recipes.loader import FOLDER, load_recipe, shipped_recipes
 
 NUMBERS = {"one": 1, "two": 2}
@@ -32,7 +32,7 @@ class Listed:
 
     Attributes:
         model: folder of the recipe.
-        method: how it bakes.
+        method: how it trains.
         gpus: how many GPUs, 0 on a CPU.
         memory: GB of one GPU.
         hours: GPU-hours of the whole job; on a CPU, hours.
@@ -123,7 +123,9 @@ def difference(one: str, other: str) -> str:
         RecipeError: if one of them is none, or is at fault.
     """
     first, second = (flat(load_recipe(asked).resolved) for asked in (one, other))
-    differ = differences(first, second)
+    keys = [*first, *(key for key in second if key not in first)]
+    said = [(key, first.get(key, NOT_SET), second.get(key, NOT_SET)) for key in keys]
+    differ = [row for row in said if row[1] != row[2]]
     if not differ:
         return f"nothing differs: {one} and {other} say the same, defaults included"
     rows = [["key", one, other], *([key, shown(then), shown(now)] for key, then, now in differ)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import functools
 import io
+import re
 import subprocess
 import tarfile
 import tomllib
@@ -100,10 +101,16 @@ def read_tree(source: str | Path = ROOT) -> list[Module]:
     Raises:
         UnreadableTree: if it is neither.
     """
-    files = _files_in(Path(source)) if Path(source).is_dir() else _files_of(str(source))
+    folder = Path(source)
+    if folder.is_dir() and not (folder / "pyproject.toml").is_file():
+        raise UnreadableTree(f"{source} has no pyproject.toml, which names the folders of the package")
+    files = _files_in(folder) if folder.is_dir() else _files_of(str(source))
     if "pyproject.toml" not in files:
         raise UnreadableTree(f"{source} has no pyproject.toml, which names the folders of the package")
-    found = tomllib.loads(files["pyproject.toml"])["tool"]["setuptools"]["package-dir"]
+    project = tomllib.loads(files["pyproject.toml"])
+    found = project.get("tool", {}).get("setuptools", {}).get("package-dir")
+    if not found:
+        raise UnreadableTree(f"the pyproject.toml of {source} names no folders of a package")
     packages = {folder: package for package, folder in found.items()}
     paths = [path for path in files if path.endswith(".py") and str(PurePosixPath(path).parent) in packages]
     split = any(folder.startswith("eval/") for folder in packages)
@@ -114,7 +121,11 @@ def read_tree(source: str | Path = ROOT) -> list[Module]:
 def _files_in(folder: Path) -> dict[str, str]:
     """Python files of our folders, and the project file."""
     paths = [folder / "pyproject.toml", *(path for room in folder.iterdir() for path in _python_below(room))]
-    return {path.relative_to(folder).as_posix(): path.read_text(encoding="utf-8") for path in paths if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): path.read_text(encoding="utf-8", errors="replace")
+        for path in paths
+        if path.is_file()
+    }
 
 
 def _python_below(room: Path) -> list[Path]:
@@ -168,6 +179,13 @@ def imported_names(text: str) -> Iterator[str]:
         elif isinstance(node, ast.Call) and "import_module" in ast.unparse(node.func) and node.args:
             names = [_beginning(node.args[0])]
         yield from (name for name in names if name.startswith(f"{PACKAGE}."))
+
+
+def put_together(text: str) -> list[str]:
+    """Calls by which a file imports what nobody can read off it: not even the beginning of the name is known."""
+    calls = [node for node in ast.walk(parsed(text)) if isinstance(node, ast.Call)]
+    by_name = [node for node in calls if re.search(r"import_module$|^__import__$", ast.unparse(node.func))]
+    return [ast.unparse(node) for node in by_name if not (node.args and _beginning(node.args[0]).strip("."))]
 
 
 def _beginning(name: ast.expr) -> str:

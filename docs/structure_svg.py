@@ -87,9 +87,9 @@ def _text(x: float, y: float, text: str, kind: str = "", anchor: str = "start") 
 
 def _legend(y: float) -> list[str]:
     lines = [
-        "A room may import the rooms above it. Its height: lines of source.",
+        "A room may import those above it. It grows with its lines and arcs.",
         "An arc points at what is imported. Its width and number: imports.",
-        "In this colour: imports against the order, and rooms in a circle.",
+        "In this colour: imports against the order, rooms with a circle of files.",
     ]
     return [_text(BOX[0], y + 20 * row, line, "bad" if row == 2 else "") for row, line in enumerate(lines)]
 

@@ -6,6 +6,7 @@ python docs/write_map.py
 from __future__ import annotations
 
 import ast
+import re
 import textwrap
 import tomllib
 from pathlib import Path
@@ -16,7 +17,7 @@ PAGE = ROOT / "docs" / "map.md"
 HEAD = """# The map
 
 What each module is for, in its own words: the first line of each, written by
-`python docs/write_map.py`. No module imports one that stands below it. Only `eval/stages` and
+`python docs/write_map.py`. No room imports one that stands below it. Only `eval/stages` and
 `eval/merging` do: they call on the rooms of `eval/`. As a picture:
 [how the source hangs together](structure.md).
 """
@@ -26,7 +27,7 @@ def first_line(path: Path) -> str:
     """The first line of a module's docstring."""
     found = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
     assert found, f"{path.relative_to(ROOT)} does not say what it is for"
-    return found.splitlines()[0].rstrip(".").replace("``", "`")
+    return re.sub(r":\w+:`~?([^`]+)`", r"`\1`", found.splitlines()[0].rstrip(".").replace("``", "`"))
 
 
 def wrapped(text: str, indent: str = "") -> str:

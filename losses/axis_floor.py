@@ -1,4 +1,4 @@
-"""The axis-floor penalty.
+"""The floor penalty.
 
 Shapes: B batch, T tokens, D hidden size, L floor layers.
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.axis.files import file_fingerprint, fingerprint, vector_files
+from trimtab.recipes.gone import GONE
 from trimtab.recipes.methods import DEFAULT_METHOD, METHODS
 from trimtab.recipes.schema import Recipe, deciding
 
@@ -71,8 +72,6 @@ READS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 # Files of the user, whose content counts and not where they lie.
 FILES = ("axis.path", "floor.path", "data.drift_file", "data.benign_file")
-# Keys that have left the schema -> what is always so now. Records of before have them still.
-GONE = {"method.floor_shape": "squared", "floor.allow_inert": False}
 
 
 def stage_inputs(resolved: Mapping[str, Any], stage: str, *, portions: bool = False) -> Inputs:
@@ -153,12 +152,19 @@ def differences(made: Inputs, now: Inputs) -> list[tuple[str, Any, Any]]:
         sections = plain.model_dump(mode="json", exclude={"train", "lora"})
         defaults = flat(sections)
     then = {**{key: defaults[key] for key in now.keys() - made.keys() if key in defaults}, **made}
-    then = {key: value for key, value in then.items() if (key, value) not in GONE.items()}
+    then = _of_now(then)
     return [
         (key, then.get(key, NOT_SET), now.get(key, NOT_SET))
         for key in [*now, *(key for key in then if key not in now)]
         if then.get(key, NOT_SET) != now.get(key, NOT_SET)
     ]
+
+
+def _of_now(made: Inputs) -> Inputs:
+    """What a record of before says in the keys of now, where the run is one that those can say."""
+    if made.get("floor.allow_inert"):  # any firing was enough then
+        made = {**made, "floor.allow_inert": False, "floor.min_firing": 0}
+    return {key: value for key, value in made.items() if key not in GONE or value != GONE[key].now}
 
 
 class _NotSet:

@@ -23,6 +23,7 @@ from typing import Any
 from trimtab.axis.errors import UserError
 from trimtab.axis.files import file_fingerprint, fingerprint, read_json, write_json, write_text
 from trimtab.pipeline.identity import READS, Inputs, differences, flat, stage_inputs
+from trimtab.recipes.gone import GONE
 from trimtab.recipes.loader import LoadedRecipe
 from trimtab.recipes.schema import Recipe
 
@@ -343,8 +344,13 @@ def _refuse_another_recipe(run: Run, resolved: Mapping[str, Any]) -> None:
                 f"this run folder was made from another recipe: stage {path.stem} is {what} there{_named(found)}",
                 file=run.folder,
                 key=found[0][0],
-                remedy=f"set it back, or choose another --output-dir{anew}",
+                remedy=f"{_set_back(found)}choose another --output-dir{anew}",
             )
+
+
+def _set_back(found: Sequence[tuple[str, Any, Any]]) -> str:
+    """The first half of a remedy, where the recipe can say again what it said then."""
+    return "" if any(key in GONE for key, _, _ in found) else "set it back, or "
 
 
 def _begun(run: Run, name: str) -> tuple[Path, str] | None:

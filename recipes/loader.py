@@ -18,6 +18,7 @@ from pydantic import BaseModel, ValidationError
 
 from trimtab.axis.rows import is_hub_name
 from trimtab.recipes.faults import Fault, RecipeError, did_you_mean, nested
+from trimtab.recipes.gone import GONE
 from trimtab.recipes.library_fields import Fields, accepts, describe, lora_fields, train_config, train_fields
 from trimtab.recipes.methods import DEFAULT_METHOD, METHODS
 from trimtab.recipes.rules import impossible
@@ -376,6 +377,8 @@ def _unknown(path: _Place, known: Sequence[str]) -> Fault:
     first = word.partition(".")[0]
     if "." in word and first in known:  # `train.learning_rate: 1` written flat in the file
         return Fault("a dotted key in the file", f"nest it under `{first}:`; dots are for the command line", key)
+    if key in GONE:
+        return Fault("this key is gone", GONE[key].remedy, key)
     what = "section" if len(path) == 1 else "key"
     return Fault(f"unknown {what}", did_you_mean(word, known, f"known here: {', '.join(known)}"), key)
 

@@ -183,7 +183,7 @@ def _evaluation(recipe: Recipe) -> Iterator[Fault]:
         section.susceptibility_roles or section.boundary_probes or section.boundary_file
     ):
         yield Fault(
-            "has no effect: no suite that is judged is switched on",
+            "has no effect: no measure that is judged is switched on",
             "set eval.susceptibility_roles or eval.boundary_probes above 0, or remove the judge",
             "eval.judge",
         )
@@ -219,7 +219,9 @@ def _train(recipe: Recipe, given: Set[str]) -> Iterator[Fault]:
         yield Fault("is missing", "say how many optimiser steps to train: train.max_steps=100", "train.max_steps")
     for key in ("packing", "padding_free"):
         if recipe.train.get(key) is True:
-            fault = "rows can't be packed: on-the-fly rollouts, benign rows and the floor loss need each row by itself"
+            fault = (
+                "rows can't be packed: on-the-fly rollouts, benign rows and the floor penalty need each row by itself"
+            )
             yield Fault(fault, f"set train.{key}=false", f"train.{key}")
     for key in recipe.train:
         if key.startswith("vllm_") and recipe.train.get("use_vllm") is not True:

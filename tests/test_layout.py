@@ -19,12 +19,14 @@ from source_tree import (
     MAY_IMPORT,
     PACKAGE,
     ROOT,
+    UnreadableTree,
     against_the_order,
     arrows,
     circles,
     circles_of_files,
     circles_of_rooms,
     imported_names,
+    put_together,
     read_tree,
 )
 
@@ -138,6 +140,35 @@ def test_every_way_of_importing_is_seen() -> None:
     text += "importlib.import_module(f'trimtab.train.{name}')\nimportlib.import_module('trimtab.axis.lazy')\n"
     wanted = ["trimtab.axis.lazy", "trimtab.cli", "trimtab.eval.stages", "trimtab.train."]
     assert sorted(imported_names(text)) == wanted
+
+
+NAMED_WHEN_IMPORTED = {"axis/lazy.py", "train/rewards.py", "eval/measures/__init__.py"}  # lazy names, a user's, ORDER
+
+
+def test_nothing_else_is_imported_by_a_name_that_nobody_can_read() -> None:
+    assert {module.path for module in read_tree() if put_together(module.text)} == NAMED_WHEN_IMPORTED
+    hidden = ["import_module(NAME)", "import_module('.' + x)", "__import__(name)", "import_module(f'{a}.b')"]
+    assert put_together("\n".join([*hidden, "import_module(f'trimtab.train.{name}')"])) == hidden
+
+
+def test_a_folder_that_is_not_ours_is_told(tmp_path: Path) -> None:
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "latin.py").write_bytes(b"# \xe9")
+    with pytest.raises(UnreadableTree, match=r"no pyproject\.toml"):
+        read_tree(tmp_path)
+    (tmp_path / "pyproject.toml").write_text("[project]\n", encoding="utf-8")
+    with pytest.raises(UnreadableTree, match="names no folders"):
+        read_tree(tmp_path)
+
+
+def test_the_package_is_whole_where_it_lies_in_a_checkout() -> None:
+    """Python finds `trimtab/` first where it is started in the root, beside an installed wheel or none at all."""
+    code = (
+        "import sys; sys.meta_path = [f for f in sys.meta_path if 'ditable' not in repr(f)];"
+        "import trimtab, trimtab.axis.errors; print(trimtab.axis.errors.__file__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(ROOT / "axis" / "errors.py")
 
 
 def _keys(model: type[BaseModel], above: str = "") -> Iterator[tuple[str, str]]:

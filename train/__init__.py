@@ -1,1 +1,1 @@
-"""Entry scripts that accelerate launches, the trainers they use, and the stages before them."""
+"""Entry scripts that accelerate launches, the trainers they use, and where their rows come from."""

@@ -1,4 +1,4 @@
-"""DPO on pairs of the capped self's answer against the uncapped one, with the axis-floor penalty.
+"""DPO on pairs of the capped self's answer against the uncapped one, with the floor penalty.
 
     accelerate launch -m trimtab.train.dpo --config recipes/smollm2-135m/dpo.yaml
     accelerate launch --config_file accelerate_configs/zero3.yaml -m trimtab.train.dpo --config recipes/qwen3-32b/dpo.yaml

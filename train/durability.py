@@ -178,7 +178,7 @@ def build_trainer(
         run: the run.
         arguments: TRL's SFTConfig.
         variant: where the log goes.
-        rows: of :func:`rows_of`.
+        rows: of :func:`~trimtab.pipeline.durability_rows.rows_of`.
         subject: the tuned weights.
         start: ``tuned`` or ``base``.
 

@@ -32,7 +32,7 @@ log = logging.getLogger("trimtab")
 
 
 class FloorDPOTrainer(HeldToBase, FloorTrainer, DPOTrainer):
-    """DPO with the axis-floor penalty on both answers of a pair.
+    """DPO with the floor penalty on both answers of a pair.
 
     Args:
         floor: window, directions, tau and sigma.

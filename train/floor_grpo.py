@@ -48,7 +48,7 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 from trimtab.axis import ActivationController, Floor, UserError
 from trimtab.axis.adapters import as_base, merged_if_quicker
 from trimtab.axis.chat_format import ChatFormat
-from trimtab.axis.playing import Turn, play, scripted
+from trimtab.axis.playing import PlayedTurn, play, scripted
 from trimtab.axis.sampling import Sampler, SamplingOptions, sample_on_all_ranks, seed_of
 from trimtab.recipes.methods import SHAPING, GrpoMethod
 from trimtab.train.barrier import BarrierOptions, BenignRows, HeldToBase
@@ -288,7 +288,7 @@ class FloorGRPOTrainer(HeldToBase, FloorTrainer, GRPOTrainer):
             env_mask[i] += [0] * len(between)
             logprobs[i] += [math.nan] * len(between)
 
-        def answer(turn: Turn) -> list[str]:
+        def answer(turn: PlayedTurn) -> list[str]:
             for i, chat in zip(turn.going, turn.chats, strict=True):
                 if turn.number:
                     go_on(i, chat[-1])

@@ -1,4 +1,4 @@
-"""``FloorSFTTrainer``: TRL's SFTTrainer with the axis-floor penalty and the benign barrier, at its documented points.
+"""``FloorSFTTrainer``: TRL's SFTTrainer with the floor penalty and the benign barrier, at its documented points.
 
 Loss of an optimiser step, with n tokens = labelled tokens over all micro-batches and ranks (``num_items_in_batch``):
 
@@ -65,7 +65,7 @@ class StepTokens:
 
 
 class FloorSFTTrainer(FloorTrainer, SFTTrainer):
-    """SFT with the axis-floor penalty on drift rows and a barrier to the base model on benign rows.
+    """SFT with the floor penalty on drift rows and a barrier to the base model on benign rows.
 
     Args:
         floor: the floor; its window, directions, tau and sigma. None leaves penalty and axis anchor out.

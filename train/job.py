@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -28,7 +28,7 @@ from trimtab.axis.errors import UserError, disk_full, known_fault
 from trimtab.axis.logs import setup_logging
 from trimtab.recipes.loader import LoadedRecipe, load_recipe
 from trimtab.recipes.schema import ModelSection, Recipe
-from trimtab.train.method import Method
+from trimtab.train.method import A, Method
 
 if TYPE_CHECKING:
     import torch
@@ -40,7 +40,6 @@ if TYPE_CHECKING:
     from trimtab.train.penalty import PenaltyOptions
     from trimtab.train.protocols import Trainer, TrainingArguments
 
-A = TypeVar("A", bound="TrainingArguments")  # TRL's config of a method
 
 log = logging.getLogger("trimtab")
 

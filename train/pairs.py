@@ -20,7 +20,7 @@ from trimtab.axis import Floor, UserError
 from trimtab.axis.chat_format import ChatFormat
 from trimtab.axis.files import write_jsonl
 from trimtab.axis.models import Loaded
-from trimtab.axis.playing import Talk, Turn, play, recent_turns, scripted
+from trimtab.axis.playing import Played, PlayedTurn, play, recent_turns, scripted
 from trimtab.axis.sampling import Answer, SamplingOptions, sample_answers
 from trimtab.pipeline.instrument import floor_stage
 from trimtab.pipeline.loading import Prepared, sampling_options
@@ -67,7 +67,7 @@ def make_pairs(
             seed=seed, floor=floor if capped else None, strength=strength, title=f"pairs: {title}",
         )  # fmt: skip
 
-    def answer(turn: Turn) -> list[str]:
+    def answer(turn: PlayedTurn) -> list[str]:
         return [found.text for found in answers(turn.chats, True, f"turn {turn.number + 1}")]
 
     trim = functools.partial(recent_turns, form, room=room_of_prompt(max_length, options))
@@ -103,7 +103,7 @@ def make_pairs(
     return facts
 
 
-def _pair(form: ChatFormat, prompt: TrainPrompt, talk: Talk, chosen: Answer, rejected: Answer) -> dict[str, Any]:
+def _pair(form: ChatFormat, prompt: TrainPrompt, talk: Played, chosen: Answer, rejected: Answer) -> dict[str, Any]:
     """A row of the file, but for what all of them share."""
     return {
         "prompt": form.fold(talk.messages),

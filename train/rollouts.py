@@ -37,7 +37,7 @@ from trimtab.axis import Floor, UserError
 from trimtab.axis.adapters import merged_if_quicker
 from trimtab.axis.chat_format import ChatFormat, chat
 from trimtab.axis.files import fingerprint, read_jsonl, write_jsonl
-from trimtab.axis.playing import Turn, instructions, play, recent_turns, scripted
+from trimtab.axis.playing import PlayedTurn, instructions, play, recent_turns, scripted
 from trimtab.axis.progress import progress_bar
 from trimtab.axis.sampling import Answer, Sampler, SamplingOptions, sample_on_all_ranks, seed_of
 from trimtab.train.schedule import Schedule, carried, scheduled
@@ -366,7 +366,7 @@ class RolloutSource:
         done: dict[int, Answer] = {}
         with progress_bar(title, len(rows)) as bar:
 
-            def answer(turn: Turn) -> list[str]:
+            def answer(turn: PlayedTurn) -> list[str]:
                 for found in sample(turn.ids, [plan.seed_of(rows[i], turn.number) for i in turn.going]):
                     i = turn.going[found.index]
                     done[i] = found

@@ -1,4 +1,4 @@
-"""SFT on capped rollouts with the axis-floor penalty.
+"""SFT on capped rollouts with the floor penalty.
 
     accelerate launch -m trimtab.train.sft --config recipes/smollm2-135m/sft.yaml
     accelerate launch --config_file accelerate_configs/zero3.yaml -m trimtab.train.sft --config recipes/qwen3-32b/sft.yaml

@@ -4,7 +4,12 @@ The names below need torch and safetensors alone, whatever trainer stands beside
 evaluation need ``pip install 'trimtab[train]'``. Names are loaded at their first use, so importing this imports no torch.
 """
 
+import os
 from typing import TYPE_CHECKING
+
+# In a checkout the folders of the package lie beside this one: Python finds this one first where it is started there.
+if not os.path.isdir(os.path.join(os.path.dirname(__file__), "axis")):
+    __path__.append(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from trimtab.axis.lazy import lazy_names
 

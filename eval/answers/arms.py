@@ -14,7 +14,7 @@ from torch import Tensor
 from trimtab.axis import Floor
 from trimtab.axis.chat_format import ChatFormat
 from trimtab.axis.files import fingerprint, load_tensors, read_jsonl, save_tensors, write_jsonl
-from trimtab.axis.playing import Turn, play, scripted
+from trimtab.axis.playing import PlayedTurn, play, scripted
 from trimtab.axis.sampling import Answer, SamplingOptions, sample_answers, seed_of
 from trimtab.eval.answers.weights import Weights
 from trimtab.eval.schema import ARMS
@@ -151,7 +151,7 @@ class Arms:
         """
         played: list[Answers] = []
 
-        def answer(turn: Turn) -> list[str]:
+        def answer(turn: PlayedTurn) -> list[str]:
             asked = [Item(items[i].id, items[i].cluster, chat) for i, chat in zip(turn.going, turn.chats, strict=True)]
             answers = self.answers(f"{name}-turn-{turn.number + 1}", asked, arm)
             played.append(placed(answers, turn.going, len(items)))

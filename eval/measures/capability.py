@@ -19,7 +19,7 @@ from trimtab.eval.grading import Light, worst
 from trimtab.eval.intervals import ClusterBootstrap, holm
 from trimtab.eval.measures.capability_tasks import OWN, OWN_ANSWER, Task, task_manager, tasks_of
 from trimtab.eval.measures.instruction_rules import follows
-from trimtab.eval.measures.suite import Findings, Measure, Suite
+from trimtab.eval.measures.suite import Evidence, Measure, Suite
 from trimtab.eval.schema import Capability, Claim
 from trimtab.eval.wording import estimate_text, number
 from trimtab.recipes.data import FOLDER
@@ -287,9 +287,9 @@ def _own_task(name: str) -> dict[str, Any]:
     }
 
 
-def _is_kept(findings: Findings) -> Claim:
+def _is_kept(evidence: Evidence) -> Claim:
     """Non-inferiority by the margin, on the tasks that the base does better than by guessing."""
-    tasks = findings.capability
+    tasks = evidence.capability
     judged = [task for task in tasks if task.chance is None or task.arms["base"].low > task.chance]
     lights: list[Light] = []
     for task in judged:

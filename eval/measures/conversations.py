@@ -14,7 +14,7 @@ from trimtab.eval.answers.ruler import below_floor, slopes
 from trimtab.eval.answers.transcripts import filled, shares
 from trimtab.eval.grading import FEWEST, Light, light_of_retention, worst
 from trimtab.eval.intervals import Array
-from trimtab.eval.measures.suite import Asked, Findings, Measure, MetricValues, Suite
+from trimtab.eval.measures.suite import Asked, Evidence, Measure, MetricValues, Suite
 from trimtab.eval.schema import Claim, Trajectory, Transcript, Turn, TurnPoint
 from trimtab.eval.wording import percent_text
 from trimtab.recipes.data import Conversation, SimulatedUser
@@ -158,9 +158,9 @@ def _transcripts(evaluation: Evaluation) -> list[Transcript]:
     return filled(found, evaluation.arms, evaluation.ruler, said)
 
 
-def _holds(findings: Findings) -> Claim:
+def _holds(evidence: Evidence) -> Claim:
     """Over all turns, and over the last third of them, where drift would show."""
-    whole, last = findings.metric(ids.Z_CONVERSATIONS), findings.metric(ids.Z_LAST_TURNS)
+    whole, last = evidence.metric(ids.Z_CONVERSATIONS), evidence.metric(ids.Z_LAST_TURNS)
     lights: list[Light] = [light_of_retention(metric) for metric in (whole, last) if metric is not None]
     light: Light = "grey" if "grey" in lights else worst(lights)
     said = []

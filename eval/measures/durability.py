@@ -18,7 +18,7 @@ from trimtab.eval.answers.evaluation import Evaluation
 from trimtab.eval.grading import HALF, Light, light_of_share, worst
 from trimtab.eval.intervals import ClusterBootstrap
 from trimtab.eval.measures import projections, text
-from trimtab.eval.measures.suite import Findings, Measure, Suite
+from trimtab.eval.measures.suite import Evidence, Measure, Suite
 from trimtab.eval.schema import Claim, Durability, DurabilityMetric, Retention
 from trimtab.eval.wording import percent_text
 from trimtab.recipes.schema import DurabilityRun
@@ -114,13 +114,13 @@ def durability(
     )
 
 
-def _survives(findings: Findings) -> Claim:
-    plain = [outcome for outcome in findings.durability if not outcome.adversarial]
+def _survives(evidence: Evidence) -> Claim:
+    plain = [outcome for outcome in evidence.durability if not outcome.adversarial]
     return _light_of("durability", "It survives a later fine-tuning", plain)
 
 
-def _withstands(findings: Findings) -> Claim:
-    adversarial = [outcome for outcome in findings.durability if outcome.adversarial]
+def _withstands(evidence: Evidence) -> Claim:
+    adversarial = [outcome for outcome in evidence.durability if outcome.adversarial]
     return _light_of(ids.WITHSTANDS, "It withstands fine-tuning into a persona", adversarial)
 
 

@@ -18,7 +18,8 @@ def measure(evaluation: Evaluation) -> Suite:
     ]
     effect = EffectValues(
         "echo_change", "Answers that repeat the question", "share",
-        "Share of the tuned model's answers under held-out roles that repeat the question word for word, minus the base's.",
+        "Share of the tuned model's answers under held-out roles that repeat the question's first "
+        f"{LONGEST} words, minus the base's.",
         evaluation.role_clusters, changes,
     )  # fmt: skip
     return Suite(side_effects=[effect])

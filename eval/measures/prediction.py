@@ -39,11 +39,11 @@ def measure(evaluation: Evaluation) -> Suite:
     users, simulated = evaluation.once(played_in)
     talks = [talk.id for talk in evaluation.talks]
     simulated_ids = [f"simulated/{i}" for i in range(len(users))]
-    spread = {arm: by_place(turns, len(users)) for arm, turns in simulated.items()}
+    placed_turns = {arm: by_place(turns, len(users)) for arm, turns in simulated.items()}
     places = {
         arm: [
             place
-            for ids, played in ((talks, evaluation.on_talks), (simulated_ids, spread))
+            for ids, played in ((talks, evaluation.on_talks), (simulated_ids, placed_turns))
             for place in _places(evaluation, ids, played.get(arm, []))
         ]
         for arm in evaluation.arms.names

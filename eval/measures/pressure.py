@@ -30,7 +30,7 @@ from trimtab.eval.answers.items import boundary_probes_of
 from trimtab.eval.answers.reading import llr_of
 from trimtab.eval.grading import Light, too_few
 from trimtab.eval.intervals import ClusterBootstrap, clustered_rate
-from trimtab.eval.measures.suite import Asked, Findings, Measure, MetricValues, Suite, Unscored
+from trimtab.eval.measures.suite import Asked, Evidence, Measure, MetricValues, Suite, Unscored
 from trimtab.eval.schema import Claim, Estimate, RateRow, RateTable
 from trimtab.eval.wording import percent_text
 from trimtab.recipes import data
@@ -356,8 +356,8 @@ def _missing(what: str, scores: Mapping[str, Sequence[Score]]) -> list[str]:
     return told
 
 
-def _less_often(findings: Findings) -> Claim:
-    metric = findings.metric(ids.HARMFUL_RATE)
+def _less_often(evidence: Evidence) -> Claim:
+    metric = evidence.metric(ids.HARMFUL_RATE)
     light: Light = "grey"
     says = "Not measured: it needs a judge (eval.judge) and probes (eval.boundary_probes)."
     if metric is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from trimtab.eval import ids
 from trimtab.eval.answers.evaluation import Evaluation
 from trimtab.eval.grading import HALF, Light, too_few, toward_assistant
-from trimtab.eval.measures.suite import EffectValues, Findings, Measure, MetricValues, Suite
+from trimtab.eval.measures.suite import EffectValues, Evidence, Measure, MetricValues, Suite
 from trimtab.eval.schema import Claim, Metric, SideEffect
 from trimtab.eval.wording import estimate_text, percent_text
 
@@ -58,14 +58,14 @@ def _same_role_text(evaluation: Evaluation) -> EffectValues:
     )  # fmt: skip
 
 
-def _because_behaviour_did(findings: Findings) -> Claim:
+def _because_behaviour_did(evidence: Evidence) -> Claim:
     """Whether the projections rose because the text changed, or by a shift that changes nothing."""
-    z = findings.metric(ids.Z_TRAINING)
-    neutral, in_role = findings.effect(ids.DEFAULT_Z_SHIFT_SAME_TEXT), findings.effect(ids.ROLE_Z_SHIFT_SAME_TEXT)
+    z = evidence.metric(ids.Z_TRAINING)
+    neutral, in_role = evidence.effect(ids.DEFAULT_Z_SHIFT_SAME_TEXT), evidence.effect(ids.ROLE_Z_SHIFT_SAME_TEXT)
     light: Light = "grey"
     says = "Not measured."
     if z is not None and neutral is not None and in_role is not None and neutral.limit is not None:
-        light, says = _judged(findings.primary, z, neutral, in_role, neutral.limit)
+        light, says = _judged(evidence.primary, z, neutral, in_role, neutral.limit)
         if too_few(in_role.by_cluster) or too_few(neutral.by_cluster):
             light = "grey"
     rule = (

@@ -32,7 +32,7 @@ from trimtab.eval.answers.evaluation import Evaluation
 from trimtab.eval.answers.reading import read_means
 from trimtab.eval.grading import Light, light_of_retention
 from trimtab.eval.intervals import ClusterBootstrap
-from trimtab.eval.measures.suite import Findings, Measure, Suite
+from trimtab.eval.measures.suite import Evidence, Measure, Suite
 from trimtab.eval.schema import Claim, Component, Estimate, Rerouting
 from trimtab.eval.wording import estimate_text, number, percent_text
 
@@ -172,9 +172,9 @@ def components(
     return found
 
 
-def _not_moved_elsewhere(findings: Findings) -> Claim:
-    z, anew = findings.metric(ids.Z_TRAINING), findings.metric(ids.Z_REEXTRACTED_TUNED)
-    rerouting = findings.rerouting
+def _not_moved_elsewhere(evidence: Evidence) -> Claim:
+    z, anew = evidence.metric(ids.Z_TRAINING), evidence.metric(ids.Z_REEXTRACTED_TUNED)
+    rerouting = evidence.rerouting
     light: Light = "grey"
     says = []
     if anew is not None and anew.retention.estimate is not None:

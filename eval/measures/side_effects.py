@@ -11,7 +11,7 @@ from trimtab.eval.answers.arms import CONTROL
 from trimtab.eval.answers.evaluation import Evaluation
 from trimtab.eval.grading import Light, too_few, worst
 from trimtab.eval.intervals import Array
-from trimtab.eval.measures.suite import EffectValues, Findings, Measure, Suite
+from trimtab.eval.measures.suite import EffectValues, Evidence, Measure, Suite
 from trimtab.eval.schema import Claim, SideEffect
 from trimtab.eval.wording import estimate_text, inline_name, number
 
@@ -116,12 +116,12 @@ def repeated_share(text: str, size: int = 4) -> float:
     return 1 - len(set(grams)) / len(grams) if grams else float("nan")
 
 
-def _benign_stays(findings: Findings) -> Claim:
-    return _within("benign", "Ordinary answers stay as they were", [findings.effect(ids.BENIGN_KL)])
+def _benign_stays(evidence: Evidence) -> Claim:
+    return _within("benign", "Ordinary answers stay as they were", [evidence.effect(ids.BENIGN_KL)])
 
 
-def _default_stays(findings: Findings) -> Claim:
-    shifts = [findings.effect(ids.DEFAULT_Z_SHIFT), findings.effect(ids.DEFAULT_Z_SHIFT_SAME_TEXT)]
+def _default_stays(evidence: Evidence) -> Claim:
+    shifts = [evidence.effect(ids.DEFAULT_Z_SHIFT), evidence.effect(ids.DEFAULT_Z_SHIFT_SAME_TEXT)]
     return _within("default", "The default Assistant stays where it was", shifts)
 
 

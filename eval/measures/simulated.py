@@ -20,8 +20,7 @@ from trimtab.axis.errors import UserError
 from trimtab.axis.files import fingerprint, read_json, write_json
 from trimtab.axis.judge import ENDPOINT_TOKENS, open_endpoint, opening_of
 from trimtab.axis.models import load_model
-from trimtab.axis.playing import Chat, play
-from trimtab.axis.playing import Turn as PlayedTurn
+from trimtab.axis.playing import Chat, PlayedTurn, play
 from trimtab.axis.replies import Missing, spoken
 from trimtab.axis.sampling import SamplingOptions, sample_answers, seed_of
 from trimtab.eval import ids
@@ -67,8 +66,8 @@ def measure(evaluation: Evaluation) -> Suite:
     if not users:
         return Suite()
     suite = simulated_suite(users, played, evaluation.ruler, evaluation.floor)
-    spread = {arm: by_place(turns, len(users)) for arm, turns in played.items()}
-    suite.trajectories = trajectories(evaluation, users, spread, " (simulated)")
+    by_turn = {arm: by_place(turns, len(users)) for arm, turns in played.items()}
+    suite.trajectories = trajectories(evaluation, users, by_turn, " (simulated)")
     suite.transcripts = _transcripts(evaluation, users, played)
     return suite
 
@@ -132,7 +131,7 @@ def user_model(settings: Mapping[str, Any], seed: int, cache: Path | None = None
     form = ChatFormat(loaded.tokenizer, settings["chat_template_kwargs"])
     options = SamplingOptions(max_new_tokens=settings["max_tokens"] or LONGEST)
 
-    def play(chats: Sequence[Chat], turn: int) -> list[str | None]:
+    def say(chats: Sequence[Chat], turn: int) -> list[str | None]:
         said: list[str | None] = [None] * len(chats)
         for attempt in range(settings["unreadable_retries"] + 1):
             missing = [i for i, text in enumerate(said) if not text]
@@ -146,7 +145,7 @@ def user_model(settings: Mapping[str, Any], seed: int, cache: Path | None = None
                 said[i] = spoken(answer.text, opening_of(form, chats[i])) or None
         return said
 
-    return play
+    return say
 
 
 def as_user(user: SimulatedUser, talk: Sequence[Mapping[str, str]]) -> Chat:

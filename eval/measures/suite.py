@@ -7,7 +7,7 @@ from them in :mod:`trimtab.eval.report.assemble`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -127,14 +127,18 @@ class Suite:
 
 
 @dataclass(frozen=True)
-class Findings:
-    """What claims are made of: everything that was measured, with its intervals."""
+class Evidence:
+    """What claims are made of: everything that was measured, with its intervals.
+
+    ``names`` are those that a claim may ask for, measured or not; None takes any.
+    """
 
     metrics: Sequence[Metric]
     side_effects: Sequence[SideEffect] = ()
     rerouting: Rerouting | None = None
     capability: Sequence[Capability] = ()
     durability: Sequence[Durability] = ()
+    names: Collection[str] | None = None
 
     @property
     def primary(self) -> Metric | None:
@@ -142,15 +146,25 @@ class Findings:
         return next((metric for metric in self.metrics if metric.primary), None)
 
     def metric(self, identifier: str) -> Metric | None:
-        """A metric by its name, a constant of :mod:`trimtab.eval.ids`; None where it was not measured."""
+        """A metric by its name; None where it was not measured.
+
+        Raises:
+            KeyError: if nothing is called so: of which :attr:`names` is the list.
+        """
+        self._refuse_unknown(identifier)
         return next((metric for metric in self.metrics if metric.id == identifier), None)
 
     def effect(self, identifier: str) -> SideEffect | None:
-        """A side effect by its name; None where it was not measured."""
+        """A side effect by its name, as :meth:`metric`."""
+        self._refuse_unknown(identifier)
         return next((effect for effect in self.side_effects if effect.id == identifier), None)
 
+    def _refuse_unknown(self, identifier: str) -> None:
+        if self.names is not None and identifier not in self.names:
+            raise KeyError(f"no metric and no side effect is called {identifier!r}")
 
-ClaimRule = Callable[[Findings], Claim]
+
+ClaimRule = Callable[[Evidence], Claim]
 
 
 @dataclass(frozen=True)
@@ -178,8 +192,10 @@ class Measure:
         measure: asks it.
         claims: rules of the claims that rest on it; a rule says so itself where nothing was measured.
         asks: what every arm is asked for it beyond what all measures share, for the plan of a recipe.
+        names: of its metrics and side effects that its own claims ask for, and no other file.
     """
 
     measure: Callable[[Evaluation], Suite]
     claims: Sequence[ClaimRule] = ()
     asks: Callable[[EvalSection], Iterable[Asked]] = _nothing
+    names: Sequence[str] = ()

@@ -13,7 +13,7 @@ from trimtab.eval.answers.evaluation import Evaluation
 from trimtab.eval.answers.transcripts import filled, shares
 from trimtab.eval.grading import LIGHTS, Light, control_keeps_as_much, grade, too_few
 from trimtab.eval.intervals import most_telling
-from trimtab.eval.measures.suite import Findings, Measure, MetricValues, Suite
+from trimtab.eval.measures.suite import Evidence, Measure, MetricValues, Suite
 from trimtab.eval.schema import Claim, Estimate, Transcript, Turn
 from trimtab.eval.wording import inline_name, number, percent_text
 
@@ -115,8 +115,8 @@ def _transcripts(evaluation: Evaluation) -> list[Transcript]:
     return filled(found, evaluation.arms, evaluation.ruler, said)
 
 
-def _text_keeps_it(findings: Findings) -> Claim:
-    primary = findings.primary
+def _text_keeps_it(evidence: Evidence) -> Claim:
+    primary = evidence.primary
     says = "Not measured."
     light: Light = "grey"
     if primary is not None:
@@ -139,8 +139,8 @@ def _text_keeps_it(findings: Findings) -> Claim:
     return Claim(id=ids.KEPT, name=name, light=light, says=says, rule=rule)
 
 
-def _belongs_to_the_axis(findings: Findings) -> Claim:
-    primary = findings.primary
+def _belongs_to_the_axis(evidence: Evidence) -> Claim:
+    primary = evidence.primary
     light: Light = "grey"
     says = "No random-direction control was run."
     if primary is not None and primary.control_retention is not None:

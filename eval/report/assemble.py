@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
+from trimtab.eval import ids
 from trimtab.eval.answers.arms import CONTROL
 from trimtab.eval.intervals import ClusterBootstrap, holm
 from trimtab.eval.measures import all_measures
-from trimtab.eval.measures.suite import EffectValues, Findings, MetricValues, Suite
+from trimtab.eval.measures.suite import EffectValues, Evidence, MetricValues, Suite
 from trimtab.eval.report.verdict import make_verdict
 from trimtab.eval.schema import Claim, Metric, Report, SideEffect
 
@@ -38,9 +40,10 @@ def build_report(
     metrics = _corrected([metric_of(values, bootstrap, seed) for values in suite.metrics])
     effects = [effect_of(values, bootstrap, seed) for values in suite.side_effects]
     side_effects = [*(effect for effect in effects if effect is not None), *suite.rates]
+    _refuse_twice([*(metric.id for metric in metrics), *(effect.id for effect in side_effects)])
     rerouting = suite.rerouting[0] if suite.rerouting else None
-    findings = Findings(metrics, side_effects, rerouting, suite.capability, suite.durability)
-    claims = claims_of(findings)
+    evidence = Evidence(metrics, side_effects, rerouting, suite.capability, suite.durability)
+    claims = claims_of(evidence)
     return Report(
         title=title,
         created=created,
@@ -65,9 +68,24 @@ def build_report(
     )
 
 
-def claims_of(findings: Findings) -> list[Claim]:
-    """The claims of all measures, each by its rule."""
-    return [rule(findings) for measure in all_measures() for rule in measure.claims]
+def _refuse_twice(names: Sequence[str]) -> None:
+    """Two figures of one name could not be told apart by whoever reads the report."""
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"several metrics or side effects are called {', '.join(twice)}")
+
+
+def claims_of(evidence: Evidence) -> list[Claim]:
+    """The claims of all measures, each by its rule.
+
+    Raises:
+        KeyError: if a rule asks for something by a name that nothing has.
+    """
+    measures = all_measures()
+    shared = {value for name, value in vars(ids).items() if name.isupper() and isinstance(value, str)}
+    names = frozenset(shared).union(*(measure.names for measure in measures))
+    known = replace(evidence, names=names)
+    return [rule(known) for measure in measures for rule in measure.claims]
 
 
 def metric_of(given: MetricValues, bootstrap: int, seed: int) -> Metric | None:

@@ -9,7 +9,7 @@ from typing import Any
 from conftest import build_tokenizer
 
 from trimtab.axis.chat_format import ChatFormat
-from trimtab.axis.playing import Chat, Turn, play, recent_turns, scripted
+from trimtab.axis.playing import Chat, PlayedTurn, play, recent_turns, scripted
 
 SYSTEM = {"role": "system", "content": "be brief"}
 
@@ -18,7 +18,7 @@ def says(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
 
 
-def numbered(turn: Turn) -> list[str]:
+def numbered(turn: PlayedTurn) -> list[str]:
     """An answer that names its conversation and its turn."""
     return [f"answer {i}.{turn.number}" for i in turn.going]
 
@@ -26,7 +26,7 @@ def numbered(turn: Turn) -> list[str]:
 def test_each_conversation_goes_on_as_far_as_its_script_and_is_answered_with_the_others() -> None:
     seen: list[tuple[list[int], list[Chat]]] = []
 
-    def answer(turn: Turn) -> list[str]:
+    def answer(turn: PlayedTurn) -> list[str]:
         seen.append((turn.going, turn.chats))
         return numbered(turn)
 
@@ -54,7 +54,7 @@ def test_users_hear_what_was_said_to_them_and_may_end_the_conversation() -> None
 def test_processes_that_play_together_answer_as_many_turns() -> None:
     turns: list[list[int]] = []
 
-    def answer(turn: Turn) -> list[str]:
+    def answer(turn: PlayedTurn) -> list[str]:
         turns.append(turn.going)
         return numbered(turn)
 
@@ -68,7 +68,7 @@ def test_a_chat_is_trimmed_whenever_its_user_has_spoken() -> None:
     room = len(form.prompt_ids(last)) + 2
     asked: list[tuple[list[Any], list[Any]]] = []
 
-    def answer(turn: Turn) -> list[str]:
+    def answer(turn: PlayedTurn) -> list[str]:
         asked.append((turn.chats, turn.ids))
         return ["well " * 20 for _ in turn.going]
 

@@ -27,9 +27,9 @@ from transformers import AutoModelForCausalLM
 from trimtab.axis import Floor, UserError
 from trimtab.axis.chat_format import ChatFormat
 from trimtab.axis.sampling import SamplingOptions
-from trimtab.chat.arms import ARMS, ArmAnswer, ChatArms, Dialogue, DialogueTurn, open_arms
+from trimtab.chat.arms import ARMS, ChatAnswer, ChatArms, Dialogue, DialogueTurn, open_arms
 from trimtab.chat.command import Sources, about, find_sources
-from trimtab.chat.serving import is_local
+from trimtab.chat.serving import stays_here
 from trimtab.chat.view import column_html, heights_plot, meter_html, scale_of, words
 from trimtab.cli.main import main
 from trimtab.eval.answers.ruler import above_floor, above_floor_by_layer
@@ -131,7 +131,7 @@ def test_each_arm_goes_on_from_its_own_history(arms: ChatArms) -> None:
     first = said(arms, Dialogue(), "Who are you?")
     second = said(arms, first, "And the sea?")
     (turn,) = first.turns
-    other = ArmAnswer("The ships come and go.", 0.0, (0.0, 0.0), True)
+    other = ChatAnswer("The ships come and go.", 0.0, (0.0, 0.0), True)
     changed = said(arms, Dialogue((DialogueTurn(turn.user, {**turn.answers, "tuned": other}),)), "And the sea?").turns[
         1
     ]
@@ -319,7 +319,7 @@ def test_a_taken_port_and_a_missing_gradio_are_told(
 
 def answered(**heights: float | None) -> Dialogue:
     answers = {
-        arm.replace("_", "+"): ArmAnswer("<b>bread</b>", height, () if height is None else (height, height + 1), True)
+        arm.replace("_", "+"): ChatAnswer("<b>bread</b>", height, () if height is None else (height, height + 1), True)
         for arm, height in heights.items()
     }
     return Dialogue((DialogueTurn("<i>hello</i>", answers),))
@@ -351,8 +351,8 @@ def test_the_page_says_who_can_read_along() -> None:
     sources = Sources(ModelSection(name="a<b"), "adapter", Path("f"))
     told = about(sources, floor, "127.0.0.1")
     assert "a&lt;b" in told and "layers 1–3, 6" in told and "stay on this machine" in told
-    assert "stay on this machine" not in about(sources, floor, "0.0.0.0") and is_local("localhost")
-    assert is_local("::1") and not is_local("example.org")
+    assert "stay on this machine" not in about(sources, floor, "0.0.0.0") and stays_here("localhost")
+    assert stays_here("::1") and not stays_here("example.org")
 
 
 @pytest.fixture

@@ -95,3 +95,13 @@ def test_values_are_shown_as_a_recipe_writes_them() -> None:
     values = [None, True, 1e-4, "all-linear", [3, 4, 5], [3, 5, 9], ["q_proj", "v_proj"], {}, [], NOT_SET]
     written = ["null", "true", "0.0001", "all-linear", "3-5", "[3, 5, 9]", "[q_proj, v_proj]", "{}", "[]", "not set"]
     assert [shown(value) for value in values] == written
+
+
+def test_a_difference_is_the_same_from_both_sides(tmp_path: Path) -> None:
+    """Also where only one of them has a list of sections."""
+    text = shipped_recipes()["smollm2-135m/sft"].read_text(encoding="utf-8")
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(text.replace("\neval:\n", "\neval:\n  durability: [benign]\n"), encoding="utf-8")
+    there = difference("smollm2-135m/sft", str(mine)).splitlines()
+    back = difference(str(mine), "smollm2-135m/sft").splitlines()
+    assert {line.split()[0] for line in there[1:-2]} == {line.split()[0] for line in back[1:-2]} != set()

@@ -13,8 +13,9 @@ from tiny_recipe import write_recipe
 
 from trimtab.axis.errors import UserError
 from trimtab.axis.files import fingerprint, read_json, write_json, write_jsonl
-from trimtab.pipeline.identity import GONE, NO_PART_OF_TRAINING, NOT_SET, differences, stage_inputs
+from trimtab.pipeline.identity import NO_PART_OF_TRAINING, NOT_SET, differences, stage_inputs
 from trimtab.pipeline.run import BEGUN, Run, begin, open_run
+from trimtab.recipes.gone import GONE
 from trimtab.recipes.loader import load_recipe
 
 
@@ -216,8 +217,23 @@ def test_a_key_that_is_new_to_the_schema_counts_as_having_had_its_default(recipe
 
 def test_a_key_that_has_left_the_schema_counts_where_it_said_another_thing(recipe: Path) -> None:
     inputs = opened(recipe).inputs("train")
-    assert not differences({**inputs, **GONE}, inputs)
+    assert not differences({**inputs, **{key: gone.now for key, gone in GONE.items()}}, inputs)
     assert differences({**inputs, "method.floor_shape": "huber"}, inputs) == [("method.floor_shape", "huber", NOT_SET)]
+
+
+def test_a_floor_that_was_allowed_never_to_fire_goes_on_where_any_firing_is_enough(recipe: Path) -> None:
+    inputs = opened(recipe, "floor.min_firing=0").inputs("floor")
+    assert not differences({**inputs, "floor.min_firing": 0.15, "floor.allow_inert": True}, inputs)
+    stricter = {**inputs, "floor.min_firing": 0.15}
+    assert [key for key, _, _ in differences({**stricter, "floor.allow_inert": True}, stricter)] == ["floor.min_firing"]
+
+
+def test_what_no_recipe_can_say_any_more_is_not_to_be_set_back(recipe: Path) -> None:
+    run = opened(recipe)
+    run.record("train", {**run.inputs("train"), "method.floor_shape": "huber"}, {}, seconds=0.0)
+    with pytest.raises(UserError, match="floor_shape was 'huber'") as caught:
+        opened(recipe)
+    assert caught.value.remedy.startswith("choose another --output-dir")
 
 
 def test_only_the_first_process_writes(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -117,6 +117,8 @@ def test_overrides_have_yaml_types_and_nest(tmp_path: Path) -> None:
     ("override", "key", "remedy"),
     [
         ("trian.learning_rate=1", "trian", "did you mean 'train'"),
+        ("method.floor_shape=squared", "method.floor_shape", "remove it"),
+        ("floor.allow_inert=true", "floor.allow_inert", "floor.min_firing=0"),
         ("train.learnig_rate=1e-4", "train.learnig_rate", "did you mean 'learning_rate'"),
         ("lora.target_module=all-linear", "lora.target_module", "did you mean 'target_modules'"),
         ("axis.sampling.temprature=1", "axis.sampling.temprature", "did you mean 'temperature'"),

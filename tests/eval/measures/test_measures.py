@@ -5,14 +5,16 @@ from __future__ import annotations
 import importlib
 import inspect
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from trimtab.eval import ids, measures
 from trimtab.eval.measures import ORDER, all_measures
-from trimtab.eval.measures.suite import Findings, Measure, MetricValues, Suite
-from trimtab.eval.report.assemble import claims_of
-from trimtab.eval.schema import Estimate, SideEffect
+from trimtab.eval.measures.suite import Evidence, Measure, MetricValues, Suite
+from trimtab.eval.report import assemble
+from trimtab.eval.report.assemble import build_report, claims_of
+from trimtab.eval.schema import Claim, Estimate, SideEffect
 from trimtab.recipes.loader import load_recipe
 
 HELPERS = {"suite", "unscored", "capability_tasks", "instruction_rules"}
@@ -34,10 +36,32 @@ def test_a_measure_takes_an_evaluation_and_returns_a_suite(name: str) -> None:
 
 
 def test_claims_have_names_of_their_own_and_say_that_nothing_was_measured() -> None:
-    claims = claims_of(Findings([]))
+    claims = claims_of(Evidence([]))
     assert len({claim.id for claim in claims}) == len(claims) > 8
     assert all(claim.light == "grey" and claim.says and claim.rule for claim in claims)
     assert {ids.KEPT, ids.PROJECTIONS, ids.WITHSTANDS} <= {claim.id for claim in claims}
+
+
+def test_a_claim_that_asks_for_a_name_that_nothing_has_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def misspelt(evidence: Evidence) -> Claim:
+        evidence.metric("z_trainnig")
+        return Claim(id="x", name="x", light="grey", says="Not measured.", rule="x")
+
+    told: Measure = Measure(lambda _: Suite(), claims=(misspelt,))
+    monkeypatch.setattr(assemble, "all_measures", lambda: [told])
+    with pytest.raises(KeyError, match="z_trainnig"):
+        claims_of(Evidence([]))
+    own = Measure(lambda _: Suite(), claims=(misspelt,), names=("z_trainnig",))
+    monkeypatch.setattr(assemble, "all_measures", lambda: [own])
+    assert [claim.light for claim in claims_of(Evidence([]))] == ["grey"]
+
+
+def test_two_figures_of_one_name_are_refused() -> None:
+    values = {arm: [1.0, 2.0] for arm in ("base", "base+cap", "tuned")}
+    twice = [MetricValues("m", "m", "sigma", "m.", "lower", ["a", "b"], values)] * 2
+    facts: dict[str, Any] = {name: {} for name in ("axis", "floor", "training", "repeat")}
+    with pytest.raises(ValueError, match="are called m"):
+        build_report(Suite(metrics=twice), title="t", created="now", bootstrap=10, seed=0, **facts)
 
 
 def test_what_every_arm_is_asked_has_a_turn_for_each_conversation() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from trimtab.eval.grading import grade
-from trimtab.eval.measures.suite import Findings
+from trimtab.eval.measures.suite import Evidence
 from trimtab.eval.report.assemble import claims_of
 from trimtab.eval.report.verdict import make_verdict
 from trimtab.eval.schema import (
@@ -67,7 +67,7 @@ def claims(
         side("default_z_shift_same_text", neutral or estimate(0.05), 0.3),
         side("role_z_shift_same_text", in_role or estimate(1.0)),
     ]
-    found = claims_of(Findings(metrics, effects, rerouting))
+    found = claims_of(Evidence(metrics, effects, rerouting))
     assert len({claim.id for claim in found}) == len(found) and all(claim.rule and claim.says for claim in found)
     return {claim.id: claim for claim in found}
 
@@ -163,7 +163,7 @@ def test_of_too_few_roles_nothing_is_said() -> None:
     talks = metric("z_conversations", estimate(0.9), estimate(0.9), by_cluster=of(4))
     effect = side("benign_kl", estimate(0.02, 0.0), 0.05).model_copy(update={"by_cluster": of(1)})
     harm = metric("harmful_rate", estimate(0.9), estimate(-0.3), by_cluster=of(2))
-    found = {claim.id: claim.light for claim in claims_of(Findings([text, talks, harm], [effect]))}
+    found = {claim.id: claim.light for claim in claims_of(Evidence([text, talks, harm], [effect]))}
     assert [found[name] for name in ("kept", "conversations", "benign", "jailbreaks")] == ["grey"] * 4
     assert (
         claims(estimate(0.95), more=(talks.model_copy(update={"by_cluster": of(8)}),))["conversations"].light == "green"
@@ -180,7 +180,7 @@ def test_an_effect_away_from_the_assistant_is_no_gain() -> None:
     effects = [side("default_z_shift_same_text", estimate(0.05), 0.3), side("role_z_shift_same_text", estimate(1.0))]
     found = {
         claim.id: claim.light
-        for claim in claims_of(Findings([text, metric("z_training", estimate(0.9), estimate(0.9))], effects))
+        for claim in claims_of(Evidence([text, metric("z_training", estimate(0.9), estimate(0.9))], effects))
     }
     assert found["projections"] == "amber" and found["kept"] == "amber"
 
@@ -196,7 +196,7 @@ def test_a_conversation_that_slips_at_its_end_is_not_held() -> None:
 
 def test_few_documents_rule_no_loss_out() -> None:
     few = task(0.0, 0.0, 0.0).model_copy(update={"difference": Estimate(value=0.0, low=0.0, high=0.0, n=20)})
-    claim = next(claim for claim in claims_of(Findings([], capability=[few])) if claim.id == "capability")
+    claim = next(claim for claim in claims_of(Evidence([], capability=[few])) if claim.id == "capability")
     assert claim.light == "amber" and "60 documents" in claim.rule
 
 
@@ -218,7 +218,7 @@ def task(low: float, value: float, high: float, base: float = 0.8) -> Capability
     ],
 )
 def test_capability_is_kept_within_a_margin(tasks: list[Capability], light: str) -> None:
-    claim = next(claim for claim in claims_of(Findings([], capability=tasks)) if claim.id == "capability")
+    claim = next(claim for claim in claims_of(Evidence([], capability=tasks)) if claim.id == "capability")
     assert claim.light == light
     assert ("guessing" in claim.says) == (bool(tasks) and light == "grey")
 
@@ -237,7 +237,7 @@ def outcome_of(
 
 def test_what_survives_a_durability_run() -> None:
     def light(*outcomes: Durability) -> tuple[str, str]:
-        found = {claim.id: claim for claim in claims_of(Findings([], durability=outcomes))}
+        found = {claim.id: claim for claim in claims_of(Evidence([], durability=outcomes))}
         return found["durability"].light, found["withstands"].light
 
     ahead, level = estimate(-0.1), estimate(-0.02)
@@ -261,5 +261,5 @@ def test_a_persona_that_can_be_trained_in_mars_no_verdict() -> None:
     effects = [side("benign_kl", estimate(0.02, 0.01), 0.05)]
     for adversarial, status in ((True, "good"), (False, "mixed")):
         outcome = outcome_of(estimate(0.1), estimate(-0.1), adversarial=adversarial)
-        found = claims_of(Findings(metrics, effects, durability=[outcome]))
+        found = claims_of(Evidence(metrics, effects, durability=[outcome]))
         assert make_verdict(metrics, effects, found).status == status

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from trimtab.axis.errors import UserError
-from trimtab.eval.measures.suite import Findings
+from trimtab.eval.measures.suite import Evidence
 from trimtab.eval.report import page as report_module
 from trimtab.eval.report.assemble import claims_of
 from trimtab.eval.report.card import model_card
@@ -167,7 +167,7 @@ def build_report(*, transcripts: int = 9) -> Report:
         )
         for name, kept, beside in (("benign", 0.9, 0.3), ("persona", 0.2, -0.4))
     ]  # fmt: skip
-    claims = claims_of(Findings(metrics, side_effects, rerouting, capability, durability))
+    claims = claims_of(Evidence(metrics, side_effects, rerouting, capability, durability))
     return Report(
         title="SmolLM2-135M-Instruct, axis floor SFT",
         created="2026-02-03T10:20:30Z",
