@@ -5,7 +5,7 @@ from __future__ import annotations
 from trimtab.eval import ids
 from trimtab.eval.answers.evaluation import Evaluation
 from trimtab.eval.grading import HALF, Light, too_few, toward_assistant
-from trimtab.eval.measures.suite import EffectValues, Evidence, Measure, MetricValues, Suite
+from trimtab.eval.measures.suite import Evidence, Measure, MetricValues, Suite
 from trimtab.eval.schema import Claim, Metric, SideEffect
 from trimtab.eval.wording import estimate_text, percent_text
 
@@ -46,16 +46,7 @@ def measure(evaluation: Evaluation) -> Suite:
         )
     )  # fmt: skip
     cosines = {f"cosine_reextracted_{arm}": row for arm, row in evaluation.cosines.items()}
-    return Suite(metrics=metrics, side_effects=[_same_role_text(evaluation)], axis_facts=cosines)
-
-
-def _same_role_text(evaluation: Evaluation) -> EffectValues:
-    return EffectValues(
-        ids.ROLE_Z_SHIFT_SAME_TEXT, "z-shift on the same role text", "sigma",
-        "z under the tuned weights minus z under the base, on the capped self's answers to the held-out roles; it is meant to "
-        "rise, and it tells a shift of role text from one of every text.",
-        evaluation.role_clusters, evaluation.drift_forced["tuned"].z_shift,
-    )  # fmt: skip
+    return Suite(metrics=metrics, axis_facts=cosines)
 
 
 def _because_behaviour_did(evidence: Evidence) -> Claim:

@@ -28,11 +28,12 @@ def measure(evaluation: Evaluation) -> Suite:
         if arm in evaluation.arms.names
         for effect in _of_the_weights(evaluation, arm)
     ]
-    return Suite(side_effects=[*found, *_of_the_cap(evaluation), _perplexity(evaluation), *_looks(evaluation)])
+    found += [_same_role_text(evaluation), *_of_the_cap(evaluation), _perplexity(evaluation), *_looks(evaluation)]
+    return Suite(side_effects=found)
 
 
 def default_shift(evaluation: Evaluation, arm: str) -> Array:
-    """Z of an arm's own default answers minus the base's, paired by prompt and seed, [n]."""
+    """The z of an arm's own default answers minus the base's, paired by prompt and seed, [n]."""
     own, base = (np.asarray(evaluation.ruler.z(evaluation.on_default[name].means)) for name in (arm, "base"))
     shift: Array = own - base
     return shift
@@ -59,6 +60,15 @@ def _of_the_weights(evaluation: Evaluation, arm: str) -> list[EffectValues]:
             default, evaluation.default_forced[arm].z_shift, Z_LIMIT if tuned else None,
         ),
     ]  # fmt: skip
+
+
+def _same_role_text(evaluation: Evaluation) -> EffectValues:
+    return EffectValues(
+        ids.ROLE_Z_SHIFT_SAME_TEXT, "z-shift on the same role text", "sigma",
+        "z under the tuned weights minus z under the base, on the capped self's answers to the held-out roles; it is meant to "
+        "rise, and it tells a shift of role text from one of every text.",
+        evaluation.role_clusters, evaluation.drift_forced["tuned"].z_shift,
+    )  # fmt: skip
 
 
 def _of_the_cap(evaluation: Evaluation) -> list[EffectValues]:
