@@ -60,7 +60,7 @@ class Played:
 
     def answer(self, text: str) -> None:
         """The answer is given."""
-        self.messages = [*self.messages, {"role": "assistant", "content": text}]
+        self.messages = [*self.messages, _answer(text)]
 
 
 def play(
@@ -112,6 +112,21 @@ def scripted(scripts: Sequence[Sequence[str | Mapping[str, str]]]) -> Users:
         return [written[i][number] if number < len(written[i]) else None for i in going]
 
     return users
+
+
+def unanswered(before: Sequence[Mapping[str, str]], turns: Sequence[str]) -> Chat:
+    """A conversation up to its last answer, with empty ones in the place of those that are given along the way.
+
+    Args:
+        before: the messages before the first of these turns.
+        turns: the user's.
+    """
+    said = [message for turn in turns for message in ({"role": "user", "content": turn}, _answer(""))]
+    return [*(dict(message) for message in before), *said[:-1]]
+
+
+def _answer(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
 
 
 def recent_turns(form: ChatFormat, messages: Sequence[dict[str, str]], room: int | None) -> tuple[Chat, list[int], int]:

@@ -65,7 +65,6 @@ def rows_of_file(source: str) -> list[dict[str, Any]]:
 
 
 def _row(talk: Talk) -> dict[str, Any]:
-
     talk.says_something("user", "assistant")
     messages = talk.messages
     if messages[-1]["role"] != "assistant" or all(message["role"] != "user" for message in messages):

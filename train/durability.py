@@ -21,7 +21,6 @@ if (_here := os.path.dirname(os.path.realpath(__file__))) in sys.path:
 
 import logging
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -37,7 +37,7 @@ from trimtab.axis import Floor, UserError
 from trimtab.axis.adapters import merged_if_quicker
 from trimtab.axis.chat_format import ChatFormat, chat
 from trimtab.axis.files import fingerprint, read_jsonl, write_jsonl
-from trimtab.axis.playing import PlayedTurn, instructions, play, recent_turns, scripted
+from trimtab.axis.playing import PlayedTurn, instructions, play, recent_turns, scripted, unanswered
 from trimtab.axis.progress import progress_bar
 from trimtab.axis.sampling import Answer, Sampler, SamplingOptions, sample_on_all_ranks, seed_of
 from trimtab.train.schedule import Schedule, carried, scheduled
@@ -86,8 +86,7 @@ class TrainPrompt:
     @property
     def closing(self) -> list[dict[str, str]]:
         """The messages up to the last answer, with empty ones in the place of those that are sampled along the way."""
-        later = [(("assistant", ""), ("user", turn)) for turn in self.turns[1:]]
-        return [*self.opening, *({"role": role, "content": content} for pair in later for role, content in pair)]
+        return unanswered(self.before, self.turns)
 
 
 def training_order(

@@ -136,14 +136,14 @@ class Evaluation:
     def rulers(self) -> dict[str, Ruler]:
         """A ruler along each direction: the training axis, the held-out one, those extracted anew. From the base's answers."""
         layers = list(self.floor.layers)
-        base = self.arms.answers("roles", self.roles, "base"), self.arms.answers("default", self.defaults, "base")
-        pooled = torch.cat([answers.means for answers in base])
+        default = self.on_default["base"].means
+        pooled = torch.cat([self.on_roles["base"].means, default])
         found = {"training": self.floor.directions}
         if self.run.held_out_axis_path.exists():
             found["held_out"] = Axis.load(self.run.held_out_axis_path).directions[layers]
         anew = {arm: axis for arm, axis in self.reextracted.items() if arm != "base+cap"}
         found |= {f"reextracted_{arm}": axis.directions[layers] for arm, axis in anew.items()}
-        return {name: Ruler.of(directions, base[1].means, pooled) for name, directions in found.items()}
+        return {name: Ruler.of(directions, default, pooled) for name, directions in found.items()}
 
     @property
     def ruler(self) -> Ruler:

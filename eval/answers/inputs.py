@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from trimtab.axis.chat_format import ChatFormat, chat
+from trimtab.axis.chat_format import ChatFormat
 from trimtab.axis.errors import UserError
 from trimtab.axis.models import load_config, load_tokenizer
+from trimtab.axis.playing import unanswered
 from trimtab.eval.answers.boundary_files import load_boundary_file
 from trimtab.eval.answers.replays import KEY, load_replays
 from trimtab.pipeline.durability_rows import rows_of_file
@@ -27,8 +28,7 @@ def _check_context(recipe: Recipe, talks: Sequence[Conversation]) -> None:
     sizes = []
     for talk in talks[: recipe.eval.conversations or None]:
         turns = talk.turns[: recipe.eval.turns]
-        said = [message for turn in turns for message in (*chat("", turn), {"role": "assistant", "content": ""})]
-        sizes.append(Size(talk.id, [*talk.opening, *said[:-1]], len(turns)))
+        sizes.append(Size(talk.id, unanswered(talk.opening, turns), len(turns)))
     remedy = "lower it, or eval.turns, or shorten the conversations of eval.conversations_file"
     key = "eval.sampling.max_new_tokens"
     check_room(form, config, sizes, recipe.eval.sampling.max_new_tokens, key=key, remedy=remedy)

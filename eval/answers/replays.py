@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+from trimtab.axis.folding import INSTRUCTIONS
 from trimtab.axis.rows import Row, RowFault, read_once, source_name
 from trimtab.axis.transcripts import Talk, read_talks
 from trimtab.recipes.data import Conversation
@@ -12,7 +13,6 @@ from trimtab.recipes.data import Conversation
 log = logging.getLogger("trimtab")
 
 KEY = "eval.conversations_file"
-INSTRUCTIONS = ("system", "developer")
 
 
 @read_once

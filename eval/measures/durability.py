@@ -36,22 +36,15 @@ def measure(evaluation: Evaluation) -> Suite:
             identifier, name, _ = projections.AXES[key]
             values = {arm: evaluation.rulers[key].z(found) for arm, found in means.items()}
             metrics.append((identifier, name, "sigma", values))
-    section, clusters = evaluation.section, evaluation.role_clusters
+    section, run, clusters = evaluation.section, evaluation.run, evaluation.role_clusters
     found = [
         durability(
-            tuning, metrics, clusters, facts=_facts(evaluation, tuning.name),
+            tuning, metrics, clusters, facts=run.facts_of(run.durability("tuned", tuning.name).stage_name),
             bootstrap=section.bootstrap, seed=section.seed,
         )
         for tuning in runs
     ]  # fmt: skip
     return Suite(durability=found)
-
-
-def _facts(evaluation: Evaluation, name: str) -> dict[str, Any]:
-    run = evaluation.run
-    record = run.stage_record(run.durability("tuned", name).stage_name)
-    assert record is not None  # its adapter was found
-    return dict(record["facts"])
 
 
 def durability(
