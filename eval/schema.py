@@ -68,6 +68,7 @@ class Metric(Part):
         detectable: the least tuned effect that so many items would show (5 % level, 80 % power).
         by_cluster: base, base+cap and tuned by role or conversation.
         primary: the metric that the verdict is about.
+        anchor: the base's default Assistant's own level, where the metric has one: what lies beyond it is no more Assistant.
     """
 
     id: str
@@ -85,6 +86,7 @@ class Metric(Part):
     detectable: float | None = None
     by_cluster: ByCluster | None = None
     primary: bool = False
+    anchor: Estimate | None = None
 
 
 class SideEffect(Part):
@@ -223,21 +225,27 @@ class Durability(Part):
 
 
 class Claim(Part):
-    """One claim of the report, with its light and the rule that set it. ``grey``: not measured, or not to be said."""
+    """One claim of the report, with its light and the rule that set it. ``grey``: not measured, or not to be said.
+
+    ``decides``: the verdict rests on it. ``measured``: false where nothing was asked for it.
+    """
 
     id: str
     name: str
     light: Literal["green", "amber", "red", "grey"]
     says: str
     rule: str
+    decides: bool = False
+    measured: bool = True
 
 
 class ArmAnswer(Part):
-    """One arm's answer: text, its mean z, and z per token group for colouring ([text piece, z])."""
+    """One arm's answer: text, its mean z, z per token group for colouring ([text piece, z]), and the reader's log-odds."""
 
     text: str
     z: float
     pieces: list[tuple[str, float]] = []
+    persona: float | None = None
 
 
 class Turn(Part):
@@ -245,6 +253,49 @@ class Turn(Part):
 
     user: str
     answers: dict[str, ArmAnswer]
+
+
+class ScoredAnswer(Part):
+    """One arm's answer with what is known of it.
+
+    Attributes:
+        text: the answer.
+        persona: the reader's log-odds that a persona is speaking; None where it could not be read.
+        other_reader: the same by the second reader; None without one.
+        relevance: how much likelier the answer is after its own question than after others, nat a token; None where it could not
+            be told.
+        z: its mean z; None where it is not kept.
+    """
+
+    text: str
+    persona: float | None = None
+    other_reader: float | None = None
+    relevance: float | None = None
+    z: float | None = None
+
+
+class AnswerRow(Part):
+    """One question and every arm's answer to it.
+
+    Attributes:
+        id: of the item.
+        suite: what it was asked for: ``roles``, ``conversations``, ``default``, ``benign``, ``benign_systems``.
+        kind: kind of role, or domain of the conversation.
+        cluster: role or conversation.
+        turn: of the conversation, from 1.
+        system: system prompt.
+        question: the user's last message.
+        answers: arm -> answer.
+    """
+
+    id: str
+    suite: str
+    kind: str
+    cluster: str
+    turn: int = 1
+    system: str
+    question: str
+    answers: dict[str, ScoredAnswer]
 
 
 class Transcript(Part):
@@ -258,11 +309,20 @@ class Transcript(Part):
 
 
 class Verdict(Part):
-    """Plain words first. ``status``: good, mixed, bad, or unclear where the noise decides."""
+    """Plain words first.
 
-    status: Literal["good", "mixed", "bad", "unclear"]
+    Attributes:
+        status: good, mixed, bad, unclear where the noise decides, or incomplete where nothing speaks against it and not all was
+            measured that it rests on.
+        headline: one sentence.
+        points: a few more.
+        decided_by: ids of the claims that kept it from being good.
+    """
+
+    status: Literal["good", "mixed", "bad", "unclear", "incomplete"]
     headline: str
     points: list[str]
+    decided_by: list[str] = []
 
 
 class Report(Part):
@@ -287,6 +347,9 @@ class Report(Part):
     floor: dict[str, Any]
     training: dict[str, Any]
     transcripts: list[Transcript]
+    # every answer that was read, with its scores; the readers that read them
+    answers: list[AnswerRow] = []
+    readers: list[dict[str, Any]] = []
     repeat: dict[str, Any]
     warnings: list[str]
     does_not_compare: list[str]
