@@ -328,9 +328,9 @@ def test_a_recipe_of_options_names_its_faults() -> None:
 @pytest.mark.parametrize(
     ("axis", "durability", "kinds"),
     [
-        ({}, [], {"default", "held_out"}),
+        ({}, [], {"default", "dev"}),
         ({"held_out_roles": 0}, [], set()),
-        ({}, ["persona"], {"default", "train", "held_out"}),  # whose rows are what the training roles said
+        ({}, ["persona"], {"default", "train", "dev"}),  # whose rows are what the training roles said
     ],
 )
 def test_an_evaluation_that_is_given_axis_and_floor_samples_what_it_needs(
@@ -344,12 +344,12 @@ def test_an_evaluation_that_is_given_axis_and_floor_samples_what_it_needs(
     model = {"name": str(base), "dtype": "float32", "device": "cpu"}
     made = open_run(recipe_of({"model": model, **given}, "given"), output_dir=str(tmp_path / "run"))
     floor_stage(made)
-    splits = {role.name: split for split in ("train", "held_out") for role in data.roles(split)}
+    splits = {role.name: split for split in ("train", "dev") for role in data.roles(split)}
     rows = read_jsonl(made.rollouts_path) if made.rollouts_path.exists() else []
     assert {splits.get(row["role"], row["role"]) for row in rows} == kinds
     assert len(rows) == 3 * (2 * len(kinds - {"train"}) + 3 * ("train" in kinds))
-    assert made.held_out_axis_path.exists() == ("held_out" in kinds)
-    if "held_out" in kinds:
+    assert made.held_out_axis_path.exists() == ("dev" in kinds)
+    if "dev" in kinds:
         assert Axis.load(made.held_out_axis_path).metadata["split"] == "held_out"
     assert torch.equal(Axis.load(made.axis_path).directions, Axis.load(run.axis_path).directions)
     floors = [Floor.load(each.variant(control=False).floor_path) for each in (made, run)]
