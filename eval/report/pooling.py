@@ -198,7 +198,10 @@ def _asked_otherwise(one: Report, other: Report) -> set[str]:
     """Metrics and side effects of another split, or whose judge, or whose simulated user, was another."""
     sections = [report.repeat.get("resolved", {}).get("eval", {}) for report in (one, other)]
     if sections[0].get("split", "dev") != sections[1].get("split", "dev"):
-        return {found.id for report in (one, other) for found in (*report.metrics, *report.side_effects)}
+        reports = one, other
+        return {metric.id for r in reports for metric in r.metrics} | {
+            side.id for r in reports for side in r.side_effects
+        }
     return {
         metric
         for key, metrics in ids.DECIDED_BY.items()
