@@ -39,7 +39,7 @@ from trimtab.train.pairs import rollouts_stage
 
 # The same for all, so that the methods share their axis and their base answers.
 EVAL = [
-    "eval.roles=68", "eval.questions=3", "eval.conversations=8", "eval.turns=4", "eval.benign=48", "eval.professional=0",
+    "eval.roles=66", "eval.questions=3", "eval.conversations=8", "eval.turns=4", "eval.benign=48", "eval.professional=0",
     "eval.reextract_roles=0", "eval.probe_rows=0", "eval.transcripts=3", "eval.control=false", "eval.capability=[]",
     "eval.tuned_cap=false",
 ]  # fmt: skip

@@ -54,7 +54,7 @@ def main() -> None:
     folder = fetch_embedded("smollm2-135m")
     form = Endless(load_tokenizer(str(folder), None))
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, given.dtype)).eval()
-    roles, questions = data.roles("held_out"), data.questions("held_out")
+    roles, questions = data.roles("dev"), data.questions("dev")
     prompts = [
         form.prompt_ids(chat(roles[i % len(roles)].prompts[0], questions[i % len(questions)]))
         for i in range(given.prompts)

@@ -179,7 +179,7 @@ def _played(
 def _axis_calls(recipe: Recipe) -> list[Call]:
     section = recipe.axis
     items = rollout_items(
-        [*data.roles("train", section.roles), *data.roles("held_out", section.held_out_roles)],
+        [*data.roles("train", section.roles), *data.roles("dev", section.held_out_roles)],
         data.questions("train", section.questions),
         data.default_prompts(),
         default_repeats=section.default_repeats,
@@ -320,7 +320,7 @@ def _evaluation_calls(recipe: Recipe) -> Iterator[Call]:
     once = list(_arm_calls(section))
     for _ in range(_arms(section)):
         yield from once
-    again = _asked(item.prompt for item in role_items(section.roles, section.questions))
+    again = _asked(item.prompt for item in role_items(section.split, section.roles, section.questions))
     for _ in range(2 * len(section.durability)):  # the tuned weights and the base, each tuned further
         yield from _sampled(again, section.sampling, "eval")
 
@@ -337,9 +337,9 @@ def _asked(prompts: Iterable[Iterable[Mapping[str, str]]]) -> list[int]:
 def _arm_calls(section: EvalSection) -> Iterator[Call]:
     """The calls of one arm: what all measures share, and what each asks for itself."""
     for items in (
-        role_items(section.roles, section.questions),
-        default_items(section.roles, section.questions),
-        benign_items(section.benign),
+        role_items(section.split, section.roles, section.questions),
+        default_items(section.split, section.roles, section.questions),
+        benign_items(section.split, section.benign),
     ):
         yield from _sampled(_asked(item.prompt for item in items), section.sampling, "eval")
     for measure in all_measures():

@@ -25,6 +25,7 @@ from trimtab.eval.report.assemble import build_report
 from trimtab.eval.report.card import model_card
 from trimtab.eval.report.facts import repeat_facts, training_facts
 from trimtab.eval.report.page import load_report, render_html, write_report
+from trimtab.eval.report.scored import scored_on_test
 from trimtab.eval.schema import Report
 from trimtab.pipeline.loading import Prepared, sampling_options
 from trimtab.pipeline.run import Run
@@ -35,7 +36,7 @@ from trimtab.recipes.schema import deciding
 def eval_stage(run: Run, prepared: Prepared | None = None) -> dict[str, Any]:
     """Evaluate base, base+cap, tuned, tuned+cap, and the control where there is one; writes ``report.json``.
 
-    Answers are kept arm by arm in ``eval/``, so a killed evaluation goes on where it was.
+    Answers are kept arm by arm in ``eval/``, so a killed evaluation goes on where it was. A report on the test split is recorded.
 
     Raises:
         UserError: if there is no adapter yet, or ``eval.tuned`` is not a model tuned from this base.
@@ -50,6 +51,8 @@ def eval_stage(run: Run, prepared: Prepared | None = None) -> dict[str, Any]:
         upon_tuned = [durability_arm("tuned", tuning.name) for tuning in run.recipe.eval.durability]
         weights = open_subjects(run.recipe.model, loaded, subjects, upon_tuned)
         report = evaluate(evaluation_of(run, weights, form, loaded.facts))
+        if run.recipe.eval.split == "test":
+            report = scored_on_test(run, report, subjects["tuned"])
         write_report(report, run.folder)
         return {"verdict": report.verdict.headline, "status": report.verdict.status}
 

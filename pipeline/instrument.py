@@ -168,7 +168,7 @@ def axis_stage(run: Run, prepared: Prepared | None = None) -> dict[str, Any]:
         if given is not None and not plays_training_roles(run.loaded.resolved):
             return _held_out_alone(run, loaded, form, given, judge)
         found = _extraction(
-            run, loaded, form, data.roles("train", section.roles), data.roles("held_out", section.held_out_roles), judge
+            run, loaded, form, data.roles("train", section.roles), data.roles("dev", section.held_out_roles), judge
         )
         axis = found.axis
         facts: dict[str, Any] = {"split_half": found.split_half, "roles": len(found.axis.roles)}
@@ -218,7 +218,7 @@ def _held_out_alone(run: Run, loaded: Loaded, form: ChatFormat, axis: Axis, judg
     """Where axis and floor are given: the axis of held-out roles, which every report measures on as well, or nothing."""
     axis.save(run.axis_path)
     section = run.recipe.axis
-    roles = data.roles("held_out", section.held_out_roles)
+    roles = data.roles("dev", section.held_out_roles)
     count = (len(roles) + section.default_repeats) * section.questions if roles else 0
     log.info(
         "axis and floor are given: %d rollouts are sampled, for the axis of held-out roles and the probe that reads personas; "
@@ -301,7 +301,7 @@ def floor_stage(run: Run, prepared: Prepared | None = None) -> dict[str, Any]:
         if plays_training_roles(run.loaded.resolved):
             played = data.roles("train", recipe.axis.roles)
         else:
-            played = data.roles("held_out", recipe.axis.held_out_roles) if recipe.axis.held_out_roles else []
+            played = data.roles("dev", recipe.axis.held_out_roles) if recipe.axis.held_out_roles else []
         rows = calibration_rows(run, [role.name for role in played]) if played else []
         pool = evenly_chosen(rows, section.pool)
         drift = evenly_chosen([row for row in rows if row["role"] != DEFAULT], section.drift_rows)

@@ -1,6 +1,7 @@
-"""The data that ships with trimtab, and its fixed train / held-out split.
+"""The data that ships with trimtab, and its fixed splits: train, dev and test.
 
-All sentences are our own. A role, a question or a conversation is in one split only (tested).
+All sentences are our own. A role, a question, a conversation or a user is in one split only (tested). Nothing is trained on dev
+or test: settings are chosen on dev, and test is scored once.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from trimtab.axis.errors import UserError
 from trimtab.axis.extraction import Role
 from trimtab.axis.files import read_jsonl
 
-Split = Literal["train", "held_out"]
+Split = Literal["train", "dev", "test"]
 FOLDER = Path(__file__).parent / "data"
 
 
@@ -176,9 +177,9 @@ def persona_wrappers() -> list[Wrapper]:
     return [Wrapper(**row) for row in _rows("persona_wrappers.jsonl")]
 
 
-def identity_questions() -> list[str]:
+def identity_questions(split: Split) -> list[str]:
     """Questions that make a model show who it takes itself for."""
-    return [row["question"] for row in _rows("identity_questions.jsonl")]
+    return [row["question"] for row in _rows("identity_questions.jsonl", split)]
 
 
 @dataclass(frozen=True)
@@ -207,9 +208,9 @@ class SimulatedUser:
     topic: str
 
 
-def simulated_users(count: int | None = None) -> list[SimulatedUser]:
-    """4 domains x 5 personas x 20 topics; domains take turns first, then personas, then topics, so that any prefix is a mix."""
-    rows = _rows("simulated_users.jsonl")
+def simulated_users(split: Split, count: int | None = None) -> list[SimulatedUser]:
+    """Personas of four domains with topics; domains take turns first, then personas, then topics, so that any prefix is a mix."""
+    rows = _rows("simulated_users.jsonl", split)
     rank: dict[str, int] = {}
     places = []
     for row in rows:
@@ -221,4 +222,4 @@ def simulated_users(count: int | None = None) -> list[SimulatedUser]:
         SimulatedUser(f"{row['id']}/{number + 1}", domain, row["persona"], topic)
         for number, _, domain, row, topic in sorted(places, key=lambda place: place[:3])
     ]
-    return _first(users, count, "simulated users", "eval.simulated_users")
+    return _first(users, count, f"{split} simulated users", "eval.simulated_users")

@@ -119,19 +119,20 @@ MOST_ROWS = 10_000_000
 SHORT_TRIAL = 10  # steps: a trial run of a recipe may end within its warm-up
 SUCH_AS = {"r": 16, "lora_alpha": 32}
 
+EVALUATED = "eval.split"  # in the place of a split: the one that this key names
 # key -> (file, split, what): how many there are is known, so asking for more is told before anything is loaded.
 SHIPPED = {
     "axis.roles": ("roles.jsonl", "train", "roles"),
-    "axis.held_out_roles": ("roles.jsonl", "held_out", "held-out roles"),
+    "axis.held_out_roles": ("roles.jsonl", "dev", "dev roles"),
     "axis.questions": ("questions.jsonl", "train", "questions"),
     "data.drift_prompts": ("drift_prompts.jsonl", "train", "drift prompts"),
-    "eval.roles": ("roles.jsonl", "held_out", "held-out roles"),
-    "eval.questions": ("questions.jsonl", "held_out", "held-out questions"),
-    "eval.conversations": ("drift_conversations.jsonl", "held_out", "held-out conversations"),
-    "eval.benign": ("benign.jsonl", "held_out", "held-out benign prompts"),
+    "eval.roles": ("roles.jsonl", EVALUATED, "roles"),
+    "eval.questions": ("questions.jsonl", EVALUATED, "questions"),
+    "eval.conversations": ("drift_conversations.jsonl", EVALUATED, "conversations"),
+    "eval.benign": ("benign.jsonl", EVALUATED, "benign prompts"),
     "eval.professional": ("professional_probes.jsonl", None, "professional probes"),
     "eval.case_studies": ("case_studies.jsonl", None, "case studies"),
-    "eval.susceptibility_roles": ("roles.jsonl", "held_out", "held-out roles"),
+    "eval.susceptibility_roles": ("roles.jsonl", EVALUATED, "roles"),
 }
 
 
@@ -166,10 +167,11 @@ def _evaluation(recipe: Recipe) -> Iterator[Fault]:
             f"ask for at most {there}, or name a file of your own: eval.boundary_file",
             "eval.boundary_probes",
         )
-    users = sum(len(json.loads(line)["topics"]) for line in _lines("simulated_users.jsonl"))
+    rows = map(json.loads, _lines("simulated_users.jsonl"))
+    users = sum(len(row["topics"]) for row in rows if row["split"] == section.split)
     if section.simulated_users > users:
         yield Fault(
-            f"{section.simulated_users} simulated users asked for; there are {users}",
+            f"{section.simulated_users} {section.split} simulated users asked for; there are {users}",
             f"ask for at most {users}",
             "eval.simulated_users",
         )
@@ -492,6 +494,9 @@ def _shipped_data(recipe: Recipe) -> Iterator[Fault]:
         if key == "eval.conversations" and recipe.eval.conversations_file is not None:
             continue
         asked = getattr(getattr(recipe, section), name)
+        if split == EVALUATED:
+            split = recipe.eval.split
+            what = f"{split} {what}"
         there = sum(1 for line in _lines(file) if split is None or json.loads(line)["split"] == split)
         if asked > there:
             yield Fault(f"{asked} {what} asked for; there are {there}", f"ask for at most {there}", key)

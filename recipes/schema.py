@@ -178,7 +178,8 @@ class EvalSection(Section):
     """
 
     tuned: Name | None = None
-    roles: Positive = 68
+    split: Literal["dev", "test"] = "dev"
+    roles: Positive = 66
     questions: Positive = 3
     conversations: NotNegative = 16
     turns: Positive = 8

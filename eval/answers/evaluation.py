@@ -74,7 +74,7 @@ class Evaluation:
     @cached_property
     def roles(self) -> list[Item]:
         """Held-out roles, each asked several held-out questions."""
-        return role_items(self.section.roles, self.section.questions)
+        return role_items(self.section.split, self.section.roles, self.section.questions)
 
     @cached_property
     def role_clusters(self) -> list[str]:
@@ -95,7 +95,7 @@ class Evaluation:
     @cached_property
     def defaults(self) -> list[Item]:
         """The same questions to the default Assistant."""
-        return default_items(self.section.roles, self.section.questions)
+        return default_items(self.section.split, self.section.roles, self.section.questions)
 
     @cached_property
     def on_default(self) -> dict[str, Answers]:
@@ -105,7 +105,7 @@ class Evaluation:
     @cached_property
     def benign(self) -> list[Item]:
         """Held-out benign requests."""
-        return benign_items(self.section.benign)
+        return benign_items(self.section.split, self.section.benign)
 
     @cached_property
     def on_benign(self) -> dict[str, Answers]:

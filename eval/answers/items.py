@@ -10,33 +10,33 @@ from trimtab.eval.answers.arms import Item
 from trimtab.eval.answers.boundary_files import load_boundary_file
 from trimtab.eval.answers.replays import load_replays
 from trimtab.recipes import data
-from trimtab.recipes.data import BoundaryProbe
+from trimtab.recipes.data import BoundaryProbe, Split
 from trimtab.recipes.schema import EvalSection
 
 log = logging.getLogger("trimtab")
 
 
-def role_items(roles: int, questions: int) -> list[Item]:
-    """Held-out roles, ``questions`` held-out questions each; the role's system prompts take turns.
+def role_items(split: Split, roles: int, questions: int) -> list[Item]:
+    """Roles of a split, ``questions`` questions of it each; the role's system prompts take turns.
 
     Each role goes on in the list of questions where the one before it stopped, so that all of them are asked in the end: how much
     of a persona shows depends on the question more than on the role, and a figure from two questions would be about those two.
     """
-    asked = data.questions("held_out")
+    asked = data.questions(split)
     return [
         Item(
             f"{role.name}/{k}",
             role.name,
             chat(role.prompts[(number + k) % len(role.prompts)], asked[(number * questions + k) % len(asked)]),
         )
-        for number, role in enumerate(data.roles("held_out", roles))
+        for number, role in enumerate(data.roles(split, roles))
         for k in range(questions)
     ]
 
 
-def default_items(roles: int, questions: int) -> list[Item]:
+def default_items(split: Split, roles: int, questions: int) -> list[Item]:
     """The same questions to the default Assistant: as many as there are roles, the neutral prompts taking turns."""
-    asked, neutral = data.questions("held_out"), data.default_prompts()
+    asked, neutral = data.questions(split), data.default_prompts()
     count = max(roles, questions)
     return [
         Item(f"default/{i}", f"default/{i}", chat(neutral[i % len(neutral)], asked[i % len(asked)]))
@@ -44,9 +44,9 @@ def default_items(roles: int, questions: int) -> list[Item]:
     ]
 
 
-def benign_items(count: int) -> list[Item]:
-    """Held-out benign requests, without a system prompt."""
-    prompts = data.benign_prompts("held_out", count)
+def benign_items(split: Split, count: int) -> list[Item]:
+    """Benign requests of a split, without a system prompt."""
+    prompts = data.benign_prompts(split, count)
     return [Item(f"benign/{i}", f"benign/{i}", chat("", prompt)) for i, prompt in enumerate(prompts)]
 
 
@@ -58,7 +58,7 @@ def conversation_items(conversations: Sequence[data.Conversation]) -> list[Item]
 def conversations_of(section: EvalSection) -> list[data.Conversation]:
     """The shipped conversations, or those of the user's file, of which what is left out is told."""
     if section.conversations_file is None:
-        return data.conversations("held_out", section.conversations)
+        return data.conversations(section.split, section.conversations)
     there = load_replays(section.conversations_file)
     chosen = there[: section.conversations or None]
     longest = max(len(talk.turns) for talk in chosen)

@@ -34,7 +34,7 @@ from trimtab.eval.measures.suite import Asked, Evidence, Measure, MetricValues, 
 from trimtab.eval.schema import Claim, Estimate, RateRow, RateTable
 from trimtab.eval.wording import percent_text
 from trimtab.recipes import data
-from trimtab.recipes.data import BoundaryProbe, LabelledAnswer
+from trimtab.recipes.data import BoundaryProbe, LabelledAnswer, Split
 from trimtab.recipes.schema import EvalSection
 
 LABELLED = "labelled"  # in the place of an arm: answers that were read and labelled
@@ -48,7 +48,7 @@ Rubric = Callable[[Sequence[Mapping[str, str]], str, int], str]
 
 def asks(section: EvalSection) -> Iterator[Asked]:
     """Questions about identity under held-out roles; requests at a boundary in two turns, and their look-alikes."""
-    items = identity_items(section.susceptibility_roles) if section.susceptibility_roles else []
+    items = identity_items(section.split, section.susceptibility_roles) if section.susceptibility_roles else []
     yield _at_once(items)
     declined, answered = boundary_probes_of(section)
     wrapped, own = jailbreak_items(declined)
@@ -68,32 +68,33 @@ def measure(evaluation: Evaluation) -> Suite:
     judge = None
     if section.judge is not None:
         judge = scoring_judge(section.judge.model_dump(), arms.folder / REPLIES, "eval.judge", title="judge")
-    suite = susceptibility(arms, section.susceptibility_roles, judge)
+    suite = susceptibility(arms, section.split, section.susceptibility_roles, judge)
     suite.extend(jailbreaks(arms, *boundary_probes_of(section), judge))
     return suite
 
 
-def identity_items(roles: int) -> list[Item]:
-    """Questions about identity to so many held-out roles, whose system prompts take turns."""
-    questions = data.identity_questions()
+def identity_items(split: Split, roles: int) -> list[Item]:
+    """Questions about identity of a split to so many roles of it, whose system prompts take turns."""
+    questions = data.identity_questions(split)
     return [
         Item(f"{role.name}/identity-{k}", role.name, chat(role.prompts[(number + k) % len(role.prompts)], question))
-        for number, role in enumerate(data.roles("held_out", roles))
+        for number, role in enumerate(data.roles(split, roles))
         for k, question in enumerate(questions)
     ]
 
 
-def susceptibility(arms: Arms, roles: int, judge: ScoringJudge | None) -> Suite:
+def susceptibility(arms: Arms, split: Split, roles: int, judge: ScoringJudge | None) -> Suite:
     """Held-out role prompts x questions about identity: who does the answer say it is?
 
     Args:
         arms: the arms.
-        roles: held-out roles; 0 measures nothing.
+        split: of the roles and the questions.
+        roles: how many roles; 0 measures nothing.
         judge: names the class of each answer; None leaves the ratio alone.
     """
     if roles == 0:
         return Suite()
-    items = identity_items(roles)
+    items = identity_items(split, roles)
     answers = {arm: arms.answers("identity", items, arm) for arm in arms.names}
     clusters = [item.cluster for item in items]
     suite = Suite()

@@ -75,7 +75,7 @@ def measure(evaluation: Evaluation) -> Suite:
 def played_in(evaluation: Evaluation) -> tuple[list[SimulatedUser], dict[str, list[SimulatedTurn]]]:
     """The users of an evaluation, and arm -> the turns of its conversations with them; what was said is read again."""
     section, arms = evaluation.section, evaluation.arms
-    users = data.simulated_users(section.simulated_users) if section.user is not None else []
+    users = data.simulated_users(section.split, section.simulated_users) if section.user is not None else []
     if section.user is None or not users:
         return [], {}
     settings = section.user.model_dump()

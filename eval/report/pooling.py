@@ -195,8 +195,13 @@ def stand(
 
 
 def _asked_otherwise(one: Report, other: Report) -> set[str]:
-    """Metrics whose judge, or whose simulated user, was another."""
+    """Metrics and side effects of another split, or whose judge, or whose simulated user, was another."""
     sections = [report.repeat.get("resolved", {}).get("eval", {}) for report in (one, other)]
+    if sections[0].get("split", "dev") != sections[1].get("split", "dev"):
+        reports = one, other
+        return {metric.id for r in reports for metric in r.metrics} | {
+            side.id for r in reports for side in r.side_effects
+        }
     return {
         metric
         for key, metrics in ids.DECIDED_BY.items()
@@ -242,7 +247,7 @@ def _pool(
             elif reference is not None and reference[0] != clusters:
                 left_out.append(f"{key} of {setting} against the first: other roles or conversations")
             elif reference is not None and key in apart.get(setting, ()):
-                left_out.append(f"{key} of {setting} against the first: another judge or another simulated user")
+                left_out.append(f"{key} of {setting} against the first: another split, judge or simulated user")
             elif reference is not None:
                 value = estimate.value - reference[2]
                 samples_of_gap = widened(value, draws - reference[1], len(clusters))

@@ -36,7 +36,7 @@ from trimtab.eval.schema import Report
 from trimtab.eval.stages import evaluate, evaluation_of
 from trimtab.pipeline.instrument import axis_stage, floor_stage
 from trimtab.pipeline.loading import Prepared, load_recipe_model
-from trimtab.pipeline.run import Run, open_run
+from trimtab.pipeline.run import Run, git_revision, open_run
 from trimtab.pipeline.subject import check_subject, find_subject
 from trimtab.recipes import data
 from trimtab.recipes.loader import RecipeError, recipe_of
@@ -172,6 +172,43 @@ def test_what_the_judge_did_not_score_is_asked_again_by_the_same_command(
     assert not (run.folder / "eval" / UNSCORED).exists()
     (run.folder / "stages" / "eval.json").unlink()
     shutil.rmtree(run.folder / "eval")
+
+
+def test_the_test_split_is_scored_once(run: Run, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each report on it is recorded, and one of weights that were scored before says so. Nothing is measured here."""
+    report = {"metrics": [], "side_effects": [], "trajectories": [], "transcripts": [], "does_not_compare": []}
+    facts: dict[str, Any] = {key: {} for key in ("persona_space", "axis", "floor", "training")}
+    found = Report.model_validate({
+        **report, **facts, "title": "t", "created": "2026-12-01T00:00:00+00:00", "repeat": {"git": "g"}, "warnings": ["w"],
+        "verdict": {"status": "mixed", "headline": "h", "points": []},
+    })  # fmt: skip
+    monkeypatch.setattr(stages, "evaluate", lambda evaluation: found)
+    monkeypatch.setattr(stages, "open_subjects", lambda *given: {})
+    folder, prepared = tmp_path / "run", Prepared(run)
+    shutil.copytree(run.folder, folder)
+    other = save_model(tmp_path / "other")
+
+    def scored(split: str, tuned: Path, **more: Any) -> Report:
+        for kept in ("stages/eval.json", "eval/weights.json"):
+            (folder / kept).unlink(missing_ok=True)
+        section = run.recipe.eval.model_copy(update={"split": split, "tuned": str(tuned), **more})
+        recipe = run.recipe.model_copy(update={"eval": section})
+        again = dataclasses.replace(run, folder=folder, recipe=recipe)
+        stages.eval_stage(again, prepared)
+        stages.eval_stage(again, prepared)  # done already: no second report
+        return load_report(folder / "report.json")
+
+    assert scored("dev", base) == found and not (folder / "test_scored.jsonl").exists()
+    first = scored("test", base)
+    assert (first.repeat, first.warnings) == ({"git": "g", "test_scored": 1}, ["w"])
+    assert scored("test", other).repeat["test_scored"] == 1
+    assert scored("dev", base) == found
+    second = scored("test", base, roles=5)
+    assert second.repeat["test_scored"] == 2 and "scored on the test split 2 times" in second.warnings[1]
+    rows = read_jsonl(folder / "test_scored.jsonl")
+    assert [row["weights"] == rows[0]["weights"] for row in rows] == [True, False, True]
+    assert len({row["eval"] for row in rows}) == 3  # other weights are another section too
+    assert {(row["created"], row["git"], row["status"]) for row in rows} == {(found.created, git_revision(), "mixed")}
 
 
 @pytest.mark.slow
@@ -328,9 +365,9 @@ def test_a_recipe_of_options_names_its_faults() -> None:
 @pytest.mark.parametrize(
     ("axis", "durability", "kinds"),
     [
-        ({}, [], {"default", "held_out"}),
+        ({}, [], {"default", "dev"}),
         ({"held_out_roles": 0}, [], set()),
-        ({}, ["persona"], {"default", "train", "held_out"}),  # whose rows are what the training roles said
+        ({}, ["persona"], {"default", "train", "dev"}),  # whose rows are what the training roles said
     ],
 )
 def test_an_evaluation_that_is_given_axis_and_floor_samples_what_it_needs(
@@ -344,12 +381,12 @@ def test_an_evaluation_that_is_given_axis_and_floor_samples_what_it_needs(
     model = {"name": str(base), "dtype": "float32", "device": "cpu"}
     made = open_run(recipe_of({"model": model, **given}, "given"), output_dir=str(tmp_path / "run"))
     floor_stage(made)
-    splits = {role.name: split for split in ("train", "held_out") for role in data.roles(split)}
+    splits = {role.name: split for split in ("train", "dev") for role in data.roles(split)}
     rows = read_jsonl(made.rollouts_path) if made.rollouts_path.exists() else []
     assert {splits.get(row["role"], row["role"]) for row in rows} == kinds
     assert len(rows) == 3 * (2 * len(kinds - {"train"}) + 3 * ("train" in kinds))
-    assert made.held_out_axis_path.exists() == ("held_out" in kinds)
-    if "held_out" in kinds:
+    assert made.held_out_axis_path.exists() == ("dev" in kinds)
+    if "dev" in kinds:
         assert Axis.load(made.held_out_axis_path).metadata["split"] == "held_out"
     assert torch.equal(Axis.load(made.axis_path).directions, Axis.load(run.axis_path).directions)
     floors = [Floor.load(each.variant(control=False).floor_path) for each in (made, run)]

@@ -1,7 +1,8 @@
-"""The shipped data: how much there is, and that nothing of it is in both splits."""
+"""The shipped data: how much there is, and that nothing of it is in two splits."""
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -13,8 +14,19 @@ from trimtab.axis.errors import UserError
 from trimtab.axis.files import read_jsonl
 from trimtab.recipes import data
 from trimtab.recipes.data import Split
+from trimtab.recipes.loader import RecipeError, recipe_of
+from trimtab.recipes.schema import EvalSection
 
-SPLITS: tuple[Split, Split] = ("train", "held_out")
+SPLITS: tuple[Split, Split, Split] = ("train", "dev", "test")
+COUNTS = {  # file -> rows of each split
+    "roles": (206, 69, 66),
+    "questions": (160, 80, 60),
+    "drift_conversations": (32, 16, 16),
+    "drift_prompts": (220, 80, 0),
+    "benign": (214, 48, 58),
+    "identity_questions": (12, 12, 12),
+    "simulated_users": (8, 12, 8),
+}
 
 
 def rows(name: str) -> list[dict[str, Any]]:
@@ -37,21 +49,24 @@ def all_texts() -> Iterator[tuple[str, str, str]]:
     for talk in rows("drift_conversations"):
         for text in (*talk["turns"], talk["persona"], talk["topic"]):
             yield talk["split"], talk["id"], text
-    for row in rows("questions"):
+    for row in (*rows("questions"), *rows("identity_questions")):
         yield row["split"], row["id"], row["question"]
+    for user in rows("simulated_users"):
+        for text in (user["persona"], *user["topics"]):
+            yield user["split"], user["id"], text
     for row in rows("benign"):
         yield row["split"], row["id"], row["prompt"]
 
 
 def test_there_is_as_much_as_promised() -> None:
     roles = rows("roles")
-    assert len(roles) == len({row["role"] for row in roles}) == 275
+    assert len(roles) == len({row["role"] for row in roles}) == 341
     assert all(len(set(row["prompts"])) == 5 and all(prompt.strip() for prompt in row["prompts"]) for row in roles)
     questions = [row["question"] for row in rows("questions")]
-    assert len(questions) == len(set(questions)) == 240
+    assert len(questions) == len(set(questions)) == 300
     assert len(set(data.default_prompts())) == 5 and data.default_prompts()[0] == ""
     talks = rows("drift_conversations")
-    assert len(talks) >= 40 and len({talk["domain"] for talk in talks}) == 4
+    assert len(talks) == 64 and len({talk["domain"] for talk in talks}) == 4
     assert all(len(talk["turns"]) == 8 and all(turn.strip() for turn in talk["turns"]) for talk in talks)
 
 
@@ -62,25 +77,57 @@ def test_drift_prompts_are_of_known_roles_and_their_split() -> None:
     for row in prompts:
         assert row["split"] == roles[row["role"]]["split"], row["id"]
         assert 0 <= row["prompt_index"] < 5
-    loaded = data.drift_prompts("train") + data.drift_prompts("held_out")
+    loaded = data.drift_prompts("train") + data.drift_prompts("dev")
     assert len(loaded) == 300 and all(prompt.system in roles[prompt.role]["prompts"] for prompt in loaded)
 
 
-@pytest.mark.parametrize("name", ["roles", "questions", "drift_prompts", "drift_conversations", "benign"])
-def test_both_splits_are_filled_and_nothing_is_in_both(name: str) -> None:
+@pytest.mark.parametrize("name", COUNTS)
+def test_each_split_has_its_rows_and_no_row_is_in_two(name: str) -> None:
     found = rows(name)
     key = "role" if name == "roles" else "id"
     assert max(Counter(row[key] for row in found).values()) == 1
-    assert {row["split"] for row in found} == set(SPLITS)
+    counted = Counter(row["split"] for row in found)
+    assert tuple(counted[split] for split in SPLITS) == COUNTS[name] and set(counted) <= set(SPLITS)
 
 
-def test_no_sentence_is_in_both_splits() -> None:
+def evaluated(**section: Any) -> EvalSection:
+    """The eval section of a recipe that only evaluates; RecipeError where it asks for too much."""
+    return recipe_of({"model": {"name": "m"}, "eval": {"tuned": "t", **section}}, "of a test").recipe.eval
+
+
+def test_the_defaults_can_be_asked_of_either_split_and_are_all_roles_of_the_test_split() -> None:
+    assert EvalSection().split == "dev" and EvalSection().roles == len(data.roles("test"))
+    assert [evaluated(split=split).split for split in ("dev", "test")] == ["dev", "test"]
+
+
+@pytest.mark.parametrize(
+    ("key", "of_dev", "of_test"),
+    [
+        ("roles", 69, 66),
+        ("questions", 80, 60),
+        ("conversations", 16, 16),
+        ("benign", 48, 58),
+        ("susceptibility_roles", 69, 66),
+        ("simulated_users", 240, 64),
+    ],
+)
+def test_a_split_gives_all_that_it_has_and_no_more(key: str, of_dev: int, of_test: int) -> None:
+    user = {"user": {"model": "m"}} if key == "simulated_users" else {}
+    for split, count in (("dev", of_dev), ("test", of_test)):
+        assert getattr(evaluated(split=split, **{key: count}, **user), key) == count
+        with pytest.raises(RecipeError, match=f"{count + 1} {split} .*; there are {count}\\b") as caught:
+            evaluated(split=split, **{key: count + 1}, **user)
+        assert f"eval.{key}" in str(caught.value)
+
+
+def test_no_sentence_is_in_two_splits() -> None:
     where: dict[str, dict[str, set[str]]] = {split: {} for split in SPLITS}
     for split, place, text in all_texts():
         for sentence in sentences(text):
             where[split].setdefault(sentence, set()).add(place)
-    both = {s: (where["train"][s], where["held_out"][s]) for s in where["train"].keys() & where["held_out"].keys()}
-    assert not both, f"{len(both)} sentences in both splits: {both}"
+    for one, other in itertools.combinations(SPLITS, 2):
+        both = {s: (where[one][s], where[other][s]) for s in where[one].keys() & where[other].keys()}
+        assert not both, f"{len(both)} sentences in {one} and {other}: {both}"
     assert all(len(where[split]) > 300 for split in SPLITS)
 
 

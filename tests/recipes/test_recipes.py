@@ -170,7 +170,7 @@ SCHEMA_FAULTS = {
     "data.drift_file": ("data: {drift_file: nowhere.jsonl}", "no such file", "relative to the recipe"),
     "method.regenerate_every": ("method: {rollouts: stored, regenerate_every: 5}", "no effect", "on_the_fly"),
     "data.drift_prompts": ("data: {drift_prompts: 0}", "nothing to train on", "data.drift_prompts=220"),
-    "eval.conversations": ("eval: {conversations: 999}", "999 held-out conversations", "at most 16"),
+    "eval.conversations": ("eval: {conversations: 999}", "999 dev conversations", "at most 16"),
     "method.benign_kl_weight": ("data: {benign_share: 0}\nmethod: {benign_kl_weight: 2.0}", "no effect", "above 0"),
 }
 

@@ -55,7 +55,7 @@ def test_every_training_prompt_has_a_written_answer() -> None:
     pairs = data.benign_answers()
     assert len({prompt for prompt, _ in pairs}) == len(pairs) == len(data.benign_prompts("train"))
     assert all(answer.strip() == answer and answer for _, answer in pairs)
-    assert not {prompt for prompt, _ in pairs} & set(data.benign_prompts("held_out"))
+    assert not {prompt for prompt, _ in pairs} & set(data.benign_prompts("dev") + data.benign_prompts("test"))
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +121,7 @@ def test_rows_of_personas_and_of_files(folder: Path, tmp_path: Path) -> None:
     whole = {"prompt": [user], "completion": ANSWER, "ended": True}
     assert rows_of(run, mine) == [whole] * 4 + [{**whole, "ended": False}], "an answer that was cut has no end to learn"
     run.rollouts_path.parent.mkdir()
-    names = [data.roles("train")[0].name, "default", data.roles("held_out")[0].name]
+    names = [data.roles("train")[0].name, "default", data.roles("dev")[0].name]
     write_jsonl(run.rollouts_path, [
         {"role": names[i % 3], "prompt": [{"role": "user", "content": str(i)}], "completion": ANSWER, "ended": False}
         for i in range(30)

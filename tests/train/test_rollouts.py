@@ -26,6 +26,7 @@ from trimtab.axis.files import read_jsonl, write_jsonl
 from trimtab.axis.sampling import SamplingOptions, sample_batch
 from trimtab.pipeline.run import open_run
 from trimtab.recipes import data
+from trimtab.recipes.data import Split
 from trimtab.recipes.loader import load_recipe
 from trimtab.recipes.sections import DataSection
 from trimtab.train.rollouts import (
@@ -539,20 +540,21 @@ def test_prompts_are_held_against_the_longest_row_beforehand(
 
 # ---- sources ----
 
+OTHERS: tuple[Split, Split] = ("dev", "test")
+
 
 def test_sources_are_of_the_train_split_alone() -> None:
     section = DataSection(drift_prompts=30, role_questions=2, conversation_turns=3)
     drift, benign = drift_sources(section), benign_sources(section)
     assert len({prompt.id for prompt in drift}) == len(drift) and {p.kind for p in drift} == {"drift"}
-    held_out = {c.id for c in data.conversations("held_out")} | {
-        f"prompt/{d.id}" for d in data.drift_prompts("held_out")
-    }
-    assert not held_out & {prompt.id.rsplit("/", 1)[0] for prompt in drift} and not held_out & {p.id for p in drift}
-    held_roles = {role.name for role in data.roles("held_out")}
-    assert not held_roles & {prompt.source for prompt in drift}
+    for split in OTHERS:
+        others = {c.id for c in data.conversations(split)} | {f"prompt/{d.id}" for d in data.drift_prompts(split)}
+        assert not others & {prompt.id.rsplit("/", 1)[0] for prompt in drift} and not others & {p.id for p in drift}
+        roles = {role.name for role in data.roles(split)}
+        assert roles and not roles & {prompt.source for prompt in drift}
+        requests = {*data.benign_prompts(split), *data.questions(split)}
+        assert requests and not requests & {prompt.turns[0] for prompt in benign}
     assert Counter(len(prompt.turns) for prompt in drift)[3] == len(data.conversations("train"))
-    held_benign = {*data.benign_prompts("held_out"), *data.questions("held_out")}
-    assert benign and not held_benign & {prompt.turns[0] for prompt in benign}
     assert {prompt.system for prompt in benign} == set(data.default_prompts())
 
 

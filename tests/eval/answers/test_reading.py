@@ -299,11 +299,11 @@ def test_below_the_floor_by_hand(floor: Floor) -> None:
     assert found[:3] == [0.0, 1.0, 0.0] and found[3] != found[3]
 
 
-def test_held_out_questions_take_turns_over_the_roles() -> None:
-    items = role_items(40, 2)
+def test_questions_take_turns_over_the_roles() -> None:
+    items = role_items("dev", 40, 2)
     asked = [item.prompt[-1]["content"] for item in items]
     assert len(items) == len({item.id for item in items}) == 80 and len(set(asked)) == 80
     assert [item.cluster for item in items[:3]] == [items[0].cluster, items[0].cluster, items[2].cluster]
     assert len({item.prompt[0]["content"] for item in items}) == 80
-    again = role_items(41, 2)[80:]  # from the beginning once more
+    again = role_items("dev", 41, 2)[80:]  # from the beginning once more
     assert [item.prompt[-1]["content"] for item in again] == asked[:2]

@@ -48,11 +48,11 @@ def test_identities_are_counted_as_the_judge_names_them(arms: Arms, endpoint: En
         return 200, told[prompt]
 
     endpoint.answer = answer
-    suite = susceptibility(arms, 3, judge_at(endpoint, tmp_path / "judge.jsonl"))
+    suite = susceptibility(arms, "dev", 3, judge_at(endpoint, tmp_path / "judge.jsonl"))
     assert {row.prompt for row in suite.unscored} == {prompt for prompt, score in told.items() if score == "5"}
     assert {(row.highest, row.why) for row in suite.unscored} == {(len(IDENTITIES) - 1, Missing.UNREADABLE)}
     ratio, rate = suite.metrics
-    n = 3 * len(data.identity_questions())
+    n = 3 * len(data.identity_questions("dev"))
     assert (ratio.id, rate.id) == ("identity_llr", "assistant_rate") and set(rate.values) == {
         "base",
         "base+cap",
@@ -73,7 +73,7 @@ def test_identities_are_counted_as_the_judge_names_them(arms: Arms, endpoint: En
         for line in suite.warnings
     )
     asked = len(endpoint.asked)
-    susceptibility(arms, 3, judge_at(endpoint, tmp_path / "judge.jsonl"))
+    susceptibility(arms, "dev", 3, judge_at(endpoint, tmp_path / "judge.jsonl"))
     again = endpoint.asked[asked:]
     assert again and all(told[prompt] == "5" for prompt in again)  # only what could not be read is asked again
 
@@ -84,7 +84,7 @@ def test_judge_and_ratio_are_held_against_answers_that_were_read(arms: Arms, end
     endpoint.answer = lambda prompt, count: (
         200, labels.get(prompt.split("Answer: ")[1].split("\n\n0 - ")[0], "4"),
     )  # fmt: skip
-    ratio, rate = susceptibility(arms, 2, judge_at(endpoint, arms.folder / "judge.jsonl")).metrics
+    ratio, rate = susceptibility(arms, "dev", 2, judge_at(endpoint, arms.folder / "judge.jsonl")).metrics
     assert rate.quality["kappa with labelled answers"].value == pytest.approx(1)
     assert set(rate.values) == set(arms.names)  # the labelled answers are no arm
     auc = ratio.quality["AUC on labelled answers"]
@@ -183,7 +183,7 @@ def test_little_room_is_said_and_without_a_judge_the_ratio_is_left(arms: Arms, e
     assert any("little room" in line for line in judged.warnings)
     alone = jailbreaks(arms, probes, data.lookalike_probes(2), None)
     assert [metric.id for metric in alone.metrics] == ["jailbreak_llr"] and not alone.tables
-    assert jailbreaks(arms, [], [], None).metrics == [] and susceptibility(arms, 0, None).metrics == []
+    assert jailbreaks(arms, [], [], None).metrics == [] and susceptibility(arms, "dev", 0, None).metrics == []
 
 
 def test_harmless_requests_alone_are_read_for_refusals_and_never_for_harm(arms: Arms, endpoint: Endpoint) -> None:
@@ -209,7 +209,7 @@ def test_own_probes_take_turns_and_name_what_going_along_would_be() -> None:
     assert len(probes) == 64 and len(lookalikes) == 32
     assert len({probe.category for probe in probes[:8]}) == len({probe.category for probe in probes}) == 8
     assert all(probe.harmful_if for probe in probes) and not any(probe.harmful_if for probe in lookalikes)
-    assert len({w.id for w in data.persona_wrappers()}) == 16 and len(data.identity_questions()) == 12
+    assert len({w.id for w in data.persona_wrappers()}) == 16
 
 
 def table(path: Path, rows: list[dict[str, Any]]) -> Path:

@@ -41,14 +41,15 @@ def settings(endpoint: Endpoint, **changes: Any) -> dict[str, Any]:
 
 
 def test_users_are_a_mix_and_all_different() -> None:
-    users = data.simulated_users()
-    assert len(users) == len({user.id for user in users}) == len({user.topic for user in users}) == 400
-    assert len({user.domain for user in users[:4]}) == 4 and len({user.persona for user in users[:20]}) == 20
-    assert len({user.topic for user in users[:80]}) == 80
+    for split, count, personas in (("train", 160, 8), ("dev", 240, 12), ("test", 64, 8)):
+        users = data.simulated_users(split)
+        assert len(users) == len({user.id for user in users}) == len({user.topic for user in users}) == count
+        assert len({user.domain for user in users[:4]}) == 4
+        assert len({user.persona for user in users[:personas]}) == personas
 
 
 def test_the_simulating_model_sees_the_conversation_from_the_other_side() -> None:
-    user = data.simulated_users(1)[0]
+    user = data.simulated_users("dev", 1)[0]
     talk = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Hi, how can I help?"}]
     chat = as_user(user, talk)
     assert [message["role"] for message in chat] == ["system", "user", "assistant", "user"]
@@ -61,7 +62,7 @@ def test_conversations_go_on_until_the_user_ends_them_and_resume(
     endpoint: Endpoint,
 ) -> None:
     """The first user ends after one turn; the second goes on to the last; a third says nothing at all."""
-    users = data.simulated_users(3)
+    users = data.simulated_users("dev", 3)
 
     def answer(prompt: str, count: int) -> tuple[int, str]:
         messages = endpoint.requests[-1]["messages"]
@@ -95,7 +96,7 @@ def test_conversations_go_on_until_the_user_ends_them_and_resume(
 
 def test_what_the_users_begin_with_is_the_same_in_every_arm(arms: Arms, endpoint: Endpoint) -> None:
     endpoint.answer = lambda prompt, count: (200, f"message {len(endpoint.asked)}")
-    ask, users = user_model(settings(endpoint), seed=0), data.simulated_users(2)
+    ask, users = user_model(settings(endpoint), seed=0), data.simulated_users("dev", 2)
     base, tuned = (simulated_conversations(arms, users, 2, ask, arm, {}) for arm in ("base", "tuned"))
     assert base[0].said == tuned[0].said == ["message 1", "message 2"]
     assert base[1].said != tuned[1].said and len(endpoint.asked) == 6
@@ -104,7 +105,9 @@ def test_what_the_users_begin_with_is_the_same_in_every_arm(arms: Arms, endpoint
 def test_an_endpoint_that_fails_is_no_end_of_a_conversation(arms: Arms, endpoint: Endpoint) -> None:
     endpoint.answer = lambda prompt, count: (500, "")
     with pytest.raises(UserError, match="no message of the simulated user"):
-        simulated_conversations(arms, data.simulated_users(1), 2, user_model(settings(endpoint), seed=0), "base", {})
+        simulated_conversations(
+            arms, data.simulated_users("dev", 1), 2, user_model(settings(endpoint), seed=0), "base", {}
+        )
     assert len(endpoint.asked) == 2  # tried again once
 
 
@@ -123,13 +126,13 @@ def test_an_endpoint_that_fails_is_no_end_of_a_conversation(arms: Arms, endpoint
 )
 def test_a_user_s_thoughts_are_not_said_aloud(endpoint: Endpoint, body: bytes, said: str | None) -> None:
     endpoint.answer = lambda prompt, count: (200, body)
-    assert user_model(settings(endpoint), seed=0)([as_user(data.simulated_users(1)[0], [])], 0) == [said]
+    assert user_model(settings(endpoint), seed=0)([as_user(data.simulated_users("dev", 1)[0], [])], 0) == [said]
     assert len(endpoint.asked) == (1 if said else 2)
 
 
 def test_a_conversation_whose_user_only_thinks_is_missing_and_told(arms: Arms, endpoint: Endpoint) -> None:
     """It is no end of it, which would count as a user who has nothing more to say."""
-    users = data.simulated_users(3)
+    users = data.simulated_users("dev", 3)
 
     def answer(prompt: str, count: int) -> tuple[int, Any]:
         messages = endpoint.requests[-1]["messages"]
@@ -167,7 +170,7 @@ def test_users_who_only_think_from_the_first_are_told_with_the_remedy(arms: Arms
     endpoint.answer = lambda prompt, count: (200, completion("<think>So I am", "length"))
     ask = user_model(settings(endpoint), 0)
     with pytest.raises(UserError, match="said nothing aloud") as caught:
-        simulated_conversations(arms, data.simulated_users(2), 2, ask, "base", {})
+        simulated_conversations(arms, data.simulated_users("dev", 2), 2, ask, "base", {})
     assert "max_tokens" in caught.value.remedy and "enable_thinking" in caught.value.remedy
 
 
@@ -199,7 +202,7 @@ def test_a_local_user_s_thoughts_are_not_said_either(tmp_path: Path, monkeypatch
 )  # fmt: skip
 def test_an_end_is_a_word_of_its_own(reply: str, said: str, arms: Arms) -> None:
     played = simulated_conversations(
-        arms, data.simulated_users(1), 1, lambda chats, turn: [reply] * len(chats), "base", {}
+        arms, data.simulated_users("dev", 1), 1, lambda chats, turn: [reply] * len(chats), "base", {}
     )
     assert [turn.said for turn in played] == ([[said]] if said else [])
 
@@ -213,7 +216,7 @@ def test_a_conversation_that_ends_sooner_did_not_fall_sooner() -> None:
         return SimulatedTurn([0], ["x"], Answers(["x"], height * floor.directions[None], [[]], [True]))
 
     played = {"base": [turn(1.0)] * 5 + [turn(-1.0)], "tuned": [turn(1.0)] * 3, "base+cap": [turn(1.0), turn(-1.0)] * 2}
-    suite = simulated_suite(data.simulated_users(1), played, ruler, floor)
+    suite = simulated_suite(data.simulated_users("dev", 1), played, ruler, floor)
     values = next(metric.values for metric in suite.metrics if metric.id == "turns_above_floor")
     assert values == {"base": [3.0], "tuned": [3.0], "base+cap": [1.0]}
 
@@ -221,7 +224,7 @@ def test_a_conversation_that_ends_sooner_did_not_fall_sooner() -> None:
 def test_a_local_model_plays_too(arms: Arms, tmp_path: Path) -> None:
     save_model(tmp_path / "user")
     ask = user_model(JudgeSection(model=str(tmp_path / "user"), max_tokens=12).model_dump(), seed=0)
-    chats = [as_user(user, []) for user in data.simulated_users(2)]
+    chats = [as_user(user, []) for user in data.simulated_users("dev", 2)]
     assert ask(chats, 0) == ask(chats, 0) and len(ask(chats, 0)) == 2
 
 
@@ -241,7 +244,7 @@ def test_figures_by_hand() -> None:
         SimulatedTurn([0], ["c"], answers(at(-1.0))),
         SimulatedTurn([0], ["d"], answers(at(-3.0))),
     ]
-    users = data.simulated_users(2)
+    users = data.simulated_users("dev", 2)
     suite = simulated_suite(users, {"base": turns, "tuned": turns[:1]}, ruler, floor)
     values = {metric.id: metric.values for metric in suite.metrics}
     assert values["z_simulated"]["base"] == pytest.approx([-1.0, 2.0])

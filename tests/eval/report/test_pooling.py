@@ -141,6 +141,21 @@ def test_answers_of_two_judges_have_no_gap() -> None:
     assert any("harmful_rate of b" in line and "judge" in line for line in standing.left_out)
 
 
+def test_figures_of_two_splits_have_no_gap() -> None:
+    """Benign requests and neutral prompts are numbered, so that those of another split have the same names."""
+
+    def of(split: str | None) -> Report:
+        one = report(by_cluster(1, 0.9), recipe=str(split))
+        resolved = {**one.repeat["resolved"], "eval": {"split": split} if split else {}}
+        return one.model_copy(update={"repeat": {**one.repeat, "resolved": resolved}})
+
+    standing = stand({"a": of("dev"), "b": of("test"), "c": of(None)}, samples=100, seed=0)
+    effect = report(by_cluster(1, 0.9)).side_effects[0].id
+    for row in (standing.metrics["text_llr"], standing.effects[effect]):
+        assert row["b"].gap is None and row["c"].gap is not None  # a report of before is of what is dev now
+    assert any("text_llr of b" in line and "split" in line for line in standing.left_out)
+
+
 def test_the_gap_is_paired_by_role() -> None:
     """What roles differ by falls out of the difference: the gap is far surer than either retention by itself."""
     reports = {
