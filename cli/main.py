@@ -132,6 +132,13 @@ def build_parser() -> argparse.ArgumentParser:
             "runs/smollm2-135m-demo\n  trimtab chat --base smollm2-135m --tuned path/to/adapter --floor floor.safetensors",
         )
     )
+    _add_reading(
+        add(
+            "read",
+            "blind reading: sheets of answers for people or large models, and what their labels say",
+            "runs/mine --sheet blind.csv\n  trimtab read runs/mine --labels ann.csv ben.csv --key blind.csv.key.json",
+        )
+    )
     fetch = add("fetch", "convert an embedded model once, so that later commands need no network", "smollm2-135m")
     fetch.add_argument("name", help="embedded model")
     return parser
@@ -176,6 +183,22 @@ def _add_chat(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", metavar="H", default="127.0.0.1", help=host)
     parser.add_argument("--port", metavar="P", type=_positive, help="port (default: the first free one from 7860 on)")
     parser.add_argument("--no-browser", action="store_true", help="do not open the page in the browser")
+
+
+def _add_reading(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders, or their report.json")
+    group = parser.add_argument_group("write a sheet, in random order, without arms, runs and system prompts")
+    group.add_argument(
+        "--sheet", type=Path, metavar="FILE", help="CSV, or JSON Lines; FILE.key.json and FILE.rubric.md come beside it"
+    )
+    group.add_argument("--per-arm", type=_positive, metavar="N", help="answers of each arm of each run (default: 80)")
+    suite = "what they answered: roles, conversations, default, benign, benign_systems (default: roles)"
+    group.add_argument("--suite", metavar="S", help=suite)
+    group.add_argument("--seed", type=int, metavar="N", help="of the draw and the order (default: 0)")
+    group = parser.add_argument_group("take labels back")
+    group.add_argument("--labels", nargs="+", type=Path, metavar="FILE", help="labelled sheets, one a reader")
+    group.add_argument("--key", type=Path, metavar="FILE.key.json", help="the sheet's key")
+    group.add_argument("--json", type=Path, metavar="FILE", help="also write everything")
 
 
 def _add_template(parser: Any) -> None:
@@ -287,6 +310,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "merge": _merge,
         "project": _project,
         "chat": _chat,
+        "read": _read,
         "fetch": _fetch,
     }
     try:
@@ -637,6 +661,21 @@ def _chat(arguments: argparse.Namespace) -> None:
         host=arguments.host,
         port=arguments.port,
         browser=not arguments.no_browser,
+    )
+
+
+def _read(arguments: argparse.Namespace) -> None:
+    from trimtab.cli.read import read_command
+
+    read_command(
+        arguments.runs,
+        sheet=arguments.sheet,
+        per_arm=arguments.per_arm,
+        suite=arguments.suite,
+        seed=arguments.seed,
+        labels=arguments.labels,
+        key=arguments.key,
+        json=arguments.json,
     )
 
 

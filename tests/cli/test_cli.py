@@ -70,11 +70,21 @@ def test_version_help_and_examples() -> None:
     assert run("--version").stdout.startswith("trimtab 0.")
     shown = run("--help")
     assert shown.returncode == 0
-    for word in (*STAGES, "run", "recipes", "check", "project", "fetch", "exit codes", "trimtab run smollm2-135m/demo"):
+    for word in (
+        *STAGES,
+        "run",
+        "recipes",
+        "check",
+        "project",
+        "read",
+        "fetch",
+        "exit codes",
+        "trimtab run smollm2-135m/demo",
+    ):
         assert word in shown.stdout
 
 
-@pytest.mark.parametrize("command", [*STAGES, "run", "recipes", "check", "project", "fetch"])
+@pytest.mark.parametrize("command", [*STAGES, "run", "recipes", "check", "project", "read", "fetch"])
 def test_every_command_has_help_with_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         build_parser().parse_args([command, "--help"])
