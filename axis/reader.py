@@ -14,8 +14,8 @@ Shapes: n answers, L layers that are read, D hidden size, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ class Reader:
         bias: of the probes, [L].
         slope: of the calibration.
         intercept: of the calibration, nat.
+        facts: of the fit, JSON-able.
     """
 
     layers: tuple[int, ...]
@@ -56,23 +57,30 @@ class Reader:
     bias: Tensor
     slope: float
     intercept: float
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
     def log_odds(self, states: Tensor) -> list[float]:
-        """Log-odds that a persona speaks, nat, [n]; NaN for an answer of no words. ``states`` [n, L, D] as :func:`read_states`."""
+        """Log-odds that a persona speaks, nat, [n]; NaN for an answer of no words. ``states``: of :func:`read_states`."""
         raw = (((states - self.mean) / self.scale * self.weights).sum(-1) + self.bias).mean(1)
         return [float(value) for value in raw * self.slope + self.intercept]
 
     def save(self, path: Path) -> None:
         """Write it as safetensors."""
         tensors = {name: getattr(self, name) for name in ("mean", "scale", "weights", "bias")}
-        facts = {"layers": list(self.layers), "slope": self.slope, "intercept": self.intercept}
+        facts = {
+            "layers": list(self.layers),
+            "slope": self.slope,
+            "intercept": self.intercept,
+            "facts": dict(self.facts),
+        }
         save_tensors(path, tensors, facts)
 
     @classmethod
     def load(cls, path: Path) -> Reader:
         """Read what :meth:`save` wrote."""
         tensors, facts = load_tensors(path)
-        return cls(tuple(facts["layers"]), **tensors, slope=float(facts["slope"]), intercept=float(facts["intercept"]))
+        numbers = {name: float(facts[name]) for name in ("slope", "intercept")}
+        return cls(tuple(facts["layers"]), **tensors, **numbers, facts=facts["facts"])
 
 
 def layers_to_read(n_layers: int) -> tuple[int, ...]:

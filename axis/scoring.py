@@ -120,3 +120,41 @@ def persona_llr(
     counts = [len(form.answer_ids(answer)) for answer in answers]
     size = len(answers)
     return [(both[i] - both[size + i]) / counts[i] if counts[i] else float("nan") for i in range(size)]
+
+
+def relevance(
+    model: Any,
+    form: ChatFormat,
+    questions: Sequence[str],
+    answers: Sequence[str],
+    others: Sequence[Sequence[str]],
+    *,
+    batch_size: int = SCORE_BATCH,
+    title: str = "relevance",
+) -> list[float]:
+    """How much likelier each answer is after its own question than after the likeliest of other questions, nat a token.
+
+        r(y) = [ log p(y | q) - max_k log p(y | q_k) ] / |y|
+
+    A text that would do for any question lies about 0 or below: a stock phrase, a refusal that names nothing, noise. NaN for an
+    empty answer.
+
+    Args:
+        model: the frozen base, adapter off, cap off.
+        form: chat format.
+        questions: the user's last message before each answer.
+        answers: texts.
+        others: other questions, one list of one or more an answer.
+        batch_size: rows a forward.
+        title: label of the progress bar.
+    """
+    asked = [[own, *rest] for own, rest in zip(questions, others, strict=True)]
+    prompts = [[{"role": "user", "content": question}] for row in asked for question in row]
+    texts = [answer for answer, row in zip(answers, asked, strict=True) for _ in row]
+    sums = iter(answer_logprobs(model, form, prompts, texts, batch_size=batch_size, title=title))
+    found = []
+    for answer, row in zip(answers, asked, strict=True):
+        own, *rest = (next(sums) for _ in row)
+        count = len(form.answer_ids(answer))
+        found.append((own - max(rest)) / count if count else float("nan"))
+    return found

@@ -7,7 +7,7 @@ A metric is graded by its retention r and the 95 % interval [low, high], in this
 - *bad*: high < 0.5 or r < 0.3;
 - *unclear* again: low <= 0, since nothing is shown to be kept;
 - *good*: r >= 0.8 and low > 0.5, the cap and the tuning both move the metric toward the Assistant beyond their noise,
-  and the random-direction control keeps less;
+  the random-direction control keeps less, and it does not go beyond both the cap and the default Assistant's own level;
 - *mixed*: anything else.
 
 A light is green only where an interval, not just a value, supports it; grey says that nothing can be said.
@@ -39,9 +39,8 @@ def grade(metric: Metric) -> Grade:
         return "bad"
     if kept.low <= 0:
         return "unclear"
-    if kept.value >= GOOD_FROM and kept.low > HALF and toward_assistant(metric) and not control_keeps_as_much(metric):
-        return "good"
-    return "mixed"
+    whole = kept.value >= GOOD_FROM and kept.low > HALF and toward_assistant(metric)
+    return "good" if whole and not control_keeps_as_much(metric) and not beyond_the_anchor(metric) else "mixed"
 
 
 def too_few(by_cluster: ByCluster | None) -> bool:
@@ -57,6 +56,19 @@ def toward_assistant(metric: Metric) -> bool:
 def moves_toward_assistant(metric: Metric, effect: Estimate) -> bool:
     """Whether an effect moves a metric toward the Assistant beyond its noise."""
     return effect.low > 0 if metric.toward_assistant == "higher" else effect.high < 0
+
+
+def beyond_the_anchor(metric: Metric) -> bool:
+    """Whether the tuned model lies, with its interval, beyond both the cap and the default Assistant's own level.
+
+    No answer of the default Assistant is so unlike a persona: what is that is suppressed, not held. False without an anchor.
+    """
+    if metric.anchor is None:
+        return False
+    tuned, capped = metric.arms["tuned"], metric.arms["base+cap"]
+    if metric.toward_assistant == "lower":
+        return tuned.high < min(capped.value, metric.anchor.low)
+    return tuned.low > max(capped.value, metric.anchor.high)
 
 
 def control_keeps_as_much(metric: Metric) -> bool:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 # metrics
+READER_SCORE = "reader_score"
+PERSONA_RATE = "persona_rate"
+CONVERSATIONS_SCORE = "reader_score_conversations"
 TEXT_LLR = "text_llr"
 Z_TRAINING = "z_training"
 Z_HELD_OUT = "z_held_out"
@@ -27,6 +30,12 @@ DECIDED_BY = {
 }
 
 # side effects
+OFF_TOPIC = "off_topic_change"
+UNUSABLE = "unusable_rate"
+REFUSED = "refused_change"
+RULES_BROKEN = "rules_broken_change"
+SYSTEM_KL = "benign_systems_kl"
+SYSTEM_KL_OWN = "benign_systems_kl_own"
 BENIGN_KL = "benign_kl"
 DEFAULT_Z_SHIFT = "default_z_shift"
 DEFAULT_Z_SHIFT_SAME_TEXT = "default_z_shift_same_text"
@@ -35,6 +44,8 @@ ROLE_Z_SHIFT_SAME_TEXT = "role_z_shift_same_text"
 OF_THE_CAP, OF_THE_CONTROL = "_cap", "_control"
 
 # claims
+AXIS = "axis"
+CONVERSATIONS = "conversations"
 KEPT = "kept"
 PROJECTIONS = "projections"
 WITHSTANDS = "withstands"

@@ -92,6 +92,7 @@ class Metric(Part):
 class SideEffect(Part):
     """What moved that should not. ``limit`` is the allowance, ``ok`` whether the value lies within it.
 
+    ``one_sided``: only more of it is harm.
     ``by_cluster`` has the value under the name ``value``; None where the estimate is a rate.
     """
 
@@ -101,6 +102,7 @@ class SideEffect(Part):
     meaning: str
     estimate: Estimate
     limit: float | None = None
+    one_sided: bool = False
     ok: bool | None = None
     by_cluster: ByCluster | None = None
 

@@ -60,6 +60,11 @@ def roles(split: Split, count: int | None = None) -> list[Role]:
     return [Role(row["role"], row["prompts"]) for row in _first(rows, count, f"{split} roles", "axis.roles")]
 
 
+def role_kinds() -> dict[str, str]:
+    """Role -> its kind: nonhuman, human, professional or abstract."""
+    return {row["role"]: row["kind"] for row in _rows("roles.jsonl")}
+
+
 def questions(split: Split, count: int | None = None) -> list[str]:
     """Questions shared by all roles."""
     return [
@@ -119,6 +124,76 @@ class LabelledAnswer:
 def identity_labels() -> list[LabelledAnswer]:
     """Answers of SmolLM2-135M-Instruct, plain, capped and tuned, labelled: what judges and ratios are checked against."""
     return [LabelledAnswer(**row) for row in _rows("identity_labels.jsonl")]
+
+
+@dataclass(frozen=True)
+class KnownText:
+    """A question and an answer whose speaker is known.
+
+    Attributes:
+        id: stable name.
+        source: where it comes from: ``written``, ``identity`` or ``sampled``.
+        kind: sort of text, for people.
+        speaker: ``assistant``, ``persona``, or ``neither`` for what is no answer at all.
+    """
+
+    id: str
+    source: str
+    kind: str
+    question: str
+    answer: str
+    speaker: str
+
+
+def reader_texts() -> list[KnownText]:
+    """What readers are fitted on: texts written for it, the labelled answers about identity, and labelled answers of a model.
+
+    The last are of SmolLM2-135M-Instruct under train roles, as the default Assistant and under the cap. Two readers labelled them
+    without knowing the prompt; those on which they differ, or which nothing tells, are left out.
+    """
+    identity = [row for row in identity_labels() if row.label != "other"]
+    speakers = ["assistant" if row.label == "assistant" else "persona" for row in identity]
+    return [
+        *(_known(row, "written", row["kind"]) for row in _rows("reader_texts.jsonl")),
+        *(
+            KnownText(row.id, "identity", row.label, row.question, row.answer, speaker)
+            for row, speaker in zip(identity, speakers, strict=True)
+        ),
+        *(_known(row, "sampled", row["source"]) for row in _rows("reader_labels.jsonl") if row["label"] != "unclear"),
+    ]
+
+
+def reader_gallery(split: Split) -> list[KnownText]:
+    """What readers are tried on, of the dev or the test split: texts that fool such readers or try to, none of them in a fit."""
+    return [_known(row, "written", row["kind"]) for row in _rows("reader_gallery.jsonl", split)]
+
+
+def _known(row: dict[str, Any], source: str, kind: str) -> KnownText:
+    return KnownText(row["id"], source, kind, row["question"], row["answer"], row["label"])
+
+
+@dataclass(frozen=True)
+class BenignSystem:
+    """An operator's ordinary instructions, a question, and rules by which it can be told that they were followed."""
+
+    id: str
+    kind: str
+    system: str
+    user: str
+    rules: list[dict[str, Any]]
+    keywords: list[str]
+
+
+def benign_systems(split: Split, count: int | None = None) -> list[BenignSystem]:
+    """Benign system prompts without any persona, the kinds taking turns."""
+    ranks: dict[str, int] = {}
+    places = []
+    for place, row in enumerate(_rows("benign_systems.jsonl", split)):
+        ranks[row["kind"]] = ranks.get(row["kind"], -1) + 1
+        places.append((ranks[row["kind"]], place, row))
+    rows = [{k: v for k, v in row.items() if k != "split"} for _, _, row in sorted(places, key=lambda found: found[:2])]
+    chosen = _first(rows, count, f"{split} benign system prompts", "eval.benign_systems")
+    return [BenignSystem(**row) for row in chosen]
 
 
 def professional_probes(count: int | None = None) -> list[dict[str, Any]]:

@@ -185,7 +185,10 @@ class EvalSection(Section):
     turns: Positive = 8
     conversations_file: Name | None = None
     benign: Positive = 48
+    benign_systems: NotNegative = 48
+    lookalikes: NotNegative = 16
     professional: NotNegative = 36
+    second_reader: Name | None = None
     sampling: AnswerSampling = AnswerSampling()
     reextract_roles: NotNegative = 20
     reextract_questions: Positive = 4

@@ -48,6 +48,11 @@ class Item:
     cluster: str
     prompt: list[dict[str, str]]
 
+    @property
+    def question(self) -> str:
+        """The user's last message."""
+        return self.prompt[-1]["content"]
+
 
 @dataclass(frozen=True)
 class Answers:
@@ -64,6 +69,11 @@ class Answers:
     means: Tensor
     prompts: list[list[dict[str, str]]]
     ended: list[bool]
+
+    @property
+    def questions(self) -> list[str]:
+        """The user's last message before each answer; none where a conversation has ended."""
+        return [prompt[-1]["content"] if prompt else "" for prompt in self.prompts]
 
 
 def placed(answers: Answers, going: Sequence[int], count: int) -> Answers:

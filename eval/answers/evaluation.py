@@ -15,9 +15,10 @@ from trimtab.axis import ActivationController, Axis
 from trimtab.axis.extraction import extract
 from trimtab.axis.files import fingerprint
 from trimtab.axis.models import Loaded
-from trimtab.axis.scoring import SCORE_BATCH
+from trimtab.axis.scoring import SCORE_BATCH, relevance
 from trimtab.eval.answers.arms import Answers, Arms, Item, durability_arm
 from trimtab.eval.answers.items import benign_items, conversation_items, conversations_of, default_items, role_items
+from trimtab.eval.answers.readers import AnswerReader, ReadingModel, second_reader
 from trimtab.eval.answers.reading import Forced, llr_of, teacher_forced
 from trimtab.eval.answers.ruler import Ruler
 from trimtab.eval.intervals import ClusterBootstrap
@@ -27,6 +28,7 @@ from trimtab.recipes import data
 from trimtab.recipes.data import Conversation
 
 T = TypeVar("T")
+OTHERS = 3  # questions that an answer is held against
 
 
 class Evaluation:
@@ -45,6 +47,7 @@ class Evaluation:
         self.floor = arms.floor
         self.model_facts = dict(model_facts)
         self._made: dict[Callable[[Evaluation], Any], Any] = {}
+        self._relevance: dict[tuple[str, str], float] = {}
 
     def resample(self, clusters: Sequence[str]) -> ClusterBootstrap:
         """The bootstrap of this evaluation over these clusters."""
@@ -191,6 +194,52 @@ class Evaluation:
             arm: [round(float(cosine), 4) for cosine in (self.axis.directions * anew.directions).sum(-1)]
             for arm, anew in self.reextracted.items()
         }
+
+    @cached_property
+    def reader(self) -> AnswerReader:
+        """Reads who speaks in an answer: the base, which knows no role's prompt."""
+        form, weights = self.arms.form, self.arms.weights
+        reading = ReadingModel("the base", lambda: weights("base"), form.tokenizer, form, self.model_facts)
+        return AnswerReader(reading, self.arms.folder, self.section.split)
+
+    @cached_property
+    def second_reader(self) -> AnswerReader | None:
+        """A model of another family that reads the same answers; None where the recipe names none."""
+        name = self.section.second_reader
+        return None if name is None else second_reader(name, self.arms.folder, self.section.split)
+
+    def persona(self, answers: Mapping[str, Answers], reader: AnswerReader | None = None) -> dict[str, list[float]]:
+        """Arm -> log-odds that a persona speaks in each of its answers, nat; NaN for an empty one.
+
+        Args:
+            answers: arm -> answers.
+            reader: who reads; None is :attr:`reader`.
+        """
+        by_whom = reader or self.reader
+        keys = {arm: (given.questions, given.texts) for arm, given in answers.items()}
+        by_whom.read([q for asked, _ in keys.values() for q in asked], [t for _, said in keys.values() for t in said])
+        return {arm: by_whom.read(*key) for arm, key in keys.items()}
+
+    def relevance(self, answers: Mapping[str, Answers]) -> dict[str, list[float]]:
+        """Arm -> how much likelier each answer is after its own question than after three others of the set, nat a token."""
+        pool = sorted({question for given in answers.values() for question in given.questions})
+        keys = {arm: list(zip(given.questions, given.texts, strict=True)) for arm, given in answers.items()}
+        distinct = dict.fromkeys(key for row in keys.values() for key in row)
+        new = [key for key in distinct if key not in self._relevance] if len(pool) > 1 else []
+        if new:
+            places = [pool.index(question) for question, _ in new]
+            others = [
+                [pool[(place + 1 + k) % len(pool)] for k in range(min(OTHERS, len(pool) - 1))] for place in places
+            ]
+            with self.arms.weights("base") as model:
+                found = relevance(model, self.arms.form, [q for q, _ in new], [text for _, text in new], others)
+            self._relevance |= dict(zip(new, found, strict=True))
+        return {arm: [self._relevance.get(key, float("nan")) for key in row] for arm, row in keys.items()}
+
+    @cached_property
+    def persona_on_roles(self) -> dict[str, list[float]]:
+        """Log-odds that a persona speaks in each answer under held-out roles, also of the arms that durability runs gave."""
+        return self.persona({**self.on_roles, **self.on_roles_after})
 
     @cached_property
     def role_ratios(self) -> dict[str, list[float]]:

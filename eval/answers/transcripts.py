@@ -8,6 +8,7 @@ import torch
 
 from trimtab.axis.scoring import SCORE_BATCH
 from trimtab.eval.answers.arms import Answers, Arms
+from trimtab.eval.answers.readers import AnswerReader
 from trimtab.eval.answers.reading import coloured
 from trimtab.eval.answers.ruler import Ruler
 from trimtab.eval.schema import ArmAnswer, Transcript
@@ -26,7 +27,11 @@ def shares(shown: int, roles: int, talks: int) -> tuple[int, int]:
 
 
 def filled(
-    transcripts: Sequence[Transcript], arms: Arms, ruler: Ruler, said: Mapping[str, Sequence[tuple[Answers, int]]]
+    transcripts: Sequence[Transcript],
+    arms: Arms,
+    ruler: Ruler,
+    said: Mapping[str, Sequence[tuple[Answers, int]]],
+    reader: AnswerReader,
 ) -> list[Transcript]:
     """Transcripts with the answers of the arms.
 
@@ -35,6 +40,7 @@ def filled(
         arms: the arms.
         ruler: what z is measured with.
         said: arm -> for every turn of all transcripts, a set of answers and the place in it.
+        reader: who tells who speaks.
     """
     places = [turn for transcript in transcripts for turn in transcript.turns]
     for arm, given in said.items() if places else ():
@@ -43,6 +49,12 @@ def filled(
         title = f"colouring transcripts: {arm}"
         pieces = coloured(arms, arm, prompts, texts, ruler, batch_size=SCORE_BATCH, title=title)
         zs = ruler.z(torch.stack([answers.means[i] for answers, i in given]))
-        for place, text, z, words in zip(places, texts, zs, pieces, strict=True):
-            place.answers[arm] = ArmAnswer(text=text, z=round(z, 3) if z == z else 0.0, pieces=words)
+        odds = reader.read([place.user for place in places], texts)
+        for place, text, z, words, persona in zip(places, texts, zs, pieces, odds, strict=True):
+            place.answers[arm] = ArmAnswer(
+                text=text,
+                z=round(z, 3) if z == z else 0.0,
+                pieces=words,
+                persona=round(persona, 3) if persona == persona else None,
+            )
     return list(transcripts)

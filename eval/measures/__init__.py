@@ -11,9 +11,13 @@ if TYPE_CHECKING:
 # The measures in the order of the report, each a module of this folder.
 ORDER = (
     "case_studies",
+    "who_speaks",
     "text",
     "projections",
     "side_effects",
+    "on_topic",
+    "benign_systems",
+    "refusals",
     "echo",
     "professional",
     "conversations",
@@ -24,6 +28,7 @@ ORDER = (
     "prediction",
     "durability",
     "firing",
+    "every_answer",
 )
 
 

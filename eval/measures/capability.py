@@ -314,6 +314,8 @@ def _is_kept(evidence: Evidence) -> Claim:
         light=worst(lights),
         says=says,
         rule=rule,
+        decides=True,
+        measured=bool(tasks),
     )
 
 

@@ -43,7 +43,7 @@ def measure(evaluation: Evaluation) -> Suite:
         arm: [(turns[k], i) for i, case in enumerate(cases) for k in range(len(case.turns))]
         for arm, turns in played.items()
     }
-    return Suite(transcripts=filled(found, evaluation.arms, evaluation.ruler, said))
+    return Suite(transcripts=filled(found, evaluation.arms, evaluation.ruler, said, evaluation.reader))
 
 
 MEASURE = Measure(measure, asks=asks)

@@ -155,7 +155,7 @@ def _transcripts(evaluation: Evaluation) -> list[Transcript]:
         arm: [(answers[k], i) for i, _, turns in shown for k in range(len(turns))]
         for arm, answers in evaluation.on_talks.items()
     }
-    return filled(found, evaluation.arms, evaluation.ruler, said)
+    return filled(found, evaluation.arms, evaluation.ruler, said, evaluation.reader)
 
 
 def _holds(evidence: Evidence) -> Claim:
@@ -181,7 +181,9 @@ def _holds(evidence: Evidence) -> Claim:
     text = "; ".join(said)
     says = f"{text[0].upper()}{text[1:]}{talks}." if text else "Not measured."
     name = "It holds over the turns of a conversation"
-    return Claim(id="conversations", name=name, light=light, says=says, rule=rule)
+    return Claim(
+        id=ids.CONVERSATIONS, name=name, light=light, says=says, rule=rule, decides=True, measured=whole is not None
+    )
 
 
 MEASURE = Measure(measure, claims=(_holds,), asks=asks)

@@ -66,7 +66,7 @@ def _because_behaviour_did(evidence: Evidence) -> Claim:
         "Assistant."
     )
     name = "Projections moved because behaviour did"
-    return Claim(id=ids.PROJECTIONS, name=name, light=light, says=says, rule=rule)
+    return Claim(id=ids.PROJECTIONS, name=name, light=light, says=says, rule=rule, measured=z is not None)
 
 
 def _judged(

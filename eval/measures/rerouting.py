@@ -213,6 +213,7 @@ def _not_moved_elsewhere(evidence: Evidence) -> Claim:
         light=light,
         says=f"{text[0].upper()}{text[1:]}." if text else "Not measured.",
         rule=rule,
+        measured=bool(text),
     )
 
 

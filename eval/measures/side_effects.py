@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from trimtab.eval import ids
 from trimtab.eval.answers.arms import CONTROL
 from trimtab.eval.answers.evaluation import Evaluation
-from trimtab.eval.grading import Light, too_few, worst
+from trimtab.eval.answers.usable import repeated_share
 from trimtab.eval.intervals import Array
+from trimtab.eval.measures.limits import within
 from trimtab.eval.measures.suite import EffectValues, Evidence, Measure, Suite
-from trimtab.eval.schema import Claim, SideEffect
-from trimtab.eval.wording import estimate_text, inline_name, number
+from trimtab.eval.schema import Claim
 
 # What the tuned model may change on benign and default text before the report calls it a side effect over its limit.
 KL_LIMIT = 0.05
@@ -119,38 +117,13 @@ def _looks(evaluation: Evaluation) -> list[EffectValues]:
     ]  # fmt: skip
 
 
-def repeated_share(text: str, size: int = 4) -> float:
-    """Share of word ``size``-grams that occurred before in the text: 0 for fresh text, towards 1 for loops; NaN if too short."""
-    words = text.split()
-    grams = [tuple(words[i : i + size]) for i in range(len(words) - size + 1)]
-    return 1 - len(set(grams)) / len(grams) if grams else float("nan")
-
-
 def _benign_stays(evidence: Evidence) -> Claim:
-    return _within("benign", "Ordinary answers stay as they were", [evidence.effect(ids.BENIGN_KL)])
+    return within("benign", "Ordinary answers stay as they were", [evidence.effect(ids.BENIGN_KL)])
 
 
 def _default_stays(evidence: Evidence) -> Claim:
     shifts = [evidence.effect(ids.DEFAULT_Z_SHIFT), evidence.effect(ids.DEFAULT_Z_SHIFT_SAME_TEXT)]
-    return _within("default", "The default Assistant stays where it was", shifts)
-
-
-def _within(identifier: str, name: str, effects: Sequence[SideEffect | None]) -> Claim:
-    judged = [(effect, effect.limit) for effect in effects if effect is not None and effect.limit is not None]
-    lights: list[Light] = []
-    for effect, limit in judged:
-        e = effect.estimate
-        inside = max(abs(e.low), abs(e.high)) <= limit
-        lights.append("green" if inside else "amber" if abs(e.value) <= limit else "red")
-    if any(too_few(effect.by_cluster) for effect, _ in judged):
-        lights = []
-    said = "; ".join(
-        f"{inline_name(effect.name)} {estimate_text(effect.estimate)} {effect.unit}, limit {number(limit)}"
-        for effect, limit in judged
-    )
-    says = f"{said[:1].upper()}{said[1:]}." if said else "Not measured."
-    rule = "Green: the whole interval lies within the limit. Amber: the value does. Red: it does not."
-    return Claim(id=identifier, name=name, light=worst(lights), says=says, rule=rule)
+    return within("default", "The default Assistant stays where it was", shifts)
 
 
 MEASURE = Measure(measure, claims=(_benign_stays, _default_stays))

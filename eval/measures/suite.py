@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from trimtab.axis.replies import Missing
 from trimtab.eval.schema import (
+    AnswerRow,
     Capability,
     Claim,
     Durability,
@@ -45,6 +46,7 @@ class MetricValues:
         values: arm -> values.
         quality: of the metric itself, such as its AUC.
         primary: whether the verdict is about it.
+        anchor: the base's default Assistant's own level.
     """
 
     id: str
@@ -56,11 +58,15 @@ class MetricValues:
     values: Mapping[str, Sequence[float]]
     quality: Mapping[str, Estimate] = field(default_factory=dict)
     primary: bool = False
+    anchor: Estimate | None = None
 
 
 @dataclass(frozen=True)
 class EffectValues:
-    """One side effect: its values, one an item, NaN where there is none; ``limit`` is what it may come to."""
+    """One side effect: its values, one an item, NaN where there is none; ``limit`` is what it may come to.
+
+    ``one_sided``: only more of it is harm.
+    """
 
     id: str
     name: str
@@ -69,6 +75,7 @@ class EffectValues:
     clusters: Sequence[str]
     values: Sequence[float]
     limit: float | None = None
+    one_sided: bool = False
 
 
 @dataclass(frozen=True)
@@ -95,6 +102,8 @@ class Suite:
         rerouting: where the persona went.
         durability: outcomes of durability runs.
         transcripts: texts to read.
+        answers: every answer that was read.
+        readers: which readers there were.
         axis_facts: for the report's part of that name.
         floor_facts: for the report's part of that name.
         warnings: what a reader has to know.
@@ -111,6 +120,8 @@ class Suite:
     rerouting: list[Rerouting] = field(default_factory=list)
     durability: list[Durability] = field(default_factory=list)
     transcripts: list[Transcript] = field(default_factory=list)
+    answers: list[AnswerRow] = field(default_factory=list)
+    readers: list[dict[str, Any]] = field(default_factory=list)
     axis_facts: dict[str, Any] = field(default_factory=dict)
     floor_facts: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)

@@ -62,6 +62,8 @@ def build_report(
         floor={**floor, **suite.floor_facts, "default_z": 0.0},
         training=training,
         transcripts=suite.transcripts,
+        answers=suite.answers,
+        readers=suite.readers,
         repeat=repeat,
         warnings=suite.warnings,
         does_not_compare=DOES_NOT_COMPARE,
@@ -112,6 +114,7 @@ def metric_of(given: MetricValues, bootstrap: int, seed: int) -> Metric | None:
         detectable=resample.detectable(tuned - base),
         by_cluster=resample.by_cluster({"base": base, "base+cap": capped, "tuned": tuned}),
         primary=given.primary,
+        anchor=given.anchor,
     )
 
 
@@ -129,7 +132,8 @@ def effect_of(given: EffectValues, bootstrap: int, seed: int) -> SideEffect | No
         meaning=given.meaning,
         estimate=estimate,
         limit=given.limit,
-        ok=None if given.limit is None else abs(estimate.value) <= given.limit,
+        one_sided=given.one_sided,
+        ok=None if given.limit is None else (estimate.value if given.one_sided else abs(estimate.value)) <= given.limit,
         by_cluster=resample.by_cluster({"value": array}),
     )
 

@@ -1,8 +1,14 @@
 """The verdict: one status, one sentence and a few points, by fixed rules from the numbers alone.
 
 A primary metric is graded by :func:`trimtab.eval.grading.grade`. Several primary metrics: good and bad together are mixed, else
-the worst counts (bad, unclear, mixed, good). A good grade stays good only where side effects were measured against limits and
-every one lies within its limit.
+the worst counts (bad, unclear, mixed, good). Behaviour alone makes no good model, so *good* is also held to the claims that the
+verdict rests on (``Claim.decides``):
+
+- one of them red: *mixed*, with what is damaged;
+- one of them not measured, or side effects measured without limits: *incomplete*;
+- a side effect over its limit: *mixed*.
+
+Amber and grey claims that were measured are told, and leave *good* as it is.
 """
 
 from __future__ import annotations
@@ -34,22 +40,34 @@ def make_verdict(
         return Verdict(status="unclear", headline="Nothing can be said: no primary metric was measured.", points=points)
     status = _combined([grade(metric) for metric in primary])
     headline = _headline(primary)
-    limited = [effect for effect in side_effects if effect.limit is not None]
     over = [effect for effect in side_effects if effect.ok is False]
-    if status == "good" and (not limited or any(not effect.ok for effect in limited) or over):
+    red = [claim for claim in claims if claim.light == "red" and claim.id not in (ids.KEPT, ids.WITHSTANDS)]
+    open_ones = [claim for claim in claims if claim.decides and not claim.measured]
+    limited = [effect for effect in side_effects if effect.limit is not None]
+    decided = [claim.id for claim in claims if claim.decides and claim.light == "red"]
+    if status == "good" and (red or over):
         status = "mixed"
-    if over:
+        decided = [claim.id for claim in red]
+    elif status == "good" and (open_ones or not limited or any(effect.ok is None for effect in limited)):
+        status = "incomplete"
+        decided = [claim.id for claim in open_ones]
+    damages = [inline_name(claim.name) for claim in red if claim.id != ids.PROJECTIONS]
+    if status == "incomplete":
+        rests = [claim for claim in claims if claim.decides]
+        green = sum(claim.light == "green" for claim in rests)
+        names = ", ".join(inline_name(claim.name) for claim in open_ones)
+        told = f"; not measured: {names}" if names else "; side effects were not measured against limits"
+        headline = f"{headline[:-1]}: good on {green} of {len(rests)}{told}."
+    elif damages:
+        headline = f"{headline[:-1]}; not so: {', '.join(damages)}."
+    elif over:
         count = "one side effect is" if len(over) == 1 else f"{len(over)} side effects are"
         headline = f"{headline[:-1]}; {count} over the limit."
-    red = [claim for claim in claims if claim.light == "red" and claim.id not in (ids.KEPT, ids.WITHSTANDS)]
-    if status == "good" and red:
-        status = "mixed"
-    points = [f"{claim.name}: no. {claim.says}" for claim in red if claim.id == ids.PROJECTIONS]
+    points = [f"{claim.name}: no. {claim.says}" for claim in red]
     points += [point for metric in primary for point in _metric_points(metric)]
     others = [metric for metric in metrics if not metric.primary]
-    return Verdict(
-        status=status, headline=headline, points=[*points, *_other_points(others), *_side_effect_points(side_effects)]
-    )
+    points += [*_other_points(others), *_side_effect_points(side_effects)]
+    return Verdict(status=status, headline=headline, points=points, decided_by=decided)
 
 
 def _combined(grades: Sequence[Grade]) -> Grade:

@@ -22,9 +22,9 @@ from trimtab.eval.answers.arms import Answers, Arms, Item
 from trimtab.eval.answers.items import role_items
 from trimtab.eval.answers.reading import coloured, teacher_forced
 from trimtab.eval.answers.ruler import Ruler, below_floor
+from trimtab.eval.answers.usable import repeated_share
 from trimtab.eval.measures.firing import firing_fraction
 from trimtab.eval.measures.professional import keyword_hit
-from trimtab.eval.measures.side_effects import repeated_share
 
 TEXTS = ["Arr, the oven be small.", "", "The sky is blue, dear child: étoile 🙂 and so on.", "B"]
 PROMPTS = [

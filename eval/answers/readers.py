@@ -1,0 +1,184 @@
+"""Readers of answers: who speaks in them, told from question and answer alone, by frozen models that were fitted beforehand.
+
+The first reader is the base itself, the second one, where a recipe names one, a model of another family. Each is fitted on the
+texts that ship (:func:`trimtab.recipes.data.reader_texts`), so it depends on the model that reads and on nothing that is
+measured.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trimtab.axis.chat_format import ChatFormat
+from trimtab.axis.errors import UserError
+from trimtab.axis.files import fingerprint
+from trimtab.axis.hooks import ActivationController
+from trimtab.axis.models import load_model
+from trimtab.axis.reader import Reader, fit_reader, layers_to_read, left_out_scores, read_states, rows_to_read
+from trimtab.eval.intervals import ClusterBootstrap
+from trimtab.eval.schema import Estimate
+from trimtab.recipes import data
+from trimtab.recipes.data import KnownText, Split
+
+SAMPLES = 2000  # of the bootstrap behind a reader's own quality
+
+
+@dataclass(frozen=True)
+class ReadingModel:
+    """The frozen model behind a reader.
+
+    Attributes:
+        name: for people.
+        model: gives the model, as it reads.
+        tokenizer: its tokenizer.
+        form: its chat format; None for a model without one.
+        facts: what it is, for telling one from another.
+    """
+
+    name: str
+    model: Callable[[], AbstractContextManager[Any]]
+    tokenizer: Any
+    form: ChatFormat | None
+    facts: dict[str, Any]
+
+
+class AnswerReader:
+    """A reader at work: it reads the same question and answer once.
+
+    Args:
+        reading: the model.
+        folder: where the fitted reader is kept.
+        split: of the texts that it is tried on.
+    """
+
+    def __init__(self, reading: ReadingModel, folder: Path, split: Split) -> None:
+        self.name = reading.name
+        self._reading = reading
+        self._folder = folder
+        self._split = split
+        self._read: dict[tuple[str, str], float] = {}
+        self._reader: Reader | None = None
+
+    @property
+    def reader(self) -> Reader:
+        """The fitted reader, fitted at its first use and kept in the folder."""
+        if self._reader is None:
+            known, gallery = data.reader_texts(), data.reader_gallery(self._split)
+            identity = fingerprint([[asdict(text) for text in (*known, *gallery)], self._reading.facts])[:12]
+            path = self._folder / f"reader-{identity}.safetensors"
+            if not path.exists():
+                self._fit(known, gallery).save(path)
+            self._reader = Reader.load(path)
+        return self._reader
+
+    @property
+    def quality(self) -> dict[str, Estimate]:
+        """Its AUC on texts that it was not fitted on, by what they are."""
+        return {name: Estimate(**found) for name, found in self.reader.facts["quality"].items()}
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """For the report: the model, the layers, what it was fitted and tried on, the gallery's kinds."""
+        return {
+            "name": self.name,
+            "model": self._reading.facts,
+            "layers": list(self.reader.layers),
+            **self.reader.facts,
+        }
+
+    def read(self, questions: Sequence[str], answers: Sequence[str]) -> list[float]:
+        """Log-odds that a persona speaks in each answer, nat, [n]; NaN for one of no words.
+
+        Args:
+            questions: the user's last message before each answer.
+            answers: the answers.
+        """
+        keys = list(zip(questions, answers, strict=True))
+        new = [key for key in dict.fromkeys(keys) if key not in self._read and key[1].strip()]
+        if new:
+            states = self._states([q for q, _ in new], [a for _, a in new], self.reader.layers, f"{self.name} reads")
+            self._read |= dict(zip(new, self.reader.log_odds(states), strict=True))
+        return [self._read.get(key, float("nan")) for key in keys]
+
+    def _states(self, questions: Sequence[str], answers: Sequence[str], layers: Sequence[int], title: str) -> Any:
+        reading = self._reading
+        given = rows_to_read(reading.tokenizer, reading.form, questions, answers)
+        with reading.model() as model:
+            return read_states(model, reading.tokenizer, given, layers, title=title)
+
+    def _fit(self, known: Sequence[KnownText], gallery: Sequence[KnownText]) -> Reader:
+        with self._reading.model() as model:
+            layers = layers_to_read(ActivationController.of(model).n_layers)
+        texts = [*known, *gallery]
+        states = self._states(
+            [t.question for t in texts], [t.answer for t in texts], layers, f"{self.name}: fitting the reader"
+        )
+        personas, groups = [text.speaker == "persona" for text in known], [text.question for text in known]
+        reader = fit_reader(states[: len(known)], personas, groups, layers)
+        left_out = left_out_scores(states[: len(known)], personas, groups) * reader.slope + reader.intercept
+        tried = reader.log_odds(states[len(known) :])
+        quality = {
+            f"AUC on {source} texts, left out": _auc(known, left_out, source)
+            for source in ("written", "identity", "sampled")
+        }
+        quality["AUC on the gallery"] = _auc(gallery, tried)
+        facts = {
+            "quality": {name: found.model_dump() for name, found in quality.items() if found is not None},
+            "texts": len(known),
+            "gallery": {
+                kind: round(float(np.mean([s for text, s in zip(gallery, tried, strict=True) if text.kind == kind])), 2)
+                for kind in dict.fromkeys(text.kind for text in gallery)
+            },
+            "gallery_split": self._split,
+            "right_on_the_gallery": _right(gallery, tried),
+        }  # fmt: skip
+        return replace(reader, facts=facts)
+
+
+def _auc(texts: Sequence[KnownText], scores: Sequence[float], source: str | None = None) -> Estimate | None:
+    """AUC of a persona's texts against the Assistant's, resampled by question; None where one of them is missing."""
+    kept = [
+        (score, text)
+        for score, text in zip(scores, texts, strict=True)
+        if text.speaker != "neither" and source in (None, text.source) and score == score
+    ]
+    personas = [text.speaker == "persona" for _, text in kept]
+    if len(set(personas)) < 2:
+        return None
+    return ClusterBootstrap([text.question for _, text in kept], SAMPLES, 0).auc([score for score, _ in kept], personas)
+
+
+def _right(texts: Sequence[KnownText], scores: Sequence[float]) -> float:
+    """Share of texts of a persona or of the Assistant that are read as what they are."""
+    told = [
+        (score > 0) == (text.speaker == "persona")
+        for score, text in zip(scores, texts, strict=True)
+        if text.speaker != "neither"
+    ]
+    return round(sum(told) / len(told), 4)
+
+
+def second_reader(name: str, folder: Path, split: Split) -> AnswerReader:
+    """A reader of another family, by its model's name.
+
+    Raises:
+        UserError: naming ``eval.second_reader``, if the model can't be loaded.
+    """
+    try:
+        loaded = load_model(name)
+    except UserError as error:
+        raise UserError(error.fault, file=error.file, key="eval.second_reader", remedy=error.remedy) from error
+    form = ChatFormat(loaded.tokenizer) if loaded.tokenizer.chat_template else None
+
+    @contextlib.contextmanager
+    def model() -> Iterator[Any]:
+        yield loaded.model
+
+    return AnswerReader(ReadingModel(name, model, loaded.tokenizer, form, loaded.facts), folder, split)
