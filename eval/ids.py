@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 # metrics
+PERSONA_RATE = "persona_rate"
 TEXT_LLR = "text_llr"
 Z_TRAINING = "z_training"
 Z_HELD_OUT = "z_held_out"
