@@ -23,7 +23,7 @@ from trimtab.eval.measures.suite import Suite
 from trimtab.eval.measures.unscored import UNSCORED, keep_unscored, scored_since
 from trimtab.eval.report.assemble import build_report
 from trimtab.eval.report.card import model_card
-from trimtab.eval.report.facts import repeat_facts, training_facts
+from trimtab.eval.report.facts import repeat_facts, title_of, training_facts
 from trimtab.eval.report.page import load_report, render_html, write_report
 from trimtab.eval.report.scored import scored_on_test
 from trimtab.eval.schema import Report
@@ -103,7 +103,7 @@ def evaluate(evaluation: Evaluation) -> Report:
     keep_unscored(evaluation.arms.folder / UNSCORED, suite.unscored)
     return build_report(
         suite,
-        title=f"{run.recipe.model.name}: {run.loaded.name}",
+        title=title_of(run),
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         bootstrap=section.bootstrap,
         seed=section.seed,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 from trimtab.eval.schema import Estimate
 
@@ -13,6 +14,11 @@ ARM_NAMES = {
     "tuned+cap": "tuned + cap",
     "control": "control",
 }
+
+# Verdicts and lights: the sign on a page, the sign in Markdown, which has no colours, and the light's word.
+STATUS_SIGNS = {"good": "✓", "mixed": "◐", "bad": "✕", "unclear": "?", "incomplete": "…"}
+STATUS_DOTS = {"good": "🟢", "mixed": "🟡", "bad": "🔴", "unclear": "⚪", "incomplete": "🔵"}
+LIGHTS = {"green": ("✓", "yes"), "amber": ("◐", "partly"), "red": ("✕", "no"), "grey": ("?", "not shown")}
 
 
 def number(value: float, decimals: int | None = None) -> str:
@@ -25,6 +31,11 @@ def number(value: float, decimals: int | None = None) -> str:
     if text.startswith("-") and not any(digit in text for digit in "123456789"):
         text = text[1:]  # no "-0.00"
     return text.replace("-", "\u2212")
+
+
+def real_minus(text: str) -> str:
+    """``text`` with a real minus sign before its numbers; hyphens within words and ranges stay."""
+    return re.sub(r"(?<![\w.])-(?=\d)", "\u2212", text)
 
 
 def decimals_for(estimate: Estimate) -> int | None:

@@ -7,8 +7,9 @@ from typing import Any
 
 import yaml
 
+from trimtab.eval.report.read_answers import rate_sentence
 from trimtab.eval.schema import ARMS, Metric, Report, Retention
-from trimtab.eval.wording import ARM_NAMES, estimate_text, number, percent_text
+from trimtab.eval.wording import ARM_NAMES, STATUS_DOTS, estimate_text, number, percent_text
 
 REQUIRED_FACTS = ("base_model", "license")
 TAGS = ["activation-capping", "assistant-axis", "persona-drift", "lora", "trimtab"]
@@ -46,7 +47,9 @@ def model_card(report: Report, *, adapter_facts: Mapping[str, Any], trained_here
             if trained_here
             else "Weights from elsewhere, measured without any hook against their base under the Assistant-axis cap."
         ),
-        f"**{report.verdict.headline}** (verdict: {report.verdict.status})",
+        f"**{report.verdict.headline}** (verdict: {STATUS_DOTS[report.verdict.status]} {report.verdict.status})",
+        _decided(report),
+        rate_sentence(report.metrics) or "",
         _bullets(report.verdict.points),
         "## Before and after",
         _metrics_table(report.metrics),
@@ -72,6 +75,11 @@ def model_card(report: Report, *, adapter_facts: Mapping[str, Any], trained_here
         _bullets([*report.warnings, *(f"Does not compare: {line}" for line in report.does_not_compare)]),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _decided(report: Report) -> str:
+    names = [claim.name for claim in report.claims if claim.id in report.verdict.decided_by]
+    return f"Decided by: {'; '.join(names)}." if names else ""
 
 
 def _metrics_table(metrics: list[Metric]) -> str:

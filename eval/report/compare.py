@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ def load_runs(paths: Sequence[Path]) -> dict[str, Report]:
 
 
 def write_comparison(reports: dict[str, Report], page: Path) -> None:
-    """One page: the claims' lights, retention of every metric and side effects, a column a run."""
+    """One page: retention, side effects and the claims' lights, of every setting where runs are pooled, and of every run."""
     metrics = {metric.id: metric for report in reports.values() for metric in report.metrics}
     effects = {effect.id: effect for report in reports.values() for effect in report.side_effects}
     claims = {claim.id: claim.name for report in reports.values() for claim in report.claims}
@@ -52,15 +53,18 @@ def write_comparison(reports: dict[str, Report], page: Path) -> None:
         if any((kept := _retention(report, key)) and kept.estimate for report in reports.values())
     ]
     standing = standing_of(reports)
+    primary = next((key for key, metric in metrics.items() if metric.primary and key in standing.metrics), None)
+    columns = sorted(standing.metrics, key=lambda key: key != primary)
+    ranked = ranked_settings(standing, primary)
     pooled_plots = [
-        (metrics[key].name, comparison_plot([(name, _as_retention(pooled)) for name, pooled in row.items()]))
-        for key, row in standing.metrics.items()
+        (metrics[key].name, comparison_plot([(name, _as_retention(row[name])) for name in ranked if name in row]))
+        for key, row in ((key, standing.metrics[key]) for key in columns)
         if standing.repeated and any(pooled.estimate for pooled in row.values())
     ]
     text = page_environment().get_template("compare.html.j2").render(
         reports=reports,
         claims=claims,
-        lights={name: {claim.id: claim for claim in report.claims} for name, report in reports.items()},
+        lights_of={name: {claim.id: claim for claim in report.claims} for name, report in reports.items()},
         metrics=metrics,
         by_metric={name: {metric.id: metric for metric in report.metrics} for name, report in reports.items()},
         effects=effects,
@@ -70,6 +74,10 @@ def write_comparison(reports: dict[str, Report], page: Path) -> None:
         differences=_differences(reports),
         plots=plots,
         standing=standing,
+        primary=primary,
+        columns=columns,
+        ranked=ranked,
+        reference=next(iter(standing.settings)),
         pooled_plots=pooled_plots,
         plotly=plotly_source(),
     )  # fmt: skip
@@ -80,6 +88,17 @@ def standing_of(reports: dict[str, Report]) -> Standing:
     """The settings of these reports, pooled over seeds; the draws are those of the first report's own intervals."""
     section = next(iter(reports.values())).repeat.get("resolved", {}).get("eval", {})
     return stand(reports, samples=section.get("bootstrap", SAMPLES), seed=section.get("seed", 0))
+
+
+def ranked_settings(standing: Standing, metric: str | None) -> list[str]:
+    """The settings by pooled retention of a metric, most first; those last in which it is undefined."""
+    row = standing.metrics.get(metric or "", {})
+
+    def rank(name: str) -> float:
+        estimate = row[name].estimate if name in row else None
+        return math.inf if estimate is None else -estimate.value
+
+    return sorted(standing.settings, key=rank)
 
 
 def _as_retention(pooled: Pooled) -> Retention:

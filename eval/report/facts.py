@@ -15,6 +15,12 @@ from trimtab.pipeline.run import Run
 from trimtab.recipes import data
 
 
+def title_of(run: Run) -> str:
+    """Model and recipe, such as ``smollm2-135m: sft``; of a model or a recipe that is a path, its last name."""
+    model = run.recipe.model.name.rstrip("/").rpartition("/")[2]
+    return f"{model}: {run.loaded.name.rpartition('/')[2]}"
+
+
 def training_facts(run: Run) -> dict[str, Any]:
     """What the training recorded, and its log."""
     variant = run.variant(control=False)

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, zip_longest
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -19,7 +20,7 @@ from pydantic import ValidationError
 
 from trimtab.axis.errors import UserError
 from trimtab.axis.files import read_json, write_json, write_text
-from trimtab.eval import wording
+from trimtab.eval import ids, wording
 from trimtab.eval.intervals import most_telling
 from trimtab.eval.report.plots import (
     ALL_ARMS,
@@ -31,12 +32,30 @@ from trimtab.eval.report.plots import (
     training_plots,
     trajectory_plots,
 )
-from trimtab.eval.schema import ArmAnswer, Durability, Report, Retention, Transcript
+from trimtab.eval.report.read_answers import (
+    CONVERSATIONS,
+    ROLES,
+    SUITES,
+    WORST,
+    arms_read,
+    as_data,
+    groups_of,
+    rate_intervals,
+    rate_sentence,
+    shown_answers,
+    typical_pair,
+)
+from trimtab.eval.report.terms import TERMS, term, with_terms
+from trimtab.eval.schema import AnswerRow, ArmAnswer, Durability, Report, Retention, Transcript
 
 TEMPLATES = Path(__file__).parent / "templates"
 MOST_FAULTS = 4  # told of a file that is no report
 SHADES = 4  # on each side of the default
 CHARACTERS_SHOWN = 400_000  # of transcripts: keeps the page small; report.json holds them all
+OF_CONVERSATIONS = {
+    ids.Z_CONVERSATIONS, ids.Z_LAST_TURNS, ids.TURNS_BELOW_FLOOR, ids.DRIFT_PER_TURN,
+    ids.Z_SIMULATED, ids.SIMULATED_DRIFT, ids.TURNS_ABOVE_FLOOR,
+}  # fmt: skip
 # Drawn in plots, or said elsewhere on the page.
 PLOTTED = {
     "split_half", "cosine_reextracted_tuned", "cosine_reextracted_base", "cosine_reextracted_base+cap", "cosine_held_out",
@@ -108,8 +127,13 @@ def page_environment() -> Environment:
         seed=wording.seed_text,
         telling=lambda by_cluster: None if by_cluster is None else most_telling([by_cluster]),
         glued=lambda text: text.replace(" %", "\u00a0%"),  # no line break within "93 %"
+        plus=lambda value, decimals: wording.signed(wording.number(value, decimals)),
+        explained=with_terms,
+        real_minus=wording.real_minus,
     )
-    environment.globals["arm_names"] = wording.ARM_NAMES
+    environment.globals.update(
+        arm_names=wording.ARM_NAMES, status_signs=wording.STATUS_SIGNS, lights=wording.LIGHTS, term=term, terms=TERMS
+    )
     return environment
 
 
@@ -124,6 +148,11 @@ def render_html(report: Report) -> str:
         .render(
             report=report,
             plotly=plotly_source(),
+            pair=typical_pair(report.answers),
+            rate=rate_sentence(report.metrics),
+            rate_intervals=rate_intervals,
+            claims=_claims(report),
+            **_answers(report),
             arms=[arm for arm in ALL_ARMS if any(arm in metric.arms for metric in report.metrics)],
             trajectory_arms=[arm for arm in ALL_ARMS if any(t.arm == arm for t in report.trajectories)],
             retention=retention_plot(report.metrics) if report.metrics else None,
@@ -137,6 +166,7 @@ def render_html(report: Report) -> str:
             scale=scale,
             durability_plot=comparison_plot(_durability_rows(report.durability)) if report.durability else None,
             kinds=list(dict.fromkeys(transcript.kind for transcript in shown)),
+            conversed=_conversed(report),
             transcript_arms=[arm for arm in ALL_ARMS if any(arm in turn.answers for t in shown for turn in t.turns)],
             most_turns=max((len(transcript.turns) for transcript in shown), default=0),
             transcripts=[_transcript_view(transcript, scale) for transcript in shown],
@@ -151,6 +181,60 @@ def render_html(report: Report) -> str:
                 )
             },
         )
+    )
+
+
+def _claims(report: Report) -> dict[str, Any]:
+    """The claims that were measured, those that were not, how many have which light, and what decided the verdict."""
+    measured = [claim for claim in report.claims if claim.measured]
+    words = [wording.LIGHTS[light][1] for light in wording.LIGHTS for claim in measured if claim.light == light]
+    words += ["not measured"] * (len(report.claims) - len(measured))
+    return {
+        "measured": measured,
+        "unmeasured": [claim for claim in report.claims if not claim.measured],
+        "counts": [f"{words.count(word)} {word}" for word in dict.fromkeys(words)],
+        "decided_by": [claim for claim in report.claims if claim.id in report.verdict.decided_by],
+    }
+
+
+def _answers(report: Report) -> dict[str, Any]:
+    """What the section of the answers that were read is drawn from."""
+    shown = shown_answers(report.answers)
+
+    def kind(row: AnswerRow) -> str:
+        return row.kind
+
+    return {
+        "read": shown[:WORST],
+        "read_data": [as_data(row) for row in shown],
+        "read_arms": arms_read(report),
+        "level_arms": [arm for arm in arms_read(report) if arm != "tuned+cap"],  # so that a small table fits a phone
+        "read_suites": [SUITES.get(suite, suite) for suite in dict.fromkeys(row.suite for row in shown)],
+        "suites": SUITES,
+        "levels": [
+            (head, first, groups)
+            for head, first, groups in (
+                ("By kind of role", "kind", groups_of(report.answers, ROLES, kind)),
+                (
+                    f"The worst {WORST} roles",
+                    "role",
+                    groups_of(report.answers, ROLES, lambda row: row.cluster, worst=WORST),
+                ),
+                ("Conversations by domain", "domain", groups_of(report.answers, CONVERSATIONS, kind)),
+                ("Conversations by turn", "turn", groups_of(report.answers, CONVERSATIONS, lambda row: row.turn)),
+            )
+            if groups
+        ],
+    }
+
+
+def _conversed(report: Report) -> bool:
+    """Whether any figure or text of the page is of conversations."""
+    return (
+        bool(report.prediction)
+        or any(metric.id in OF_CONVERSATIONS for metric in report.metrics)
+        or any(row.suite == CONVERSATIONS for row in report.answers)
+        or any(len(transcript.turns) > 1 for transcript in report.transcripts)
     )
 
 
@@ -225,8 +309,8 @@ def _transcript_view(transcript: Transcript, scale: Scale) -> dict[str, Any]:
     arms = [arm for arm in ALL_ARMS if any(arm in turn.answers for turn in transcript.turns)]
     means = []
     for arm in arms:
-        found = [turn.answers[arm].z for turn in transcript.turns if arm in turn.answers]
-        means.append((arm, sum(found) / len(found)))
+        found = [turn.answers[arm] for turn in transcript.turns if arm in turn.answers]
+        means.append((arm, fmean(answer.z for answer in found), _highest(found)))
     turns = [
         {
             "user": turn.user,
@@ -242,8 +326,15 @@ def _transcript_view(transcript: Transcript, scale: Scale) -> dict[str, Any]:
         "note": transcript.note,
         "opening": opening if len(opening) <= 110 else opening[:109].rstrip() + "…",
         "means": means,
+        "persona": _highest([turn.answers["tuned"] for turn in transcript.turns if "tuned" in turn.answers]),
+        "z": next((z for arm, z, _ in means if arm == "tuned"), None),
         "turns": turns,
     }
+
+
+def _highest(answers: Sequence[ArmAnswer]) -> float | None:
+    """The reader's log-odds of the answer that reads most as a persona."""
+    return max((answer.persona for answer in answers if answer.persona is not None), default=None)
 
 
 def _runs(answer: ArmAnswer | None, scale: Scale) -> list[tuple[int, float, str]]:
@@ -267,6 +358,6 @@ def _text(value: Any) -> Any:
         return {str(key): _text(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return ", ".join(str(_text(inner)) for inner in value)
-    if isinstance(value, float):
-        return f"{value:.6g}"
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return f"{value:.6g}".replace("-", "\u2212") if isinstance(value, float) else str(value).replace("-", "\u2212")
     return "" if value is None else str(value)

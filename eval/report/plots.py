@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from trimtab.eval.schema import ARMS, Metric, Rerouting, Retention, Trajectory
-from trimtab.eval.wording import ARM_NAMES, percent_text
+from trimtab.eval.wording import ARM_NAMES, number, percent_text
 
 Plot = dict[str, Any]
 
@@ -143,12 +143,12 @@ def persona_plot(space: Mapping[str, Any]) -> Plot | None:
     roles = [(str(name), point) for name, point in zip(names, points, strict=True) if name != "default"]
     named = _outermost(roles)
     variance = [*space.get("variance", []), 0.0, 0.0]
-    common = {"type": "scatter", "hovertemplate": "%{customdata}<br>PC1 %{x:.2f}, PC2 %{y:.2f}<extra></extra>"}
+    common = {"type": "scatter", "hovertemplate": "%{customdata}<br>%{hovertext}<extra></extra>"}
     data: list[dict[str, Any]] = [
         {**common, "name": "roles", "mode": "markers+text",
          "x": [p[0] for _, p in roles], "y": [p[1] for _, p in roles],
          "text": [_wrapped(name) if i in named else "" for i, (name, _) in enumerate(roles)],
-         "customdata": [html.escape(name) for name, _ in roles],
+         "customdata": [html.escape(name) for name, _ in roles], "hovertext": [_place(point) for _, point in roles],
          "textposition": "top center", "textfont": {"size": 11, "color": "$soft"},
          "marker": {"size": 9, "color": "$role", "line": {"color": "$page", "width": 1}}},
     ]  # fmt: skip
@@ -158,6 +158,7 @@ def persona_plot(space: Mapping[str, Any]) -> Plot | None:
             {**common, "name": "default Assistant", "mode": "markers+text",
              "x": [defaults[0][0]], "y": [defaults[0][1]],
              "text": ["<b>default Assistant</b>"], "customdata": ["default Assistant"],
+             "hovertext": [_place(defaults[0])],
              "textposition": "bottom center", "cliponaxis": False, "textfont": {"size": 13, "color": "$ink"},
              "marker": {"size": 17, "symbol": "star", "color": "$tuned", "line": {"color": "$page", "width": 1}}}
         )  # fmt: skip
@@ -184,7 +185,7 @@ def layers_plot(space: Mapping[str, Any], axis: Mapping[str, Any], window: Seque
     )
     data = [
         {"type": "scatter", "mode": "lines", "name": name, "x": list(range(len(values))), "y": list(values),
-         "line": {"color": ink, "width": 2, "dash": dash}, "hovertemplate": "%{y:.2f}"}
+         "line": {"color": ink, "width": 2, "dash": dash}, **_told(values, 2)}
         for name, values, ink, dash in series
         if isinstance(values, list) and values
     ]  # fmt: skip
@@ -225,7 +226,7 @@ def components_plot(rerouting: Rerouting | None) -> Plot | None:
                 "type": "data", "symmetric": False, "color": "$soft", "thickness": 1.2, "width": 3,
                 "array": [e.high - e.value for e in effects], "arrayminus": [e.value - e.low for e in effects],
             },
-            "hovertemplate": "%{x} %{y:.2f} sigma",
+            **_told([e.value for e in effects], 2, " sigma"),
         }
         for name, arm, effects in (
             ("cap", "base+cap", [c.cap_effect for c in rerouting.components]),
@@ -256,7 +257,7 @@ def training_plots(log: Sequence[Mapping[str, Any]]) -> list[tuple[str, Plot]]:
         trace = {
             "type": "scatter", "mode": "lines" if len(rows) > 30 else "lines+markers", "name": html.escape(key),
             "x": [row["step"] for row in rows], "y": [row[key] for row in rows],
-            "line": {"color": "$tuned", "width": 2}, "marker": {"size": 5}, "hovertemplate": "%{y:.4g}",
+            "line": {"color": "$tuned", "width": 2}, "marker": {"size": 5}, **_told([row[key] for row in rows]),
         }  # fmt: skip
         layout = {
             "height": 210,
@@ -294,6 +295,16 @@ def _retention_text(retention: Retention) -> str:
     return percent_text(retention.estimate) if retention.estimate else "undefined"
 
 
+def _told(values: Sequence[float | None], decimals: int | None = None, unit: str = "") -> dict[str, Any]:
+    """What the pointer shows at each value, as the rest of the page writes it: plotly's own numbers have a hyphen for a minus."""
+    texts = ["" if value is None else f"{number(value, decimals)}{unit}" for value in values]
+    return {"customdata": texts, "hovertemplate": "%{customdata}"}
+
+
+def _place(point: Sequence[float]) -> str:
+    return f"PC1 {number(point[0], 2)}, PC2 {number(point[1], 2)}"
+
+
 def _band(trajectory: Trajectory) -> dict[str, Any]:
     turns = [p.turn for p in trajectory.points]
     return {
@@ -309,7 +320,8 @@ def _line(trajectory: Trajectory) -> dict[str, Any]:
         "type": "scatter", "mode": "lines+markers", "name": ARM_NAMES.get(arm, html.escape(arm)),
         "x": [p.turn for p in trajectory.points], "y": [p.z.value for p in trajectory.points],
         "line": {"color": ink, "width": 2.2, "dash": DASHES.get(arm, "solid")},
-        "marker": {"color": ink, "size": 7, "symbol": SYMBOLS.get(arm, "circle")}, "hovertemplate": "%{y:.2f}",
+        "marker": {"color": ink, "size": 7, "symbol": SYMBOLS.get(arm, "circle")},
+        **_told([p.z.value for p in trajectory.points], 2),
     }  # fmt: skip
 
 

@@ -18,9 +18,11 @@
     return node;
   };
 
+  // What is folded has no width yet: it is drawn when it opens.
   const draw = (width) => {
     const style = getComputedStyle(root);
     for (const { box, figure } of plots) {
+      if (!box.clientWidth) continue;
       const { data, layout } = painted(figure, style);
       const { zoomable, ...given } = layout;
       const axis = (own) => ({
@@ -42,6 +44,7 @@
     }
   };
   draw();
+  document.addEventListener("toggle", (event) => { if (event.target.querySelector(".plot")) draw(); }, true);
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => draw());
   let pending;
   let drawnAt = innerWidth;
@@ -65,6 +68,119 @@
     draw();
   });
 
+  // A table that is wider than its box says so.
+  const boxes = [...document.querySelectorAll(".scroll")];
+  const measure = () => { for (const box of boxes) box.classList.toggle("wide", box.scrollWidth > box.clientWidth + 1); };
+  measure();
+  addEventListener("resize", measure);
+  document.addEventListener("toggle", measure, true);
+
+  // Words that are explained: one tip for all, on hover, tap and focus. Its text is the title, which would else show twice.
+  const tip = document.createElement("div");
+  tip.id = "tip";
+  tip.setAttribute("role", "tooltip");
+  tip.hidden = true;
+  document.body.append(tip);
+  const explain = (word) => {
+    tip.textContent = word.dataset.means;
+    tip.hidden = false;
+    word.setAttribute("aria-describedby", "tip");
+    const at = word.getBoundingClientRect();
+    tip.style.left = Math.max(8, Math.min(at.left, root.clientWidth - tip.offsetWidth - 8)) + "px";
+    tip.style.top = (at.bottom + tip.offsetHeight + 8 < innerHeight ? at.bottom + 6 : at.top - tip.offsetHeight - 6) + "px";
+  };
+  const hush = () => {
+    tip.hidden = true;
+    document.querySelector("[aria-describedby=tip]")?.removeAttribute("aria-describedby");
+  };
+  for (const word of document.querySelectorAll(".term")) {
+    word.dataset.means = word.title;
+    word.removeAttribute("title");
+    for (const event of ["pointerenter", "focus", "click"]) word.addEventListener(event, () => { hush(); explain(word); });
+    for (const event of ["pointerleave", "blur"]) word.addEventListener(event, hush);
+  }
+  addEventListener("keydown", (event) => { if (event.key === "Escape") hush(); });
+  addEventListener("scroll", hush, { passive: true });
+
+  // The answers that were read: filtered and sorted here, and drawn 25 at a time. What models said becomes text, never markup.
+  const island = document.getElementById("read-data");
+  if (island) {
+    const { rows, names, arms: order } = JSON.parse(island.textContent);
+    const byId = (id) => document.getElementById("read-" + id);
+    const body = document.querySelector("#read tbody");
+    const make = (tag, className, ...inside) => {
+      const node = document.createElement(tag);
+      if (className) node.className = className;
+      node.append(...inside);
+      return node;
+    };
+    const told = (value, signed) => (signed && value >= 0 ? "+" : "") + value.toFixed(2).replace("-", "\u2212");
+    const scores = (answer) => [
+      answer.persona === null ? "not read" : "log-odds " + told(answer.persona, true),
+      answer.other_reader !== null && "second reader " + told(answer.other_reader, true),
+      answer.relevance !== null && "relevance " + told(answer.relevance),
+      answer.z !== null && "z " + told(answer.z),
+    ].filter(Boolean).join(", ");
+    const said = (answer) => make("p", "", answer.text || "(empty answer)");
+    const words = (answer) => answer.text.split(/\s+/).filter(Boolean).length;
+    const keys = {
+      persona: (row, arm) => row.answers[arm].persona,
+      relevance: (row, arm) => row.answers[arm].relevance,
+      words: (row, arm) => words(row.answers[arm]),
+      rise: (row, arm) => (row.answers[arm].persona === null || (row.answers.base?.persona ?? null) === null
+        ? null : row.answers[arm].persona - row.answers.base.persona),
+    };
+    const everyArm = (row) => {
+      const all = make("details", "", make("summary", "", "Every arm"));
+      all.addEventListener("toggle", () => {
+        if (row.system) all.append(make("p", "said system", make("b", "", "System"), " " + row.system));
+        all.append(make("div", "answers", ...order.filter((arm) => arm in row.answers).map((arm) => {
+          const heading = make("h3", "", names[arm] + " ", make("span", "n", scores(row.answers[arm])));
+          const box = make("div", "answer", heading, said(row.answers[arm]));
+          box.style.borderColor = "var(--" + arm.replace("+", "-") + ")";
+          return box;
+        })));
+      }, { once: true });
+      return all;
+    };
+    const drawn = (row, arm) => {
+      const answer = row.answers[arm];
+      const number = (label, text) => { const cell = make("td", "", text); cell.dataset.label = label; return cell; };
+      const place = make("span", "n", row.kind + (row.turn > 1 ? ", turn " + row.turn : ""));
+      return make("tr", "",
+        number("log-odds", answer.persona === null ? make("span", "n", "not read") : make("b", "", told(answer.persona, true))),
+        number("relevance", answer.relevance === null ? "\u2013" : told(answer.relevance)),
+        number("words", String(words(answer))),
+        make("td", "asked", make("span", "tag", row.suite), " ", make("b", "", row.cluster), " ", place, make("p", "", row.question)),
+        make("td", "given", said(answer), everyArm(row)));
+    };
+    let found = [];
+    const more = () => {
+      const at = body.childElementCount;
+      body.append(...found.slice(at, at + 25).map((row) => drawn(row, byId("arm").value)));
+      byId("more").hidden = body.childElementCount >= found.length;
+      byId("shown").value = body.childElementCount + " of " + found.length;
+    };
+    const fill = () => {
+      const arm = byId("arm").value;
+      const suite = byId("suite")?.value || "";
+      const [key, way] = byId("order").value.split(" ");
+      const value = (row) => keys[key](row, arm);
+      found = rows.filter((row) => arm in row.answers && (suite === "" || row.suite === suite));
+      found.sort((a, b) => {
+        const [x, y] = [value(a), value(b)];
+        if (x === null || y === null) return (x === null) - (y === null); // what could not be told comes last
+        return way === "up" ? x - y : y - x;
+      });
+      body.replaceChildren();
+      more();
+    };
+    for (const control of ["suite", "arm", "order"]) byId(control)?.addEventListener("change", fill);
+    byId("more").addEventListener("click", more);
+    byId("tools").hidden = false;
+    fill();
+  }
+
   // Transcripts by kind, turn and arm; a conversation that has no such turn is hidden with it.
   const transcripts = [...document.querySelectorAll(".transcript")];
   const shown = document.getElementById("shown");
@@ -85,6 +201,13 @@
     if (shown) shown.value = count + " of " + transcripts.length + " shown";
   };
   for (const control of [kinds, arms, turn]) control?.addEventListener("change", choose);
+  const asked = [...transcripts];
+  document.getElementById("order")?.addEventListener("change", (event) => {
+    const key = event.target.value;
+    const rank = (transcript) => (key in transcript.dataset ? Number(transcript.dataset[key]) * (key === "z" ? 1 : -1) : Infinity);
+    const sorted = key === "" ? asked : [...asked].sort((a, b) => rank(a) - rank(b) || 0);
+    sorted[0].parentNode.append(...sorted);
+  });
   document.getElementById("fold")?.addEventListener("click", (event) => {
     const open = event.target.textContent === "Open all";
     event.target.textContent = open ? "Close all" : "Open all";

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from test_pooling import by_cluster, report
@@ -14,8 +16,9 @@ from tiny_recipe import ROOT
 from trimtab.axis import UserError
 from trimtab.axis.files import write_json
 from trimtab.cli.main import main
-from trimtab.eval.report.compare import COLUMNS, load_runs, standing_of
+from trimtab.eval.report.compare import COLUMNS, load_runs, ranked_settings, standing_of, write_comparison
 from trimtab.eval.report.page import write_report
+from trimtab.eval.report.pooling import Pooled
 from trimtab.eval.schema import Report
 from trimtab.eval.wording import percent_text, points_text
 
@@ -79,7 +82,9 @@ def test_seeds_are_pooled_and_settings_held_against_the_first(tmp_path: Path) ->
     page, table = tmp_path / "page.html", tmp_path / "table.csv"
     assert main(["report", "--compare", *map(str, files), "--to", str(page), "--csv", str(table)]) == 0
     read = Page(page.read_text(encoding="utf-8"))
-    assert read.ids("section") == ["claims", "settings", "retention", "side-effects"]
+    assert read.ids("section") == ["settings", "claims", "retention", "side-effects"]
+    assert read.text.index("Run by run") < read.text.index("Retention = (tuned")
+    assert read.text.count("reference") == 3 and "sft reference 2 seeds" in read.text
     pooled = standing_of(runs).metrics["text_llr"]
     kept, gap = pooled["sft"].estimate, pooled["dpo-0"].gap
     assert kept is not None and gap is not None
@@ -92,6 +97,43 @@ def test_seeds_are_pooled_and_settings_held_against_the_first(tmp_path: Path) ->
     ]  # fmt: skip
     assert float(settings[0]["value"]) == kept.value and settings[0]["note"] == "runs sft-0, sft-1"
     assert float(settings[2]["value"]) == gap.estimate.value and settings[2]["note"] == "of these very weights"
+
+
+def test_settings_are_sorted_by_what_they_keep_of_the_primary_metric(tmp_path: Path) -> None:
+    runs = {
+        f"{name}-{seed}": report(by_cluster(seed, kept), recipe=name, seed=seed)
+        for name, kept in (("dpo", 0.4), ("sft", 0.9), ("grpo", 0.1))
+        for seed in (0, 1)
+    }
+    standing = standing_of(runs)
+    assert list(standing.settings) == ["dpo", "sft", "grpo"]
+    assert ranked_settings(standing, "text_llr") == ["sft", "dpo", "grpo"]
+    assert ranked_settings(standing, None) == ["dpo", "sft", "grpo"]
+    standing.metrics["text_llr"]["sft"] = Pooled(None, "the cap does nothing", [])
+    assert ranked_settings(standing, "text_llr") == ["dpo", "grpo", "sft"]
+    write_comparison(runs, tmp_path / "page.html")
+    rows = re.findall(r'<tr><th scope="row">(\w+)', (tmp_path / "page.html").read_text(encoding="utf-8"))
+    assert rows[:3] == ["sft", "dpo", "grpo"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [390, 1280])
+def test_many_runs_are_no_wider_than_their_window_and_their_names_stay(
+    browser: Any, tmp_path: Path, width: int
+) -> None:
+    runs = {f"run-{number:02d}": build_report(transcripts=1) for number in range(24)}
+    write_comparison(runs, tmp_path / "page.html")
+    page = browser.new_page(viewport={"width": width, "height": 900})
+    page.goto((tmp_path / "page.html").as_uri())
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    table = page.locator("#retention .scroll")
+    assert "wide" in table.get_attribute("class")
+    table.evaluate("box => box.scrollLeft = 1e6")
+    name, box = page.locator("#retention tbody th").first.bounding_box(), table.bounding_box()
+    assert abs(name["x"] - box["x"]) < 2
+    last = page.locator("#retention tbody td").nth(23).bounding_box()
+    assert last["x"] + last["width"] <= box["x"] + box["width"] + 1
+    page.close()
 
 
 @pytest.mark.parametrize("given", [["report"], ["report", "tiny/sft", "--compare", "x"]])

@@ -6,7 +6,8 @@ import re
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import needs
 import numpy as np
@@ -19,6 +20,7 @@ from trimtab.eval.measures.suite import Evidence
 from trimtab.eval.report import page as report_module
 from trimtab.eval.report.assemble import claims_of
 from trimtab.eval.report.card import model_card
+from trimtab.eval.report.facts import title_of
 from trimtab.eval.report.page import TEMPLATES, Scale, load_report, render_html, write_report
 from trimtab.eval.report.plots import (
     layers_plot,
@@ -29,6 +31,7 @@ from trimtab.eval.report.plots import (
 )
 from trimtab.eval.report.verdict import make_verdict
 from trimtab.eval.schema import (
+    AnswerRow,
     ArmAnswer,
     Capability,
     Component,
@@ -39,12 +42,14 @@ from trimtab.eval.schema import (
     Report,
     Rerouting,
     Retention,
+    ScoredAnswer,
     SideEffect,
     Trajectory,
     Transcript,
     Turn,
     TurnPoint,
 )
+from trimtab.pipeline.run import Run
 
 ARMS = ("base", "base+cap", "tuned", "tuned+cap", "control")
 LEVELS = {"base": -2.9, "base+cap": -1.8, "tuned": -1.9, "tuned+cap": -1.6, "control": -2.8}
@@ -218,6 +223,23 @@ def build_report(*, transcripts: int = 9) -> Report:
     )  # fmt: skip
 
 
+def build_answers(count: int = 36) -> list[AnswerRow]:
+    """Answers under a role, in a conversation and by the default, in turn; each is a nat worse than the one before."""
+    suites = (("roles", "mystical"), ("conversations", "writing"), ("default", "assistant"))
+    return [
+        AnswerRow(
+            id=f"item-{index:03d}", suite=suite, kind=kind, cluster=ROLES[index % 6], turn=1 + index % 2,
+            system="" if suite == "default" else "You are a vampire.", question=f"How do I bake bread ({index})?",
+            answers={
+                arm: ScoredAnswer(text=text, persona=index + LEVELS[arm], relevance=0.5 - index / 100, z=LEVELS[arm])
+                for arm, text in ANSWERS.items()
+            },
+        )
+        for index in range(count)
+        for suite, kind in [suites[index % 3]]
+    ]  # fmt: skip
+
+
 def side_effect(
     identifier: str, name: str, unit: str, value: float, half: float, limit: float | None, ok: bool | None
 ) -> SideEffect:
@@ -251,7 +273,9 @@ class Page(HTMLParser):
         self.open: list[str] = []
         self.words: list[str] = []
         self.figures: list[dict[str, Any]] = []
+        self.islands: dict[str, Any] = {}  # JSON by the id of its tag
         self._json = False
+        self._island: str | None = None
         self.feed(text)
         self.close()
         assert self.open == []
@@ -259,6 +283,7 @@ class Page(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
         self._json = tag == "script" and dict(attrs).get("type") == "application/json"
+        self._island = dict(attrs).get("id")
         if tag not in ("meta", "input", "br", "link", "img"):
             self.open.append(tag)
 
@@ -267,7 +292,9 @@ class Page(HTMLParser):
         self._json = False
 
     def handle_data(self, data: str) -> None:
-        if self._json:
+        if self._json and self._island:
+            self.islands[self._island] = json.loads(data)
+        elif self._json:
             self.figures.append(json.loads(data))
         elif self.open and self.open[-1] not in ("script", "style"):
             self.words.append(data)
@@ -293,6 +320,18 @@ def page_source(report: Report) -> str:
 @pytest.fixture(scope="module")
 def page(page_source: str) -> Page:
     return Page(page_source)
+
+
+def test_the_title_names_model_and_recipe_and_no_path() -> None:
+    def title(model: str, recipe: str) -> str:
+        run = SimpleNamespace(
+            recipe=SimpleNamespace(model=SimpleNamespace(name=model)), loaded=SimpleNamespace(name=recipe)
+        )
+        return title_of(cast(Run, run))
+
+    assert title("smollm2-135m", "smollm2-135m/sft") == "smollm2-135m: sft"
+    assert title("/data/models/my-model/", "mine") == "my-model: mine"
+    assert title("HuggingFaceTB/SmolLM2-135M-Instruct", "mine") == "SmolLM2-135M-Instruct: mine"
 
 
 def test_written_report_comes_back_and_leaves_nothing_else(report: Report, tmp_path: Path) -> None:
@@ -329,8 +368,9 @@ def test_load_names_every_fault(report: Report, tmp_path: Path) -> None:
 def test_sections_come_in_order_with_the_verdict_first(report: Report, page: Page) -> None:
     wanted = [
         "verdict",
-        "claims",
         "retention",
+        "claims",
+        "metrics",
         "drift",
         "persona",
         "durability",
@@ -339,12 +379,13 @@ def test_sections_come_in_order_with_the_verdict_first(report: Report, page: Pag
         "transcripts",
         "training",
         "repeat",
+        "words",
         "warnings",
     ]
     assert page.ids("section") == wanted
     assert page.text.index(report.verdict.headline) < page.text.index("How much of the cap survives")
-    links = {attributes["href"] for tag, attributes in page.tags if tag == "a"}
-    assert links <= {f"#{name}" for name in wanted}
+    ids = {f"#{attributes['id']}" for _, attributes in page.tags if "id" in attributes}
+    assert {attributes["href"] for tag, attributes in page.tags if tag == "a"} <= ids
 
 
 def test_every_number_a_reader_needs_is_in_the_text(page: Page) -> None:
@@ -506,7 +547,7 @@ def test_text_contrast_in_both_modes(dark: bool) -> None:
     assert len(shades) == 8
     for background in ("page", "panel", *shades):
         assert _contrast(colours["ink"], colours[background]) >= 4.5, background
-    for text in ("soft", "link", "good", "mixed", "bad", "unclear"):
+    for text in ("soft", "link", "good", "mixed", "bad", "unclear", "incomplete"):
         for background in ("page", "panel"):
             assert _contrast(colours[text], colours[background]) >= 4.5, (text, background)
     for arm in ("base", "base-cap", "tuned", "tuned-cap", "control"):
@@ -515,7 +556,7 @@ def test_text_contrast_in_both_modes(dark: bool) -> None:
 
 def test_keyboard_and_screen_readers(page: Page) -> None:
     attributes = [a for _, a in page.tags]
-    assert all(a.get("tabindex") == "0" for a in attributes if a.get("class") == "scroll")
+    assert all(a.get("tabindex") == "0" for a in attributes if a.get("class") in ("scroll", "term"))
     assert all(a.get("aria-label") for a in attributes if a.get("role") in ("img", "region"))
     assert [tag for tag, _ in page.tags].count("h1") == 1
     assert any(a.get("class") == "skip" for a in attributes)
