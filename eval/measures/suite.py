@@ -59,6 +59,7 @@ class MetricValues:
     quality: Mapping[str, Estimate] = field(default_factory=dict)
     primary: bool = False
     anchor: Estimate | None = None
+    crossed: Sequence[str] | None = None
 
 
 @dataclass(frozen=True)
