@@ -45,6 +45,7 @@ class MetricValues:
         values: arm -> values.
         quality: of the metric itself, such as its AUC.
         primary: whether the verdict is about it.
+        crossed: question of each answer, where several clusters are asked the same: it is resampled too.
     """
 
     id: str
@@ -56,11 +57,15 @@ class MetricValues:
     values: Mapping[str, Sequence[float]]
     quality: Mapping[str, Estimate] = field(default_factory=dict)
     primary: bool = False
+    crossed: Sequence[str] | None = None
 
 
 @dataclass(frozen=True)
 class EffectValues:
-    """One side effect: its values, one an item, NaN where there is none; ``limit`` is what it may come to."""
+    """One side effect: its values, one an item, NaN where there is none; ``limit`` is what it may come to.
+
+    ``crossed`` is as that of :class:`MetricValues`.
+    """
 
     id: str
     name: str
@@ -69,6 +74,7 @@ class EffectValues:
     clusters: Sequence[str]
     values: Sequence[float]
     limit: float | None = None
+    crossed: Sequence[str] | None = None
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ def measure(evaluation: Evaluation) -> Suite:
         "Persona log-likelihood ratio of answers under held-out role prompts to held-out questions, scored by the frozen "
         "base from the text alone: how much better the role explains the text than the default Assistant does.",
         "lower", evaluation.role_clusters, ratios, {} if auc is None else {"AUC": auc}, primary=True,
+        crossed=evaluation.role_questions,
     )  # fmt: skip
     return Suite(
         metrics=[metric],

@@ -17,7 +17,7 @@ from trimtab.cli.main import main
 from trimtab.eval.report.compare import COLUMNS, load_runs, standing_of
 from trimtab.eval.report.page import write_report
 from trimtab.eval.schema import Report
-from trimtab.eval.wording import percent_text, points_text
+from trimtab.eval.wording import p_text, percent_text, points_text
 
 SCHEMA = ROOT / "docs" / "report.schema.json"
 
@@ -92,6 +92,14 @@ def test_seeds_are_pooled_and_settings_held_against_the_first(tmp_path: Path) ->
     ]  # fmt: skip
     assert float(settings[0]["value"]) == kept.value and settings[0]["note"] == "runs sft-0, sft-1"
     assert float(settings[2]["value"]) == gap.estimate.value and settings[2]["note"] == "of these very weights"
+
+
+@pytest.mark.parametrize(
+    ("p", "told"),
+    [(0.0, "p < 0.001"), (9.99e-4, "p < 0.001"), (0.001, "p = 0.001"), (0.01234, "p = 0.0123"), (1.0, "p = 1")],
+)
+def test_a_p_value_is_never_a_row_of_noughts(p: float, told: str) -> None:
+    assert p_text(p) == told
 
 
 @pytest.mark.parametrize("given", [["report"], ["report", "tiny/sft", "--compare", "x"]])
