@@ -1,9 +1,11 @@
-"""Intervals and tests: paired bootstrap over clusters, retention, what n items can show, Holm, Wilson.
+"""Intervals and tests: paired bootstrap over clusters and what they are crossed with, p, retention, what n items can show, Holm.
 
 A percentile bootstrap of few clusters is too sure of itself: of 4 its 95 % interval covers in 80 %, of 8 in 85 %. So deviations
 from the estimate are widened by :func:`few`, as Student's t does for that many clusters: by 3 % for 68, by 29 % for 8.
 
-Shapes: n paired items, C clusters, S bootstrap samples.
+Intervals are of resamples; p is not. It is a formula of the data (:func:`p_of`), so that no number of resamples bounds it.
+
+Shapes: n paired items, C clusters, Q questions that the clusters are crossed with, S bootstrap samples.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from scipy.sparse import coo_array
 from scipy.stats import binomtest, norm
 from scipy.stats import t as student
 from sklearn.metrics import cohen_kappa_score, r2_score, roc_auc_score
@@ -23,31 +26,65 @@ from trimtab.eval.schema import ByCluster, Estimate, Retention
 Array = np.ndarray[Any, np.dtype[np.float64]]
 LEVEL = 95.0
 POWER = 0.8
+AT_ONCE = 2_000_000  # numbers of a table [S, Q] that are held together, 16 MB
 
 
 class ClusterBootstrap:
     """Resamples whole clusters (roles, conversations), the same draws for every arm, so that differences stay paired.
 
+    Where the same questions are put to several clusters, a resample draws clusters and, by themselves, questions, each with
+    replacement, and an item counts as often as its cluster was drawn times as often as its question was: the pigeonhole bootstrap
+    (Owen 2007, "The pigeonhole bootstrap", Annals of Applied Statistics 1). So the interval is about other roles and other
+    questions. Where no question is put to two clusters, it is the bootstrap of clusters.
+
+    The pigeonhole bootstrap counts what is an item's own three times, as its cluster's, its question's and its own: of 68 roles,
+    asked 3 of 80 questions each, its 95 % covers in 99 %. So deviations of means, effects and retentions are brought to the
+    variance that counts it once (:meth:`_squares`). Then it covers in 93 to 96 %; in 90 to 92 % where few levels are skewed.
+
     Args:
         clusters: cluster of each item, [n].
         samples: bootstrap samples, S.
         seed: of the draws.
+        crossed: question of each item, [n]; None where items have none in common.
     """
 
-    def __init__(self, clusters: Sequence[str], samples: int, seed: int) -> None:
+    def __init__(self, clusters: Sequence[str], samples: int, seed: int, crossed: Sequence[str] | None = None) -> None:
         self._names, self._index = np.unique(np.asarray(clusters), return_inverse=True)
         self.n = len(clusters)
         self._size = len(self._names)
         self._weights = cluster_draws(self._size, samples, seed)
+        self._questions = None if crossed is None else self._shared(crossed)
+        if self._questions is not None:
+            self._asked = cluster_draws(int(self._questions.max()) + 1, samples, [seed, 1])  # [S, Q]
+
+    def _shared(self, crossed: Sequence[str]) -> np.ndarray[Any, np.dtype[np.intp]] | None:
+        """Index of each item's question, [n]; None where no question is put to several clusters, or there is one alone."""
+        names, index = np.unique(np.asarray(crossed), return_inverse=True)
+        pairs = np.unique(np.stack([self._index, index]), axis=1)
+        return index if 1 < len(names) < pairs.shape[1] else None
 
     def means(self, values: Array) -> Array:
         """Mean over items of each resample, [S]; items that are NaN (no answer) are left out, a resample of none is NaN."""
         present = np.isfinite(values)
-        sums = np.bincount(self._index, np.where(present, values, 0.0), self._size)
-        counts = np.bincount(self._index, present.astype(float), self._size)
-        drawn = self._weights @ counts
-        found: Array = np.divide(self._weights @ sums, drawn, out=np.full(len(drawn), np.nan), where=drawn > 0)
+        sums, drawn = (self._drawn(row) for row in (np.where(present, values, 0.0), present.astype(float)))
+        found: Array = np.divide(sums, drawn, out=np.full(len(drawn), np.nan), where=drawn > 0)
         return found
+
+    def _drawn(self, values: Array) -> Array:
+        """Sum of each resample's values, [S], each as often as it was drawn; no table [S, n] is made."""
+        if self._questions is None:
+            found: Array = self._weights @ np.bincount(self._index, values, self._size)
+            return found
+        questions = self._asked.shape[1]
+        cells = coo_array((values, (self._questions, self._index)), shape=(questions, self._size)).tocsr()  # [Q, C]
+        rows = max(1, AT_ONCE // questions)
+        parts = [slice(start, start + rows) for start in range(0, len(self._weights), rows)]
+        return np.concatenate([((cells @ self._weights[part].T).T * self._asked[part]).sum(1) for part in parts])
+
+    def _item_weights(self) -> Array:
+        """How often each item is drawn in each resample, [S, n]."""
+        weights: Array = self._weights[:, self._index]
+        return weights if self._questions is None else weights * self._asked[:, self._questions]
 
     def estimate(self, values: Sequence[float] | Array, *, most: float | None = None) -> Estimate:
         """Mean and percentile interval.
@@ -64,24 +101,63 @@ class ClusterBootstrap:
         if count == 0:
             raise ValueError("no value to estimate from")
         value = float(np.nanmean(array))
-        means = widened(value, self.means(array), self._clusters(array))
+        present = np.isfinite(array)
+        means = widened(value, self.means(array), self._levels(present), self._scale(array - value, present))
         if most is not None and np.nanmin(array) >= 0 and np.nanmax(array) <= most:
             means = means.clip(0, most)
         low, high = percentiles(means)
         return Estimate(value=value, low=low, high=high, n=count)
 
-    def _clusters(self, values: Array) -> int:
-        """Clusters that have a value."""
-        return len(np.unique(self._index[np.isfinite(values)]))
+    def _levels(self, present: np.ndarray[Any, np.dtype[np.bool_]]) -> int:
+        """Clusters that have a value, or questions where these are crossed and fewer: by what there is less of one is unsure."""
+        clusters = len(np.unique(self._index[present]))
+        questions = 0 if self._questions is None else len(np.unique(self._questions[present]))
+        return min(clusters, questions) if questions > 1 else clusters
+
+    def _sums(self, shares: Array, present: np.ndarray[Any, np.dtype[np.bool_]]) -> list[Array]:
+        """What clusters add to a figure, of what each item adds, [n]; where crossed, what questions and pairs of both add too."""
+        keys = [self._index]
+        if self._questions is not None:
+            keys += [self._questions, self._index * self._asked.shape[1] + self._questions]
+        return [sums_of(key[present], shares[present]) for key in keys]
+
+    @staticmethod
+    def _squares(sums: Sequence[Array]) -> float:
+        """A figure's variance but for small numbers, of :meth:`_sums`.
+
+        The sum of squares of what clusters add (the sandwich of Liang and Zeger 1986). Where crossed, clusters' plus questions'
+        minus pairs', at least the larger of the first two (Cameron, Gelbach and Miller 2011).
+        """
+        squares = [float((part**2).sum()) for part in sums]
+        return max(squares[0], squares[1], squares[0] + squares[1] - squares[2]) if len(squares) > 1 else squares[0]
+
+    def _scale(self, shares: Array, present: np.ndarray[Any, np.dtype[np.bool_]]) -> float:
+        """The factor that brings a pigeonhole bootstrap's deviations to :meth:`_squares`, at most 1; of what items add, [n]."""
+        if self._questions is None:
+            return 1.0
+        sums = self._sums(shares, present)
+        drawn = sum(float((part**2).sum()) for part in sums)
+        return float(np.sqrt(self._squares(sums) / drawn)) if drawn > 0 else 1.0
 
     def estimate_if_any(self, values: Sequence[float] | Array) -> Estimate | None:
         """:meth:`estimate`, or None where every value is NaN."""
         return self.estimate(values) if np.isfinite(np.asarray(values, dtype=float)).any() else None
 
     def p_value(self, values: Sequence[float] | Array) -> float:
-        """Two-sided p of a mean of 0: twice the share of resamples beyond 0, at least 2 / (S + 1); 1 where nothing moved."""
+        """Two-sided p of a mean of 0, by :func:`p_of`; it hangs neither on the number of resamples nor on their seed.
+
+        Variance and degrees of freedom are those that intervals have: m / (m - 1) times :meth:`_squares`, and m - 1, of m
+        clusters (or questions where they are crossed and fewer). 1 where m is 1: nothing can be told then.
+        """
         array = np.asarray(values, dtype=float)
-        return p_of(widened(float(np.nanmean(array)), self.means(array), self._clusters(array)))
+        present = np.isfinite(array)
+        value, levels = float(np.nanmean(array)), self._levels(present)
+        if levels < 2:
+            return 1.0
+        sums = self._sums((array - value) / present.sum(), present)
+        return p_of(
+            value, levels / (levels - 1) * self._squares(sums), sum(third_of(side) for side in sums[:2]), levels - 1
+        )
 
     def by_cluster(self, values: Mapping[str, Sequence[float] | Array]) -> ByCluster:
         """Means by cluster of the items that none of the given arms lacks; six significant digits, which a file can hold."""
@@ -103,7 +179,9 @@ class ClusterBootstrap:
         (z_0.975 + z_0.8) standard errors, the error being that of the cluster bootstrap; 0 where nothing varies.
         """
         array = np.asarray(values, dtype=float)
-        error = float(np.nanstd(self.means(array))) * few(self._clusters(array))
+        present = np.isfinite(array)
+        scale = few(self._levels(present)) * self._scale(array - np.nanmean(array), present)
+        error = float(np.nanstd(self.means(array))) * scale
         return float(norm.ppf(0.5 + LEVEL / 200) + norm.ppf(POWER)) * error
 
     def auc(self, scores: Sequence[float] | Array, positive: Sequence[bool] | np.ndarray[Any, Any]) -> Estimate:
@@ -117,11 +195,11 @@ class ClusterBootstrap:
         # Mann and Whitney's form: of all pairs of one answer of each class, the weighted share in the right order.
         gaps = np.sign(values[labels][:, None] - values[~labels][None, :])
         ordered = (gaps + 1) / 2
-        weights = self._weights[:, self._index].astype(float)  # [S, n]
+        weights = self._item_weights()
         above, below = weights[:, labels], weights[:, ~labels]
         pairs = above.sum(1) * below.sum(1)
         samples = np.divide(((above @ ordered) * below).sum(1), pairs, out=np.full(len(pairs), np.nan), where=pairs > 0)
-        low, high = percentiles(widened(point, samples, self._size).clip(0, 1))
+        low, high = percentiles(widened(point, samples, self._levels(np.isfinite(values))).clip(0, 1))
         return Estimate(value=point, low=low, high=high, n=len(values))
 
     def r2(self, values: Array, predicted: Array) -> Estimate | None:
@@ -135,7 +213,7 @@ class ClusterBootstrap:
         spread = square - mean**2
         samples = 1 - np.divide(error, spread, out=np.full(len(error), np.nan), where=spread > 0)
         value = float(r2_score(values, predicted))
-        low, high = percentiles(widened(value, samples, self._size))
+        low, high = percentiles(widened(value, samples, self._levels(np.isfinite(values))))
         return Estimate(value=value, low=low, high=min(high, 1.0), n=len(values))
 
     def kappa(self, one: Sequence[str], other: Sequence[str]) -> Estimate | None:
@@ -144,7 +222,7 @@ class ClusterBootstrap:
         if not np.isfinite(value):
             return None
         names = sorted({*one, *other})
-        weights = self._weights[:, self._index].astype(float)  # [S, n]
+        weights = self._item_weights()
         weights /= weights.sum(1, keepdims=True)
         first, second = (
             np.asarray([[label == name for name in names] for label in row], float) for row in (one, other)
@@ -152,7 +230,7 @@ class ClusterBootstrap:
         agreed = weights @ (first * second).sum(1)
         chance = ((weights @ first) * (weights @ second)).sum(1)
         samples = np.divide(agreed - chance, 1 - chance, out=np.full(len(agreed), np.nan), where=chance < 1)
-        low, high = percentiles(widened(value, samples, self._size).clip(-1, 1))
+        low, high = percentiles(widened(value, samples, self._levels(np.ones(self.n, bool))).clip(-1, 1))
         return Estimate(value=value, low=low, high=high, n=len(one))
 
     def retention(
@@ -171,12 +249,23 @@ class ClusterBootstrap:
         clusters = len(np.unique(self._index[together]))
         if clusters < 2:
             return Retention(estimate=None, why="all complete items are of one role or conversation")
+        cap_effect, tuned_effect = float(np.nanmean(c - b)), float(np.nanmean(t - b))
         return retention_of(
-            float(np.nanmean(c - b)), float(np.nanmean(t - b)), self.means(c - b), self.means(t - b), count, clusters
+            cap_effect,
+            tuned_effect,
+            self.means(c - b),
+            self.means(t - b),
+            count,
+            self._levels(together),
+            # to first order an item adds to the ratio what its tuned effect has beyond the ratio's part of its cap effect
+            (
+                self._scale(c - b - cap_effect, together),
+                self._scale((t - b) * cap_effect - (c - b) * tuned_effect, together),
+            ),
         )
 
 
-def cluster_draws(clusters: int, samples: int, seed: int) -> Array:
+def cluster_draws(clusters: int, samples: int, seed: int | Sequence[int]) -> Array:
     """How often each cluster is drawn in each resample, [S, C]; the same for the same numbers."""
     draws = np.random.default_rng(seed).integers(0, clusters, (samples, clusters))
     return np.stack([np.bincount(draw, minlength=clusters) for draw in draws]).astype(float)
@@ -193,13 +282,19 @@ def few(clusters: int) -> float:
     return float(student.ppf(side, clusters - 1) / norm.ppf(side) * np.sqrt(clusters / (clusters - 1)))
 
 
-def widened(value: float, samples: Array, clusters: int) -> Array:
-    """Resamples [S] of an estimate with their deviations from it times :func:`few`."""
-    return value + (samples - value) * few(clusters)
+def widened(value: float, samples: Array, clusters: int, scale: float = 1.0) -> Array:
+    """Resamples [S] of an estimate with their deviations from it times :func:`few`, and times what they are too wide by."""
+    return value + (samples - value) * few(clusters) * scale
 
 
 def retention_of(
-    cap_effect: float, tuned_effect: float, capped: Array, tuned: Array, n: int, clusters: int
+    cap_effect: float,
+    tuned_effect: float,
+    capped: Array,
+    tuned: Array,
+    n: int,
+    clusters: int,
+    scales: tuple[float, float] = (1.0, 1.0),
 ) -> Retention:
     """Retention from the two effects and their resamples, [S] each; undefined where the cap's own effect covers 0.
 
@@ -209,9 +304,10 @@ def retention_of(
         capped: resamples of the first.
         tuned: of the second.
         n: items.
-        clusters: of these items.
+        clusters: of these items, or their questions where fewer.
+        scales: by what deviations of the cap's effect, and of the ratio, are to be multiplied besides.
     """
-    low, high = percentiles(widened(cap_effect, capped, clusters))
+    low, high = percentiles(widened(cap_effect, capped, clusters, scales[0]))
     if low <= 0 <= high:
         return Retention(
             estimate=None,
@@ -220,7 +316,7 @@ def retention_of(
     value = tuned_effect / cap_effect
     # Few clusters can give a resample without any effect of the cap, whose ratio is not a number.
     ratios = tuned / np.where(capped == 0, np.nan, capped)
-    low, high = percentiles(widened(value, ratios, clusters))
+    low, high = percentiles(widened(value, ratios, clusters, scales[1]))
     return Retention(estimate=Estimate(value=value, low=low, high=high, n=n))
 
 
@@ -258,11 +354,41 @@ def percentiles(samples: Array) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def p_of(samples: Array) -> float:
-    """Two-sided p of 0, of resamples [S]: twice the share beyond 0, at least 2 / (S + 1); 1 where nothing moved."""
-    samples = samples[np.isfinite(samples)]
-    beyond = min(int((samples <= 0).sum()), int((samples >= 0).sum()))
-    return min(1.0, 2 * (beyond + 1) / (len(samples) + 1))
+def sums_of(index: np.ndarray[Any, Any], values: Array) -> Array:
+    """Sums of the values of each index that occurs."""
+    _, dense = np.unique(index, return_inverse=True)
+    found: Array = np.bincount(dense, values).astype(float)
+    return found
+
+
+def third_of(parts: Array) -> float:
+    """Third cumulant of a sum of so many independent parts, from the parts' own deviations, without bias; 0 of fewer than three.
+
+    m^2 / ((m - 1) (m - 2)) times the sum of their cubes.
+    """
+    m = len(parts)
+    return float(m * m / ((m - 1) * (m - 2)) * (parts**3).sum()) if m > 2 else 0.0
+
+
+def p_of(value: float, variance: float, third: float, degrees: float) -> float:
+    """Two-sided p of 0: Student's t of an estimate over its standard error, the skewness of its noise taken out.
+
+    t = value / s and g = third / s^3 give T = t + g t^2 / 3 + g^2 t^3 / 27 + g / 6 (Hall 1992, "On the removal of skewness by
+    transformation", JRSS B 54), which is held against Student's t. Of 8 exponential clusters t alone rejects what is true in
+    11 % of cases, and T in 6 %. Where the estimate has no noise at all, p is that of the sign test of clusters that all moved
+    one way, and 1 where nothing moved.
+
+    Args:
+        value: the estimate.
+        variance: s^2 of it.
+        third: third cumulant of it.
+        degrees: of freedom, at least 1.
+    """
+    error = float(np.sqrt(variance))
+    if error <= 1e-12 * abs(value):
+        return 1.0 if value == 0 else 2.0**-degrees
+    t, g = value / error, third / error**3
+    return min(1.0, float(2 * student.sf(abs(t + g * t**2 / 3 + g**2 * t**3 / 27 + g / 6), degrees)))
 
 
 def wilson(successes: int, n: int) -> Estimate:

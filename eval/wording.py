@@ -81,6 +81,11 @@ def points_text(estimate: Estimate) -> str:
     return signed(percent_text(estimate).replace(" %", " points"))
 
 
+def p_text(p: float) -> str:
+    """A p-value, such as ``p = 0.012``; what is below 0.001 is said to be so, since no digit of it is known."""
+    return "p < 0.001" if p < 0.001 else f"p = {number(p)}"
+
+
 def seed_text(value: float, as_share: bool) -> str:
     """One repetition's value: a share as ``0.93``, else three significant digits; a dash where it is undefined."""
     if math.isnan(value):

@@ -85,6 +85,11 @@ class Evaluation:
         return [item.cluster for item in self.roles]
 
     @cached_property
+    def role_questions(self) -> list[str]:
+        """The question of each of them: roles share it, so it is resampled with them."""
+        return [item.prompt[-1]["content"] for item in self.roles]
+
+    @cached_property
     def on_roles(self) -> dict[str, Answers]:
         """Answers under held-out roles."""
         return self.answers("roles", self.roles)

@@ -36,7 +36,7 @@ def measure(evaluation: Evaluation) -> Suite:
     faults = {name: {arm: _unusable(given) for arm, given in answers.items()} for name, (_, answers) in sets.items()}
     clusters = {name: [item.cluster for item in items] for name, (items, _) in sets.items()}
     effects = [
-        _change(arm, off["under roles"], clusters["under roles"])
+        _change(arm, off["under roles"], clusters["under roles"], evaluation.role_questions)
         for arm in ("tuned", "base+cap", CONTROL)
         if arm in evaluation.arms.names
     ]
@@ -79,7 +79,9 @@ def _unusable(given: Answers) -> list[float]:
     return [float(fault is not None) for fault in faults_of(given.questions, given.texts)]
 
 
-def _change(arm: str, off: Mapping[str, Sequence[float]], clusters: Sequence[str]) -> EffectValues:
+def _change(
+    arm: str, off: Mapping[str, Sequence[float]], clusters: Sequence[str], questions: Sequence[str]
+) -> EffectValues:
     suffix, name = {
         "tuned": ("", ""),
         "base+cap": (ids.OF_THE_CAP, ": the cap itself"),
@@ -90,7 +92,7 @@ def _change(arm: str, off: Mapping[str, Sequence[float]], clusters: Sequence[str
         "Share of answers that are likelier after another question than after their own, repeat it, or are none; minus the "
         "base's.",
         clusters, (np.asarray(off[arm]) - np.asarray(off["base"])).tolist(), OFF_TOPIC_LIMIT if arm == "tuned" else None,
-        one_sided=True,
+        one_sided=True, crossed=questions,
     )  # fmt: skip
 
 

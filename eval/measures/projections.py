@@ -28,7 +28,7 @@ AXES = {
 
 def measure(evaluation: Evaluation) -> Suite:
     """Z of the answers along each axis, and the distance to the capped self on its own answers."""
-    arms, clusters = evaluation.arms.names, evaluation.role_clusters
+    arms, clusters, asked = evaluation.arms.names, evaluation.role_clusters, evaluation.role_questions
     metrics = []
     for key, (identifier, name, what) in AXES.items():
         if key in evaluation.rulers:
@@ -37,12 +37,12 @@ def measure(evaluation: Evaluation) -> Suite:
                 f"Mean z of the same answers on {what}; 0 is the base's default Assistant. "
                 "For capped arms it is what the next layer sees, after the cap."
             )
-            metrics.append(MetricValues(identifier, name, "sigma", meaning, "higher", clusters, values))
+            metrics.append(MetricValues(identifier, name, "sigma", meaning, "higher", clusters, values, crossed=asked))
     metrics.append(
         MetricValues(
             ids.KL_CAPPED_SELF, "Distance to the capped self", "nat/token",
             "KL(capped self || arm) per token on the capped self's own answers to the held-out roles; 0 for the capped self.",
-            "lower", clusters, {arm: forced.kl for arm, forced in evaluation.drift_forced.items()},
+            "lower", clusters, {arm: forced.kl for arm, forced in evaluation.drift_forced.items()}, crossed=asked,
         )
     )  # fmt: skip
     cosines = {f"cosine_reextracted_{arm}": row for arm, row in evaluation.cosines.items()}

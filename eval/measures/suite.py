@@ -47,6 +47,7 @@ class MetricValues:
         quality: of the metric itself, such as its AUC.
         primary: whether the verdict is about it.
         anchor: the base's default Assistant's own level.
+        crossed: question of each answer, where several clusters are asked the same: it is resampled too.
     """
 
     id: str
@@ -66,7 +67,7 @@ class MetricValues:
 class EffectValues:
     """One side effect: its values, one an item, NaN where there is none; ``limit`` is what it may come to.
 
-    ``one_sided``: only more of it is harm.
+    ``one_sided``: only more of it is harm. ``crossed`` is as that of :class:`MetricValues`.
     """
 
     id: str
@@ -77,6 +78,7 @@ class EffectValues:
     values: Sequence[float]
     limit: float | None = None
     one_sided: bool = False
+    crossed: Sequence[str] | None = None
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ def measure(evaluation: Evaluation) -> Suite:
         f"base: how much better the prompt explains the text than none does, cut at {MOST:g} either way. It says how much of its "
         "own prompt a text carries, not who speaks.",
         "lower", evaluation.role_clusters, ratios, {} if auc is None else {"AUC by prompt": auc},
-        crossed=[item.question for item in evaluation.roles],
+        crossed=evaluation.role_questions,
     )  # fmt: skip
     return Suite(metrics=[metric])
 

@@ -39,7 +39,7 @@ def measure(evaluation: Evaluation) -> Suite:
     quality = dict(reader.quality)
     if second is not None and (kappa := _agreement(evaluation, reader, second)) is not None:
         quality["kappa of the two readers"] = kappa
-    questions = [item.question for item in evaluation.roles]
+    questions = evaluation.role_questions
     metrics = [
         MetricValues(
             ids.READER_SCORE, NAME, "nat",

@@ -96,7 +96,7 @@ def metric_of(given: MetricValues, bootstrap: int, seed: int) -> Metric | None:
     base, capped, tuned = arrays["base"], arrays["base+cap"], arrays["tuned"]
     if not all(np.isfinite(row).any() for row in (*arrays.values(), capped - base, tuned - base)):
         return None
-    resample = ClusterBootstrap(given.clusters, bootstrap, seed)
+    resample = ClusterBootstrap(given.clusters, bootstrap, seed, given.crossed)
     most = 1.0 if given.unit == "rate" else None
     return Metric(
         id=given.id,
@@ -120,7 +120,7 @@ def metric_of(given: MetricValues, bootstrap: int, seed: int) -> Metric | None:
 
 def effect_of(given: EffectValues, bootstrap: int, seed: int) -> SideEffect | None:
     """One side effect; None where no item has a value, as where no answer is long enough to measure it on."""
-    resample = ClusterBootstrap(given.clusters, bootstrap, seed)
+    resample = ClusterBootstrap(given.clusters, bootstrap, seed, given.crossed)
     array = np.asarray(given.values, dtype=float)
     estimate = resample.estimate_if_any(array)
     if estimate is None:

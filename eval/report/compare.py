@@ -17,6 +17,7 @@ from trimtab.eval.report.page import load_report, page_environment, plotly_sourc
 from trimtab.eval.report.plots import Plot, comparison_plot
 from trimtab.eval.report.pooling import Pooled, Standing, stand
 from trimtab.eval.schema import Estimate, Report, Retention
+from trimtab.eval.wording import p_text
 
 SAMPLES = 2000  # of the bootstrap, where a report does not say how many it took
 # Keys of the eval section that change nothing in how two runs' figures compare.
@@ -157,7 +158,7 @@ def _standing_rows(reports: dict[str, Report]) -> Iterator[list[Any]]:
                 seeds = f"runs {', '.join(standing.settings[name])}"
                 yield [name, *_row("setting", key, what, unit, pooled.estimate, pooled.why or seeds)]
                 if pooled.gap is not None:
-                    note = "of these very weights" if pooled.gap.p is None else f"p {pooled.gap.p:.3g} (Holm)"
+                    note = "of these very weights" if pooled.gap.p is None else f"{p_text(pooled.gap.p)} (Holm)"
                     yield [name, *_row("setting", key, f"{what}, minus the first's", unit, pooled.gap.estimate, note)]
 
 

@@ -3,6 +3,12 @@
 A *setting* is what a recipe says but for its seeds; its *repetitions* are the runs that differ in seeds alone. Everything is
 worked out from what the reports hold by role or conversation (:class:`~trimtab.eval.schema.ByCluster`); no model is needed.
 
+Runs of the same weights are one repetition, however often these were evaluated: another seed of the evaluation gives other
+answers of the same weights, and says nothing of how other weights would turn out.
+
+A report holds no values by question, so pooled intervals are of other roles, and not, as a single report's, of other questions
+too. In a gap what questions have in common falls out, as it does for roles.
+
 Shapes: R repetitions, C clusters, S bootstrap samples.
 """
 
@@ -16,7 +22,16 @@ from itertools import takewhile
 import numpy as np
 
 from trimtab.eval import ids
-from trimtab.eval.intervals import Array, cluster_draws, holm, p_of, percentiles, retention_of, widened
+from trimtab.eval.intervals import (
+    Array,
+    cluster_draws,
+    holm,
+    p_of,
+    percentiles,
+    retention_of,
+    third_of,
+    widened,
+)
 from trimtab.eval.schema import ByCluster, Estimate, Report, Retention
 from trimtab.recipes.schema import deciding
 
@@ -45,7 +60,7 @@ class Repetitions:
         self._counts = counts
         self._weights = repetitions[:, :, None] * clusters[:, None, :] * counts  # [S, R, C]
         self.n = int(counts.sum())
-        self._size = counts.shape[1]
+        self.repetitions, self._size = counts.shape
 
     def mean(self, arm: str) -> float:
         """Mean over all items of all repetitions."""
@@ -54,6 +69,22 @@ class Repetitions:
     def means(self, arm: str) -> Array:
         """The same of each resample, [S]."""
         found: Array = (self._weights * self._values(arm)).sum((1, 2)) / self._weights.sum((1, 2))
+        return found
+
+    def shares(self, what: str) -> Array:
+        """What each repetition's clusters add to the figure, to first order, [R, C]; they add up to 0.
+
+        Of a mean m: counts (values - m) / n. Of a retention r: counts ((tuned - base) - r (base+cap - base)) / (n cap), with cap
+        the mean effect of it.
+        """
+        if what == "value":
+            cells, whole = self._values("value") - self.mean("value"), float(self.n)
+        else:
+            base, capped, tuned = (self._values(arm) for arm in ("base", "base+cap", "tuned"))
+            whole = float((self._counts * (capped - base)).sum())
+            kept = float((self._counts * (tuned - base)).sum()) / whole
+            cells = tuned - base - kept * (capped - base)
+        found: Array = self._counts * cells / whole
         return found
 
     def _values(self, arm: str) -> Array:
@@ -79,6 +110,33 @@ class Repetitions:
         effects = self.means("base+cap") - bases
         found: Array = (self.means("tuned") - bases) / np.where(effects == 0, np.nan, effects)
         return found
+
+
+def gap_p(value: float, one: Repetitions, other: Repetitions, what: str) -> float:
+    """Two-sided p of a gap of 0 between two settings of several repetitions each, by :func:`~trimtab.eval.intervals.p_of`.
+
+    Its variance is that of clusters, paired, C / (C - 1) sum_c d_c^2 with d_c the difference of what cluster c adds to the two
+    figures, plus that of each setting's repetitions, R / (R - 1) sum_r s_r^2 with s_r what repetition r adds. Degrees of freedom
+    are Satterthwaite's (1946), so three seeds that differ are not taken for many.
+
+    Args:
+        value: the gap.
+        one: repetitions of the one setting.
+        other: of the other, on the same clusters.
+        what: ``retention`` or ``value``.
+    """
+    shares = [side.shares(what) for side in (one, other)]
+    apart = shares[1].sum(0) - shares[0].sum(0)  # [C]
+    variances = [_variance(part) for part in (apart, *(side.sum(1) for side in shares))]
+    degrees = [len(apart) - 1, *(len(side) - 1 for side in shares)]
+    total = sum(variances)
+    satterthwaite = total**2 / sum(v**2 / d for v, d in zip(variances, degrees, strict=True)) if total else degrees[0]
+    return p_of(value, total, third_of(apart), satterthwaite)
+
+
+def _variance(parts: Array) -> float:
+    """Of a sum of independent parts, from their own deviations."""
+    return float(len(parts) / (len(parts) - 1) * (parts**2).sum())
 
 
 @dataclass(frozen=True)
@@ -115,7 +173,7 @@ class Standing:
     """All settings, the first of which is the reference.
 
     Attributes:
-        settings: name -> names of its runs.
+        settings: name -> names of its repetitions; runs of the same weights are one, ``a + b``.
         metrics: metric -> setting -> pooled retention.
         effects: side effect -> setting -> pooled value.
         left_out: what could not be pooled or compared, in sentences.
@@ -129,7 +187,7 @@ class Standing:
     @property
     def repeated(self) -> bool:
         """Whether a setting has several repetitions."""
-        return any(len(runs) > 1 for runs in self.settings.values())
+        return any(len(repetitions) > 1 for repetitions in self.settings.values())
 
 
 def settings_of(reports: Mapping[str, Report]) -> dict[str, list[str]]:
@@ -150,6 +208,30 @@ def settings_of(reports: Mapping[str, Report]) -> dict[str, list[str]]:
         taken.add(free)
         named[free] = runs
     return named
+
+
+def repetitions_of(runs: Sequence[str], reports: Mapping[str, Report]) -> list[list[str]]:
+    """The runs of a setting, those of the same weights together, in the order given."""
+    found: list[list[str]] = []
+    for run in runs:
+        own = next((group for group in found if any(_same_weights(reports[run], reports[one]) for one in group)), None)
+        if own is None:
+            found.append([run])
+        else:
+            own.append(run)
+    return found
+
+
+def _same_weights(one: Report, other: Report) -> bool:
+    """Whether two reports are about the same tuned weights: by their hash; where one has none, by what these weights gave."""
+    hashes = [report.repeat.get("hashes", {}).get("tuned") for report in (one, other)]
+    if None not in hashes:
+        return bool(hashes[0] == hashes[1])
+    gave = [
+        {metric.id: metric.by_cluster.means.get("tuned") for metric in report.metrics if metric.by_cluster is not None}
+        for report in (one, other)
+    ]
+    return bool(gave[0]) and gave[0] == gave[1]
 
 
 def _common_name(runs: Sequence[str]) -> str:
@@ -187,11 +269,20 @@ def stand(
         for setting, runs in settings.items()
     }
 
+    repetitions = {setting: repetitions_of(runs, reports) for setting, runs in settings.items()}
+    left_out += [
+        f"{', '.join(group)} are the same weights: they count as one repetition"
+        for groups in repetitions.values()
+        for group in groups
+        if len(group) > 1
+    ]
+
     def pool(table: dict[str, dict[str, ByCluster | None]], what: str) -> dict[str, dict[str, Pooled]]:
-        rows = {key: _pool(key, row, settings, samples, seed, left_out, what, apart) for key, row in table.items()}
+        rows = {key: _pool(key, row, repetitions, samples, seed, left_out, what, apart) for key, row in table.items()}
         return _corrected({key: row for key, row in rows.items() if row})
 
-    return Standing(settings, pool(metrics, "retention"), pool(effects, "value"), left_out)
+    named = {setting: [" + ".join(group) for group in groups] for setting, groups in repetitions.items()}
+    return Standing(named, pool(metrics, "retention"), pool(effects, "value"), left_out)
 
 
 def _asked_otherwise(one: Report, other: Report) -> set[str]:
@@ -213,7 +304,7 @@ def _asked_otherwise(one: Report, other: Report) -> set[str]:
 def _pool(
     key: str,
     by_run: Mapping[str, ByCluster | None],
-    settings: Mapping[str, Sequence[str]],
+    settings: Mapping[str, Sequence[Sequence[str]]],
     samples: int,
     seed: int,
     left_out: list[str],
@@ -221,18 +312,19 @@ def _pool(
     apart: Mapping[str, Collection[str]],
 ) -> dict[str, Pooled]:
     found: dict[str, Pooled] = {}
-    reference: tuple[list[str], Array, float, int] | None = None
-    for number, (setting, names) in enumerate(settings.items()):
-        runs = [by_run.get(name) for name in names]
-        whole = [run for run in runs if run is not None and run.clusters]
-        if len(whole) < len(names):
+    reference: tuple[list[str], Array, float, Repetitions] | None = None
+    for number, (setting, groups) in enumerate(settings.items()):
+        runs = [[by_run.get(name) for name in group] for group in groups]
+        given = [[run for run in group if run is not None and run.clusters] for group in runs]
+        if any(len(one) < len(group) for one, group in zip(given, groups, strict=True)):
             continue  # a rate, not measured, or a report without values by cluster
-        clusters = whole[0].clusters
-        if any(run.clusters != clusters for run in whole):
+        clusters = given[0][0].clusters
+        if any(run.clusters != clusters for group in given for run in group):
             left_out.append(f"{key} of {setting}: its repetitions were measured on other roles or conversations")
             continue
         if len(clusters) < 2:
             continue
+        whole = [_as_one(group) for group in given]
         together = Repetitions(whole, samples, seed, number)
         each = [_value(Repetitions([run], samples, seed), what) for run in whole]
         if what == "retention":
@@ -243,21 +335,31 @@ def _pool(
         gap = None
         if estimate is not None:
             if reference is None and number == 0:
-                reference = clusters, draws, estimate.value, len(names)
+                reference = clusters, draws, estimate.value, together
             elif reference is not None and reference[0] != clusters:
                 left_out.append(f"{key} of {setting} against the first: other roles or conversations")
             elif reference is not None and key in apart.get(setting, ()):
                 left_out.append(f"{key} of {setting} against the first: another split, judge or simulated user")
             elif reference is not None:
                 value = estimate.value - reference[2]
-                samples_of_gap = widened(value, draws - reference[1], len(clusters))
-                low, high = percentiles(samples_of_gap)
-                repeated = min(len(names), reference[3]) > 1
-                gap = Gap(
-                    Estimate(value=value, low=low, high=high, n=together.n), p_of(samples_of_gap) if repeated else None
-                )
+                low, high = percentiles(widened(value, draws - reference[1], len(clusters)))
+                repeated = min(together.repetitions, reference[3].repetitions) > 1
+                p = gap_p(value, reference[3], together, what) if repeated else None
+                gap = Gap(Estimate(value=value, low=low, high=high, n=together.n), p)
         found[setting] = Pooled(estimate, why, each, gap)
     return found
+
+
+def _as_one(runs: Sequence[ByCluster]) -> ByCluster:
+    """What several evaluations of the same weights found, on the same clusters, as one: their mean in every cluster."""
+    counts = np.asarray([run.counts for run in runs], dtype=float)  # [runs, C]
+    return ByCluster(
+        clusters=runs[0].clusters,
+        counts=np.rint(counts.mean(0)).astype(int).tolist(),
+        means={
+            arm: np.average([run.means[arm] for run in runs], axis=0, weights=counts).tolist() for arm in runs[0].means
+        },
+    )
 
 
 def _value(run: Repetitions, what: str) -> float:

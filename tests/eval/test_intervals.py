@@ -240,9 +240,138 @@ def test_p_values_are_uniform_where_nothing_moves_and_small_where_something_does
     clusters = [f"c{i // 2}" for i in range(80)]
     null = [ClusterBootstrap(clusters, 400, seed).p_value(generator.normal(size=80)) for seed in range(60)]
     assert 0.3 < float(np.mean(null)) < 0.7 and sum(p < 0.05 for p in null) <= 8
-    boot = ClusterBootstrap(clusters, 400, 0)
-    assert boot.p_value(generator.normal(1.0, 1.0, 80)) == pytest.approx(2 / 401)
-    assert boot.p_value(np.zeros(80)) == 1.0
+    assert ClusterBootstrap(clusters, 400, 0).p_value(np.zeros(80)) == 1.0
+
+
+@pytest.mark.parametrize("clusters", [8, 16, 68])
+def test_of_what_is_true_p_rejects_one_in_twenty(clusters: int) -> None:
+    """Skewed clusters of unequal size; of 8 such clusters Student's t alone rejects in 8 %."""
+    generator = np.random.default_rng(clusters)
+    sizes = np.resize([2, 3, 4], clusters)
+    bootstrap = ClusterBootstrap(np.repeat(names(clusters), sizes).tolist(), 1, 0)
+    trials = 4000
+    noise = generator.normal(scale=0.5, size=(trials, int(sizes.sum())))
+    values = np.repeat(generator.gamma(2.0, size=(trials, clusters)) - 2.0, sizes, axis=1) + noise
+    rejected = sum(bootstrap.p_value(row) < 0.05 for row in values)
+    assert 0.035 <= rejected / trials <= 0.07
+
+
+def test_p_hangs_on_the_data_alone() -> None:
+    """Neither on the number of resamples nor on their seed; and it may be less than any share of them."""
+    generator = np.random.default_rng(5)
+    clusters = [f"c{i // 2}" for i in range(80)]
+    for mean in (0.1, 0.3, 1.0):
+        values = generator.normal(mean, 1.0, 80)
+        few_of_them = ClusterBootstrap(clusters, 500, 0).p_value(values)
+        assert ClusterBootstrap(clusters, 20_000, 1).p_value(values) == few_of_them
+    assert few_of_them < 1e-6 < 2 / 20_001
+
+
+def test_p_of_items_without_skewness_is_students() -> None:
+    values = np.array([-1.0, 0.0, 1.0, 2.0, 3.0, 4.0])
+    assert ClusterBootstrap(names(6), 10, 0).p_value(values) == pytest.approx(stats.ttest_1samp(values, 0).pvalue)
+    assert ClusterBootstrap(names(6), 10, 0).p_value([*values[:-1], NAN]) == pytest.approx(
+        stats.ttest_1samp(values[:-1], 0).pvalue
+    )
+
+
+def test_p_where_nothing_varies() -> None:
+    """Six clusters that all moved alike are six coins that fell on one side; one alone tells nothing."""
+    assert ClusterBootstrap(names(6), 10, 0).p_value(np.full(6, 0.3)) == 2 / 2**6
+    assert ClusterBootstrap(["a"] * 6, 10, 0).p_value(np.arange(6.0)) == 1.0
+
+
+def crossed(roles: int, questions: int, each: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Role and question of each item: each role goes on in the list of questions where the one before it stopped."""
+    items = np.arange(roles * each)
+    return items // each, items % questions
+
+
+def named(letter: str, index: np.ndarray[Any, Any]) -> list[str]:
+    return [f"{letter}{i:03d}" for i in index]
+
+
+@pytest.mark.parametrize(("roles", "questions", "each"), [(20, 12, 12), (68, 80, 3)])
+def test_intervals_are_about_other_questions_too(roles: int, questions: int, each: int) -> None:
+    """Where the question matters more than the role, resampling roles alone covers far less than it says."""
+    generator = np.random.default_rng(roles)
+    role, question = crossed(roles, questions, each)
+    both, roles_alone, rejected, trials = 0, 0, 0, 300
+    for trial in range(trials):
+        values = 0.5 * generator.normal(size=roles)[role] + 1.5 * generator.normal(size=questions)[question]
+        values += generator.normal(size=len(role))
+        bootstrap = ClusterBootstrap(named("r", role), 300, trial, named("q", question))
+        found, old = bootstrap.estimate(values), ClusterBootstrap(named("r", role), 300, trial).estimate(values)
+        both += found.low <= 0 <= found.high
+        roles_alone += old.low <= 0 <= old.high
+        rejected += bootstrap.p_value(values) < 0.05
+    assert 0.91 <= both / trials <= 0.98 and 0.02 <= rejected / trials <= 0.09
+    assert roles_alone / trials < both / trials - 0.1
+
+
+def test_questions_that_do_not_matter_do_not_widen() -> None:
+    """Noise of items alone is counted once, where the pigeonhole bootstrap's own deviations count it three times."""
+    role, question = crossed(68, 80, 3)
+    values = np.random.default_rng(0).normal(size=204)
+    both = ClusterBootstrap(named("r", role), 4000, 0, named("q", question))
+    alone = ClusterBootstrap(named("r", role), 4000, 0)
+    crossed_width, width = (found.high - found.low for found in (both.estimate(values), alone.estimate(values)))
+    assert crossed_width == pytest.approx(width, rel=0.12)
+    assert np.std(both.means(values)) == pytest.approx(np.sqrt(3) * np.std(alone.means(values)), rel=0.1)
+    assert both.detectable(values) == pytest.approx(alone.detectable(values), rel=0.12)
+    assert both.p_value(values) == pytest.approx(alone.p_value(values), abs=0.1)
+
+
+def test_a_crossed_resample_weighs_an_item_by_both_counts() -> None:
+    role, question = crossed(5, 4, 3)
+    values = np.random.default_rng(1).normal(size=15)
+    values[6] = NAN
+    bootstrap = ClusterBootstrap(named("r", role), 50, 3, named("q", question))
+    weights = bootstrap._weights[:, role] * bootstrap._asked[:, question]
+    present = np.isfinite(values)
+    by_hand = (weights[:, present] * values[present]).sum(1) / weights[:, present].sum(1)
+    assert bootstrap.means(values) == pytest.approx(by_hand)
+    assert bootstrap._weights.sum(1) == pytest.approx(5) and bootstrap._asked.sum(1) == pytest.approx(4)
+
+
+def test_a_crossed_retention_holds_the_noise_of_questions() -> None:
+    """The tuning keeps 0.6 of the cap's effect on average, and how much hangs on the question."""
+    generator = np.random.default_rng(3)
+    role, question = crossed(20, 12, 12)
+    covered, old, trials = 0, 0, 200
+    for trial in range(trials):
+        effect = 1 + 0.2 * generator.normal(size=20)[role] + 0.2 * generator.normal(size=len(role))
+        tuned = effect * (0.6 + 0.3 * generator.normal(size=12)[question])
+        zeros = np.zeros(len(role))
+        for crossing in (named("q", question), None):
+            found = ClusterBootstrap(named("r", role), 300, trial, crossing).retention(zeros, effect, tuned).estimate
+            assert found is not None
+            if crossing is None:
+                old += found.low <= 0.6 <= found.high
+            else:
+                covered += found.low <= 0.6 <= found.high
+    assert 0.9 <= covered / trials <= 0.99 and old / trials < 0.8
+
+
+def test_questions_asked_once_are_resampled_with_their_roles() -> None:
+    values, clusters = np.random.default_rng(2).normal(size=24), np.repeat(names(8), 3).tolist()
+    plain = ClusterBootstrap(clusters, 200, 0)
+    for questions in (
+        [f"q{i}" for i in range(24)],
+        ["the only one"] * 24,
+        [f"{c}/{i % 2}" for i, c in enumerate(clusters)],
+    ):
+        found = ClusterBootstrap(clusters, 200, 0, questions)
+        assert found.estimate(values) == plain.estimate(values) and found.p_value(values) == plain.p_value(values)
+
+
+def test_the_smaller_number_of_levels_widens() -> None:
+    """Forty roles, all asked the same four questions, are as few as four: t of three degrees of freedom."""
+    role, question = crossed(40, 4, 4)
+    values = np.random.default_rng(4).normal(size=4)[question]
+    found = ClusterBootstrap(named("r", role), 2000, 0, named("q", question)).estimate(values)
+    four = ClusterBootstrap(names(4), 2000, 1).estimate(values[:4])
+    assert found.high - found.low == pytest.approx(four.high - four.low, rel=0.1)
 
 
 def test_the_least_effect_that_shows_does_so_four_times_in_five() -> None:

@@ -11,9 +11,9 @@ import pytest
 
 from trimtab.eval import ids, measures
 from trimtab.eval.measures import ORDER, all_measures
-from trimtab.eval.measures.suite import Evidence, Measure, MetricValues, Suite
+from trimtab.eval.measures.suite import EffectValues, Evidence, Measure, MetricValues, Suite
 from trimtab.eval.report import assemble
-from trimtab.eval.report.assemble import build_report, claims_of
+from trimtab.eval.report.assemble import build_report, claims_of, effect_of, metric_of
 from trimtab.eval.schema import Claim, Estimate, SideEffect
 from trimtab.recipes.loader import load_recipe
 
@@ -62,6 +62,27 @@ def test_two_figures_of_one_name_are_refused() -> None:
     facts: dict[str, Any] = {name: {} for name in ("axis", "floor", "training", "repeat")}
     with pytest.raises(ValueError, match="are called m"):
         build_report(Suite(metrics=twice), title="t", created="now", bootstrap=10, seed=0, **facts)
+
+
+def test_questions_that_a_measure_names_are_resampled() -> None:
+    """Twelve roles, all asked the same six questions; each moves twice as far as the one before: roles alone are too sure."""
+    roles, questions = [f"r{i // 6}" for i in range(72)], [f"q{i % 6}" for i in range(72)]
+    tuned = [2.0 ** (i % 6) + 0.1 * (i // 6) for i in range(72)]
+    values = {"base": [0.0] * 72, "base+cap": [100.0 + i % 5 for i in range(72)], "tuned": tuned}
+    crossed, alone = (
+        metric_of(MetricValues("m", "m", "nat", "m.", "lower", roles, values, crossed=asked), 500, 0)
+        for asked in (questions, None)
+    )
+    assert crossed is not None and alone is not None
+    for found, old in (
+        (crossed.tuned_effect, alone.tuned_effect), (crossed.retention.estimate, alone.retention.estimate),
+    ):  # fmt: skip
+        assert found is not None and old is not None and found.value == old.value
+        assert found.high - found.low > 3 * (old.high - old.low)
+    assert crossed.p_holm is not None and alone.p_holm is not None and crossed.p_holm > 100 * alone.p_holm
+    assert crossed.by_cluster == alone.by_cluster
+    effect = effect_of(EffectValues("e", "e", "nat", "e.", roles, tuned, crossed=questions), 500, 0)
+    assert effect is not None and effect.estimate == crossed.tuned_effect
 
 
 def test_what_every_arm_is_asked_has_a_turn_for_each_conversation() -> None:

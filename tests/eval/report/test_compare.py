@@ -20,7 +20,7 @@ from trimtab.eval.report.compare import COLUMNS, load_runs, ranked_settings, sta
 from trimtab.eval.report.page import write_report
 from trimtab.eval.report.pooling import Pooled
 from trimtab.eval.schema import Report
-from trimtab.eval.wording import percent_text, points_text
+from trimtab.eval.wording import p_text, percent_text, points_text
 
 SCHEMA = ROOT / "docs" / "report.schema.json"
 
@@ -134,6 +134,14 @@ def test_many_runs_are_no_wider_than_their_window_and_their_names_stay(
     last = page.locator("#retention tbody td").nth(23).bounding_box()
     assert last["x"] + last["width"] <= box["x"] + box["width"] + 1
     page.close()
+
+
+@pytest.mark.parametrize(
+    ("p", "told"),
+    [(0.0, "p < 0.001"), (9.99e-4, "p < 0.001"), (0.001, "p = 0.001"), (0.01234, "p = 0.0123"), (1.0, "p = 1")],
+)
+def test_a_p_value_is_never_a_row_of_noughts(p: float, told: str) -> None:
+    assert p_text(p) == told
 
 
 @pytest.mark.parametrize("given", [["report"], ["report", "tiny/sft", "--compare", "x"]])

@@ -10,7 +10,7 @@ import pytest
 from test_report import build_report
 
 from trimtab.eval.intervals import ClusterBootstrap
-from trimtab.eval.report.pooling import Repetitions, settings_of, stand
+from trimtab.eval.report.pooling import Repetitions, gap_p, settings_of, stand
 from trimtab.eval.schema import ByCluster, Report
 
 ROLES = [f"role{i:02d}" for i in range(24)]
@@ -111,8 +111,10 @@ def test_a_setting_against_itself_has_no_gap_and_another_has_its_own() -> None:
     assert twin is not None and worse is not None and twin.p is not None
     assert twin.estimate.value == 0.0 and twin.estimate.low < 0 < twin.estimate.high and twin.p > 0.5
     assert worse.estimate.value == pytest.approx(-0.4, abs=0.05) and worse.estimate.high < -0.3
-    # two gaps on the page: Holm's correction doubles the least p that a thousand resamples give
-    assert worse.p == pytest.approx(2 * 2 / 1001)
+    # two gaps on the page: Holm's correction doubles the lesser p, which no number of resamples bounds
+    sides = [Repetitions([by_cluster(draw + k, kept) for k in (0, 1)], 1, 0) for draw, kept in ((1, 0.9), (3, 0.5))]
+    assert worse.p == pytest.approx(2 * gap_p(worse.estimate.value, *sides, "retention")) and worse.p < 2 * 2 / 1001
+    assert stand(reports, samples=50, seed=1).metrics["text_llr"]["worse"].gap.p == worse.p
     assert standing.effects["kl_benign"]["worse"].gap is not None
     assert "shift_default" not in standing.effects  # holds no values by cluster
     assert standing.left_out == [] and standing.repeated
@@ -189,11 +191,87 @@ def test_intervals_of_gaps_cover_nearly_as_often_as_they_promise() -> None:
     assert 80 <= covered <= 99
 
 
+@pytest.mark.parametrize("spread", [0.0, 0.1])
+def test_p_of_gaps_rejects_what_is_true_no_more_often_than_one_in_twenty(spread: float) -> None:
+    """Two settings of one true retention, three seeds each; where these vary, the interval leaves 0 out in one of ten."""
+    rejected = 0
+    for trial in range(200):
+        draws = np.random.default_rng(trial).normal(0.9, spread, (2, 3))
+        one, other = (
+            Repetitions([by_cluster(1000 * trial + 10 * i + k + 1, kept) for k, kept in enumerate(draws[i])], 1, 0)
+            for i in (0, 1)
+        )
+        kept = [side.retention().estimate for side in (one, other)]
+        assert kept[0] is not None and kept[1] is not None
+        rejected += gap_p(kept[1].value - kept[0].value, one, other, "retention") < 0.05
+    assert rejected <= 16
+    assert rejected >= (4 if spread else 0)
+
+
+def test_shares_are_the_slope_of_the_figure() -> None:
+    """Raise a cluster's weight a little: the figure moves by its share."""
+    runs = [by_cluster(seed, 0.8) for seed in (1, 2)]
+    side = Repetitions(runs, 1, 0)
+    kept = side.retention().estimate
+    assert kept is not None and side.shares("retention").sum() == pytest.approx(0, abs=1e-12)
+    counts = [[10_000 * count for count in run.counts] for run in runs]
+    counts[1][5] = int(counts[1][5] * 1.01)
+    heavier = Repetitions([run.model_copy(update={"counts": row}) for run, row in zip(runs, counts, strict=True)], 1, 0)
+    moved = heavier.retention().estimate
+    assert moved is not None
+    assert moved.value - kept.value == pytest.approx(0.01 * side.shares("retention")[1, 5], rel=1e-2)
+
+
+def with_hash(one: Report, tuned: str) -> Report:
+    return one.model_copy(update={"repeat": {**one.repeat, "hashes": {"tuned": tuned}}})
+
+
+def test_copies_are_one_repetition() -> None:
+    """The same adapter under several seeds of the evaluation, or one report given twice, says nothing of other weights."""
+    other = with_hash(report(by_cluster(9, 0.5), recipe="dpo"), "other")
+    runs = {
+        "sft-a": with_hash(report(by_cluster(1, 0.8), recipe="sft", seed=0), "same"),
+        "sft-b": with_hash(report(by_cluster(2, 0.9), recipe="sft", seed=1), "same"),
+        "sft-c": with_hash(report(by_cluster(3, 1.0), recipe="sft", seed=2), "same"),
+    }
+    standing = stand({**runs, "dpo": other, "dpo-again": other}, samples=200, seed=0)
+    assert standing.settings == {"sft": ["sft-a + sft-b + sft-c"], "dpo": ["dpo + dpo-again"]} and not standing.repeated
+    assert "sft-a, sft-b, sft-c are the same weights: they count as one repetition" in standing.left_out
+    row = standing.metrics["text_llr"]
+    each = stand({name: with_hash(run, name) for name, run in runs.items()}, samples=50, seed=0).metrics["text_llr"][
+        "sft"
+    ]
+    assert len(each.seeds) == 3 and row["sft"].seeds == pytest.approx([np.mean(each.seeds)])
+    assert row["sft"].estimate is not None
+    assert row["sft"].estimate.n == 72  # three evaluations, averaged: one's weight
+    assert row["dpo"].gap is not None and row["dpo"].gap.p is None
+    alone = stand({"dpo": other}, samples=200, seed=0).metrics["text_llr"]["dpo"]
+    assert row["dpo"].seeds == alone.seeds and alone.estimate is not None and row["dpo"].estimate is not None
+    assert row["dpo"].estimate.model_dump() == pytest.approx(alone.estimate.model_dump())
+
+    # weights of their own, of which one was evaluated twice: two repetitions
+    two = {**runs, "sft-c": with_hash(runs["sft-c"], "own")}
+    standing = stand(two, samples=200, seed=0)
+    assert standing.settings == {"sft": ["sft-a + sft-b", "sft-c"]} and standing.repeated
+    assert standing.metrics["text_llr"]["sft"].seeds == pytest.approx([np.mean(each.seeds[:2]), each.seeds[2]])
+
+
+def test_where_no_hash_is_recorded_equal_figures_are_copies() -> None:
+    def of(seed: int, draw: int) -> Report:
+        return report(by_cluster(draw, 0.9), recipe="sft", seed=seed)
+
+    runs = {"x-0": of(0, 1), "x-1": of(1, 1), "x-2": with_hash(of(2, 1), "a"), "x-3": with_hash(of(3, 2), "b")}
+    assert stand(runs, samples=50, seed=0).settings == {"x": ["x-0 + x-1 + x-2", "x-3"]}
+    # a hash outweighs figures: two adapters may answer alike
+    apart = {"x-0": with_hash(of(0, 1), "a"), "x-1": with_hash(of(1, 1), "b")}
+    assert stand(apart, samples=50, seed=0).settings == {"x": ["x-0", "x-1"]}
+
+
 def test_runs_that_differ_in_seeds_alone_are_one_setting() -> None:
     by = by_cluster(1, 0.9)
     reports = {
         "sft-0": report(by, recipe="sft", seed=0),
-        "sft-1": report(by, recipe="sft", seed=1),
+        "sft-1": report(by_cluster(2, 0.9), recipe="sft", seed=1),
         "floor-0": report(by, recipe="floor", seed=0),
     }
     longer = report(by, recipe="sft", seed=2)
