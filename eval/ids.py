@@ -8,6 +8,7 @@ Z_TRAINING = "z_training"
 Z_HELD_OUT = "z_held_out"
 Z_REEXTRACTED_TUNED = "z_reextracted_tuned"
 Z_REEXTRACTED_BASE = "z_reextracted_base"
+Z_SAME_TEXT = "z_same_text"
 KL_CAPPED_SELF = "kl_capped_self"
 Z_CONVERSATIONS = "z_conversations"
 Z_LAST_TURNS = "z_last_turns"
@@ -28,6 +29,8 @@ DECIDED_BY = {
 
 # side effects
 BENIGN_KL = "benign_kl"
+BENIGN_KL_OWN = "benign_kl_own"
+BENIGN_MISSING = "benign_missing"
 DEFAULT_Z_SHIFT = "default_z_shift"
 DEFAULT_Z_SHIFT_SAME_TEXT = "default_z_shift_same_text"
 ROLE_Z_SHIFT_SAME_TEXT = "role_z_shift_same_text"
