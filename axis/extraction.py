@@ -115,14 +115,12 @@ class Extraction:
     """What :func:`extract` found.
 
     Attributes:
-        axis: the axis of the training roles.
-        held_out: the axis of the held-out roles, or None.
+        axis: the axis.
         rollouts: path of the rollouts (JSON Lines).
         split_half: cosine between the axes of the two question halves, per layer, [N]; empty for a single question.
     """
 
     axis: Axis
-    held_out: Axis | None
     rollouts: Path
     split_half: list[float]
 
@@ -131,7 +129,6 @@ def extract(
     loaded: Loaded,
     form: ChatFormat,
     roles: Sequence[Role],
-    held_out_roles: Sequence[Role],
     questions: Sequence[str],
     defaults: Sequence[str],
     folder: Path,
@@ -141,6 +138,7 @@ def extract(
     seed: int,
     judge: RoleJudge | None = None,
     min_per_role: int = 1,
+    split: str = "train",
     title: str = "axis rollouts",
 ) -> Extraction:
     """Sample the rollouts and build the axis; resumable.
@@ -151,8 +149,7 @@ def extract(
     Args:
         loaded: model and tokenizer.
         form: chat format.
-        roles: training roles.
-        held_out_roles: roles of the held-out axis; may be empty.
+        roles: the roles.
         questions: shared questions.
         defaults: neutral system prompts.
         folder: where rollouts and state go.
@@ -161,6 +158,7 @@ def extract(
         seed: sampling seed.
         judge: role-adherence judge; only score 3 counts then.
         min_per_role: a role with fewer counted responses is left out, and said so.
+        split: of the roles and questions, for the axis's metadata.
         title: label of the progress bar.
 
     Raises:
@@ -168,14 +166,14 @@ def extract(
     """
     folder.mkdir(parents=True, exist_ok=True)
     controller = ActivationController.of(loaded.model)
-    names = [DEFAULT, *(role.name for role in (*roles, *held_out_roles))]
+    names = [DEFAULT, *(role.name for role in roles)]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UserError(
             f"role names that are taken twice: {', '.join(twice)} ({DEFAULT!r} is the default Assistant)",
             key="axis.roles",
-            remedy="give each role its own name, and keep training and held-out roles apart",
+            remedy="give each role its own name",
         )
-    items = rollout_items([*roles, *held_out_roles], questions, defaults, default_repeats=default_repeats)
+    items = rollout_items(roles, questions, defaults, default_repeats=default_repeats)
     prompts = [form.prompt_ids(chat(item.system, item.question)) for item in items]
     batches = batches_by_length([len(prompt) for prompt in prompts], options.batch_size)
     model_facts = [loaded.facts.get(key) for key in ("model", "revision", "dtype")]
@@ -203,7 +201,8 @@ def extract(
                 waiting = []
                 _save_state(state_path, sums, number + 1, identity)
             bar.advance(len(batch))
-    return _finish(sums, [r.name for r in roles], [r.name for r in held_out_roles], rollouts_path, min_per_role, {
+    return _finish(sums, rollouts_path, min_per_role, {
+        "split": split,
         "model": loaded.facts["model"],
         "revision": loaded.facts["revision"],
         "questions": fingerprint(list(questions)),
@@ -276,34 +275,19 @@ def _resume(
     return sums, done
 
 
-def _finish(
-    sums: _Sums,
-    roles: Sequence[str],
-    held_out: Sequence[str],
-    rollouts: Path,
-    min_per_role: int,
-    facts: dict[str, Any],
-) -> Extraction:
+def _finish(sums: _Sums, rollouts: Path, min_per_role: int, facts: dict[str, Any]) -> Extraction:
     counts = sums.counts.sum(1)
     means = sums.means()
     few = [name for name, count in zip(sums.names, counts.tolist(), strict=True) if count < min_per_role]
     if few:
         log.warning("left out for fewer than %d counted responses: %s", min_per_role, ", ".join(few))
-
-    def rows(names: Sequence[str]) -> list[int]:
-        return [sums.names.index(name) for name in names if name not in few]
-
-    def build(names: Sequence[str], split: str) -> Axis:
-        kept = rows(names)
-        if not kept or DEFAULT in few:
-            raise UserError(
-                f"no {split} role has {min_per_role} counted responses",
-                key="axis",
-                remedy="sample more questions a role, lower axis.min_per_role, or check the judge",
-            )
-        metadata = {**facts, "roles": [sums.names[i] for i in kept], "split": split, "left_out": few}
-        return Axis.from_means(means[0], means[kept], counts[kept], metadata)
-
-    axis = build(roles, "train")
-    held = build(held_out, "held_out") if held_out else None
-    return Extraction(axis, held, rollouts, sums.split_half(0, rows(roles)))
+    kept = [row for row, name in enumerate(sums.names) if name not in (DEFAULT, *few)]
+    if not kept or DEFAULT in few:
+        raise UserError(
+            f"no {facts['split']} role has {min_per_role} counted responses",
+            key="axis",
+            remedy="sample more questions a role, lower axis.min_per_role, or check the judge",
+        )
+    metadata = {**facts, "roles": [sums.names[i] for i in kept], "left_out": few}
+    axis = Axis.from_means(means[0], means[kept], counts[kept], metadata)
+    return Extraction(axis, rollouts, sums.split_half(0, kept))

@@ -79,8 +79,9 @@ class Reader:
     def load(cls, path: Path) -> Reader:
         """Read what :meth:`save` wrote."""
         tensors, facts = load_tensors(path)
-        numbers = {name: float(facts[name]) for name in ("slope", "intercept")}
-        return cls(tuple(facts["layers"]), **tensors, **numbers, facts=facts["facts"])
+        mean, scale, weights, bias = (tensors[name] for name in ("mean", "scale", "weights", "bias"))
+        slope, intercept = float(facts["slope"]), float(facts["intercept"])
+        return cls(tuple(facts["layers"]), mean, scale, weights, bias, slope, intercept, facts["facts"])
 
 
 def layers_to_read(n_layers: int) -> tuple[int, ...]:
@@ -152,9 +153,9 @@ def fit_reader(states: Tensor, personas: Sequence[bool], groups: Sequence[str], 
     labels = np.asarray(personas)
     scores = left_out_scores(states, personas, groups)
     slope, intercept = _platt(scores, labels)
-    mean, scale, weights, bias = _probes(states.double().numpy(), labels)
-    tensors = [torch.from_numpy(array).float() for array in (mean, scale, weights, bias)]
-    return Reader(tuple(layers), *tensors, slope=slope, intercept=intercept)
+    found = _probes(states.double().numpy(), labels)
+    mean, scale, weights, bias = (torch.from_numpy(array).float() for array in found)
+    return Reader(tuple(layers), mean, scale, weights, bias, slope, intercept)
 
 
 def left_out_scores(states: Tensor, personas: Sequence[bool], groups: Sequence[str]) -> np.ndarray[Any, Any]:

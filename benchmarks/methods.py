@@ -85,7 +85,9 @@ def share(folder: Path, run: Run) -> None:
     shared = next((other for other in others if other != run.folder), None)
     if shared is None:
         return
-    for name in ("axis", "axis.safetensors", "axis_held_out.safetensors", "floor.safetensors", "floor.json"):
+    for name in (
+        "axis", "axis.safetensors", "axis_held_out", "axis_held_out.safetensors", "floor.safetensors", "floor.json",
+    ):  # fmt: skip
         source, target = shared / name, run.folder / name
         if source.is_dir():
             shutil.copytree(source, target, dirs_exist_ok=True)

@@ -17,9 +17,11 @@ from trimtab.eval.answers.arms import arm_names
 from trimtab.eval.answers.items import benign_items, default_items, role_items
 from trimtab.eval.measures import all_measures
 from trimtab.eval.measures.capability_tasks import size_of, tasks_of
+from trimtab.pipeline.identity import plays_training_roles
+from trimtab.pipeline.instrument import HELD_OUT, TRAIN, played
 from trimtab.recipes import data
 from trimtab.recipes.rules import MARKUP, tokens_in
-from trimtab.recipes.schema import EvalSection, Recipe
+from trimtab.recipes.schema import AxisSection, EvalSection, Recipe
 from trimtab.recipes.sections import Sampling
 from trimtab.train.conversations import conversation_prompts, prompts_a_generation
 from trimtab.train.rollouts import SAMPLERS, RolloutPlan, TrainPrompt
@@ -176,14 +178,17 @@ def _played(
         yield from calls_of(lengths, answer, batch_size, key)
 
 
-def _axis_calls(recipe: Recipe) -> list[Call]:
-    section = recipe.axis
-    items = rollout_items(
-        [*data.roles("train", section.roles), *data.roles("dev", section.held_out_roles)],
-        data.questions("train", section.questions),
-        data.default_prompts(),
-        default_repeats=section.default_repeats,
-    )
+def _axis_calls(recipe: Recipe) -> Iterator[Call]:
+    """The calls in which the training axis and the held-out one are extracted, one after the other."""
+    if plays_training_roles(recipe.model_dump(mode="json")):
+        yield from _extraction_calls(recipe.axis, TRAIN)
+    if recipe.axis.held_out_roles:
+        yield from _extraction_calls(recipe.axis, HELD_OUT)
+
+
+def _extraction_calls(section: AxisSection, split: data.Split) -> list[Call]:
+    roles, questions = played(section, split)
+    items = rollout_items(roles, questions, data.default_prompts(), default_repeats=section.default_repeats)
     return _sampled((prompt_tokens(chat(item.system, item.question)) for item in items), section.sampling, "axis")
 
 
@@ -316,7 +321,7 @@ def _evaluation_calls(recipe: Recipe) -> Iterator[Call]:
     """The calls of the evaluation: what all measures share, arm by arm, and what each asks for itself."""
     section = recipe.eval
     for _ in range(3 if section.reextract_roles else 0):  # tuned, base, base+cap
-        yield from _axis_calls(_reextraction(recipe))
+        yield from _extraction_calls(_reextraction(recipe), TRAIN)
     once = list(_arm_calls(section))
     for _ in range(_arms(section)):
         yield from once
@@ -325,9 +330,9 @@ def _evaluation_calls(recipe: Recipe) -> Iterator[Call]:
         yield from _sampled(again, section.sampling, "eval")
 
 
-def _reextraction(recipe: Recipe) -> Recipe:
-    size = {"roles": recipe.eval.reextract_roles, "questions": recipe.eval.reextract_questions, "held_out_roles": 0}
-    return recipe.model_copy(update={"axis": recipe.axis.model_copy(update=size)})
+def _reextraction(recipe: Recipe) -> AxisSection:
+    size = {"roles": recipe.eval.reextract_roles, "questions": recipe.eval.reextract_questions}
+    return recipe.axis.model_copy(update=size)
 
 
 def _asked(prompts: Iterable[Iterable[Mapping[str, str]]]) -> list[int]:

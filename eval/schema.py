@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
+Status = Literal["good", "mixed", "bad", "unclear", "incomplete"]
 ARMS = ("base", "base+cap", "tuned", "tuned+cap")
 
 
@@ -321,7 +322,7 @@ class Verdict(Part):
         decided_by: ids of the claims that kept it from being good.
     """
 
-    status: Literal["good", "mixed", "bad", "unclear", "incomplete"]
+    status: Status
     headline: str
     points: list[str]
     decided_by: list[str] = []

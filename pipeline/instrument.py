@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from trimtab.axis import Axis, Floor, UserError
 from trimtab.axis.analysis import persona_space
@@ -35,13 +36,22 @@ from trimtab.pipeline.identity import plays_training_roles
 from trimtab.pipeline.loading import Prepared, sampling_options
 from trimtab.pipeline.run import Run
 from trimtab.recipes import data
-from trimtab.recipes.schema import Recipe
+from trimtab.recipes.schema import AxisSection, Recipe
 
 log = logging.getLogger("trimtab")
 
 # Cosines, mean or median over layers. Axes of one model's halves agree at about 0.8, unrelated directions at 0. Mean activations
 # share what every text has: 0.94 on SmolLM2-135M, where an axis had at most 0.23 with them at any layer.
 OPPOSED, UNRELATED, A_MEAN = -0.3, 0.1, 0.7
+TRAIN: data.Split = "train"
+HELD_OUT: data.Split = "dev"  # of the axis that shares no role, question or answer with the training axis
+
+
+def played(section: AxisSection, split: data.Split) -> tuple[list[Role], list[str]]:
+    """Roles and questions that are played for an axis, ``axis.questions`` of them or all that the held-out split has."""
+    if split == TRAIN:
+        return data.roles(TRAIN, section.roles), data.questions(TRAIN, section.questions)
+    return data.roles(HELD_OUT, section.held_out_roles), data.questions(HELD_OUT)[: section.questions]
 
 
 def local_file(path: str) -> Path:
@@ -129,12 +139,13 @@ def check_counts(recipe: Recipe) -> None:
         UserError: if they can't.
     """
     axis, pool = recipe.axis, recipe.floor.pool
-    if axis.min_per_role > axis.questions:
-        raise UserError(
-            f"a role needs {axis.min_per_role} counted responses and gives {axis.questions}, one a question",
-            key="axis.min_per_role",
-            remedy=f"set axis.min_per_role to {axis.questions} at most, or raise axis.questions",
-        )
+    for roles, questions in (played(axis, split) for split in (TRAIN, HELD_OUT)):
+        if roles and axis.min_per_role > len(questions):
+            raise UserError(
+                f"a role needs {axis.min_per_role} counted responses and gives {len(questions)}, one a question",
+                key="axis.min_per_role",
+                remedy=f"set axis.min_per_role to {len(questions)} at most, or raise axis.questions",
+            )
     rollouts = (axis.roles + axis.default_repeats) * axis.questions
     calibrates = recipe.floor.path is None or recipe.floor.experiment is not None or recipe.eval.control
     if calibrates and min(pool, rollouts) < LEAST_POOL:
@@ -156,8 +167,6 @@ def axis_stage(run: Run, prepared: Prepared | None = None) -> dict[str, Any]:
         shape = model_shape(recipe.model.name, recipe.model.revision)
         given = given_axis(recipe, shape)
         given_floor(recipe, shape)
-        if not run.rollouts_path.exists():  # an extraction that has sampled nothing yet holds to nothing
-            (run.rollouts_path.parent / "state.safetensors").unlink(missing_ok=True)
         section = recipe.axis
         judged = section.judge.model_dump() if section.judge else None
         check_endpoint(judged, "axis.judge")  # before a model is loaded
@@ -165,71 +174,71 @@ def axis_stage(run: Run, prepared: Prepared | None = None) -> dict[str, Any]:
         judge = role_judge(judged, run.rollouts_path.parent / "judge.jsonl") if judged else None
         if given is not None:
             _check_no_mean(given, loaded, form, section.path)
-        if given is not None and not plays_training_roles(run.loaded.resolved):
-            return _held_out_alone(run, loaded, form, given, judge)
-        found = _extraction(
-            run, loaded, form, data.roles("train", section.roles), data.roles("dev", section.held_out_roles), judge
-        )
-        axis = found.axis
-        facts: dict[str, Any] = {"split_half": found.split_half, "roles": len(found.axis.roles)}
-        if given is not None:
-            facts["cosine_published_own"] = _compare(given, found.axis, _window(recipe, loaded), section.path)
-            axis = given
-            log.info("axis: %s; the rollouts made here serve calibration and the held-out axis", section.path)
+        alone = given is not None and not plays_training_roles(run.loaded.resolved)
+        axis, facts = (given, {}) if given is not None and alone else _training_axis(run, loaded, form, given, judge)
         axis.save(run.axis_path)
-        if len(found.axis.roles) >= 3:
-            facts["persona_space"] = persona_space(found.axis).as_json()
-        if found.held_out is not None:
-            found.held_out.save(run.held_out_axis_path)
-            cosine = (axis.directions * found.held_out.directions).sum(-1)
-            facts["cosine_held_out"] = [round(float(c), 4) for c in cosine]
+        if alone:
+            log.info(
+                "axis and floor are given: rollouts are sampled of the held-out axis alone, and the probe for personas reads "
+                "them; axis.held_out_roles=0 leaves both out"
+            )
+        if section.held_out_roles:
+            held_out = _extraction(run, loaded, form, HELD_OUT, judge)
+            held_out.axis.save(run.held_out_axis_path)
+            cosines = (axis.directions * held_out.axis.directions).sum(-1)
+            if alone:  # nothing else was sampled to hold the file's axis against
+                _check_direction(cosines, _window(recipe, loaded), section.path)
+            facts |= {"split_half_held_out": held_out.split_half, "cosine_held_out": _rounded(cosines)}
         return facts
 
     return run.stage("axis", run.inputs("axis"), work)
 
 
-def _extraction(
-    run: Run,
-    loaded: Loaded,
-    form: ChatFormat,
-    roles: Sequence[Role],
-    held_out_roles: Sequence[Role],
-    judge: RoleJudge | None,
-) -> Extraction:
-    """Play these roles and the default Assistant, as the recipe's ``axis`` section says."""
+def _extraction(run: Run, loaded: Loaded, form: ChatFormat, split: data.Split, judge: RoleJudge | None) -> Extraction:
+    """Play the roles of a split and the default Assistant, as the recipe's ``axis`` section says.
+
+    The held-out axis has its own questions, its own answers of the default Assistant and its own random numbers.
+    """
     section = run.recipe.axis
+    roles, questions = played(section, split)
+    if len(questions) < section.questions:
+        log.warning("%s axis: %d questions, fewer than axis.questions=%d", split, len(questions), section.questions)
+    rollouts, seed = (run.rollouts_path, 0) if split == TRAIN else (run.held_out_rollouts_path, 1)
+    if not rollouts.exists():  # an extraction that has sampled nothing yet holds to nothing
+        (rollouts.parent / "state.safetensors").unlink(missing_ok=True)
     return extract(
         loaded,
         form,
         roles,
-        held_out_roles,
-        data.questions("train", section.questions),
+        questions,
         data.default_prompts(),
-        run.rollouts_path.parent,
+        rollouts.parent,
         options=sampling_options(section.sampling),
         default_repeats=section.default_repeats,
-        seed=section.seed,
+        seed=section.seed + seed,
         judge=judge,
         min_per_role=section.min_per_role,
+        split=split,
+        title=f"axis rollouts, {split.replace('_', '-')} roles",
     )
 
 
-def _held_out_alone(run: Run, loaded: Loaded, form: ChatFormat, axis: Axis, judge: RoleJudge | None) -> dict[str, Any]:
-    """Where axis and floor are given: the axis of held-out roles, which every report measures on as well, or nothing."""
-    axis.save(run.axis_path)
-    section = run.recipe.axis
-    roles = data.roles("dev", section.held_out_roles)
-    count = (len(roles) + section.default_repeats) * section.questions if roles else 0
-    log.info(
-        "axis and floor are given: %d rollouts are sampled, for the axis of held-out roles and the probe that reads personas; "
-        "axis.held_out_roles=0 leaves both out",
-        count,
-    )
-    if not roles:
-        return {}
-    held_out = _extraction(run, loaded, form, roles, [], judge).axis
-    dataclasses.replace(held_out, metadata={**held_out.metadata, "split": "held_out"}).save(run.held_out_axis_path)
-    return {"cosine_held_out": _compare(axis, held_out, _window(run.recipe, loaded), section.path)}
+def _training_axis(
+    run: Run, loaded: Loaded, form: ChatFormat, given: Axis | None, judge: RoleJudge | None
+) -> tuple[Axis, dict[str, Any]]:
+    """Play the training roles; returns the axis of their rollouts, or the given one that is held against it, and facts."""
+    found = _extraction(run, loaded, form, TRAIN, judge)
+    own = found.axis
+    facts: dict[str, Any] = {"split_half": found.split_half, "roles": len(own.roles)}
+    if len(own.roles) >= 3:
+        facts["persona_space"] = persona_space(own).as_json()
+    if given is None:
+        return own, facts
+    path = run.recipe.axis.path
+    cosines = (given.directions * own.directions).sum(-1)
+    _check_direction(cosines, _window(run.recipe, loaded), path)
+    log.info("axis: %s; the rollouts made here serve calibration", path)
+    return given, {**facts, "cosine_published_own": _rounded(cosines)}
 
 
 def _check_no_mean(axis: Axis, loaded: Loaded, form: ChatFormat, path: str | None) -> None:
@@ -258,13 +267,12 @@ def _window(recipe: Recipe, loaded: Loaded) -> list[int]:
     return list(window_by_rule(config.model_type, shape_of_config(config)[0]))
 
 
-def _compare(given: Axis, own: Axis, window: list[int], path: str | None) -> list[float]:
-    """Cosine at each layer between the axis of a file and one of rollouts that were made here.
+def _check_direction(cosines: Tensor, window: list[int], path: str | None) -> None:
+    """Hold the axis of a file against one of rollouts that were made here, by their cosine at each layer, [N].
 
     Raises:
         UserError: if the file's points the other way at the floor's layers. The rollouts are kept.
     """
-    cosines = (given.directions * own.directions).sum(-1)
     there = float(cosines[window].mean())
     if there < OPPOSED:
         raise UserError(
@@ -277,13 +285,10 @@ def _compare(given: Axis, own: Axis, window: list[int], path: str | None) -> lis
         log.warning(
             "%s has a cosine of %.2f with the axis of this model's own rollouts: it may be another model's", path, there
         )
-    return [round(float(c), 4) for c in cosines]
 
 
-def calibration_rows(run: Run, roles: list[str]) -> list[dict[str, Any]]:
-    """Stored rollouts of these roles and of the default Assistant."""
-    keep = {*roles, DEFAULT}
-    return [row for row in read_jsonl(run.rollouts_path) if row["role"] in keep]
+def _rounded(cosines: Tensor) -> list[float]:
+    return [round(float(cosine), 4) for cosine in cosines]
 
 
 def floor_stage(run: Run, prepared: Prepared | None = None) -> dict[str, Any]:
@@ -298,14 +303,11 @@ def floor_stage(run: Run, prepared: Prepared | None = None) -> dict[str, Any]:
         loaded, form = prepared()
         axis = Axis.load(run.axis_path)
         # Where axis and floor are given and nothing is trained, the held-out roles alone are played, or none.
-        if plays_training_roles(run.loaded.resolved):
-            played = data.roles("train", recipe.axis.roles)
-        else:
-            played = data.roles("dev", recipe.axis.held_out_roles) if recipe.axis.held_out_roles else []
-        rows = calibration_rows(run, [role.name for role in played]) if played else []
+        sampled = plays_training_roles(run.loaded.resolved) or recipe.axis.held_out_roles > 0
+        rows = read_jsonl(run.played_path) if sampled else []
         pool = evenly_chosen(rows, section.pool)
         drift = evenly_chosen([row for row in rows if row["role"] != DEFAULT], section.drift_rows)
-        if given is not None and not played:
+        if given is not None and not sampled:
             if not given.has_sigma:
                 raise UserError(
                     "this floor has no sigma, and nothing is sampled to measure it on",

@@ -22,7 +22,7 @@ from typing import Any
 
 from trimtab.axis.errors import UserError
 from trimtab.axis.files import file_fingerprint, fingerprint, read_json, write_json, write_text
-from trimtab.pipeline.identity import READS, Inputs, differences, flat, stage_inputs
+from trimtab.pipeline.identity import READS, Inputs, differences, flat, plays_training_roles, stage_inputs
 from trimtab.recipes.gone import GONE
 from trimtab.recipes.loader import LoadedRecipe
 from trimtab.recipes.schema import Recipe
@@ -91,13 +91,23 @@ class Run:
 
     @property
     def held_out_axis_path(self) -> Path:
-        """The axis of held-out roles."""
+        """The axis of held-out roles and questions."""
         return self.folder / "axis_held_out.safetensors"
 
     @property
     def rollouts_path(self) -> Path:
-        """Rollouts behind the axis."""
+        """Rollouts behind the training axis."""
         return self.folder / "axis" / "rollouts.jsonl"
+
+    @property
+    def held_out_rollouts_path(self) -> Path:
+        """Rollouts behind the held-out axis."""
+        return self.folder / "axis_held_out" / "rollouts.jsonl"
+
+    @property
+    def played_path(self) -> Path:
+        """Rollouts that calibrate the floor and that the probe reads: the held-out ones where no training role is played."""
+        return self.rollouts_path if plays_training_roles(self.loaded.resolved) else self.held_out_rollouts_path
 
     def variant(self, control: bool) -> Variant:
         """Where the adapter of the run, or of its random-direction control, lies."""
@@ -356,8 +366,9 @@ def _set_back(found: Sequence[tuple[str, Any, Any]]) -> str:
 def _begun(run: Run, name: str) -> tuple[Path, str] | None:
     """Where a stage that has made a part of what it makes notes what it is made from, and how to begin it anew; else None."""
     if name == "axis":
-        folder = run.rollouts_path.parent
-        return (folder / BEGUN, f", or delete {folder} to begin it anew") if run.rollouts_path.exists() else None
+        there = [path.parent for path in (run.rollouts_path, run.held_out_rollouts_path) if path.exists()]
+        anew = f", or delete {' and '.join(map(str, there))} to begin it anew"
+        return (run.rollouts_path.parent / BEGUN, anew) if there else None
     if name not in ("train", "train_control"):
         return None
     variant = run.variant(name == "train_control")

@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from trimtab.axis import ActivationController, Axis
 from trimtab.axis.extraction import extract
@@ -19,7 +20,7 @@ from trimtab.axis.scoring import SCORE_BATCH, relevance
 from trimtab.eval.answers.arms import Answers, Arms, Item, durability_arm
 from trimtab.eval.answers.items import benign_items, conversation_items, conversations_of, default_items, role_items
 from trimtab.eval.answers.readers import AnswerReader, ReadingModel, second_reader
-from trimtab.eval.answers.reading import Forced, llr_of, teacher_forced
+from trimtab.eval.answers.reading import Forced, llr_of, read_means, teacher_forced
 from trimtab.eval.answers.ruler import Ruler
 from trimtab.eval.intervals import ClusterBootstrap
 from trimtab.pipeline.loading import sampling_options
@@ -181,7 +182,6 @@ class Evaluation:
                     Loaded(model, arms.form.tokenizer, self.model_facts),
                     arms.form,
                     data.roles("train", section.reextract_roles),
-                    [],
                     data.questions("train", section.reextract_questions),
                     data.default_prompts(),
                     arms.path(f"reextraction-{of_size}", arm, ""),
@@ -262,11 +262,30 @@ class Evaluation:
         return self._forced(self.on_benign["base"], "base", "benign text")
 
     @cached_property
+    def benign_own_forced(self) -> dict[str, Forced]:
+        """Tuned and base+cap -> its own benign answers, read by the base, against that arm."""
+        return {
+            arm: self._forced(self.on_benign[arm], arm, f"own benign text: {arm}", ["base"])["base"]
+            for arm in ("tuned", "base+cap")
+        }
+
+    @cached_property
+    def same_role_text(self) -> dict[str, Tensor]:
+        """Reader -> its mean activations on the base's answers under held-out roles, [n, L, D]: all read the same words."""
+        return {
+            arm: read_means(
+                self.arms, arm, self.on_roles["base"], batch_size=SCORE_BATCH, title=f"the base's role text: {arm}"
+            )
+            for arm in self.arms.readers
+        }
+
+    @cached_property
     def default_forced(self) -> dict[str, Forced]:
         """The base's default answers, read by every arm, against the base."""
         return self._forced(self.on_default["base"], "base", "default text")
 
-    def _forced(self, given: Answers, reference: str, title: str) -> dict[str, Forced]:
-        return teacher_forced(
-            self.arms, given, self.arms.readers, reference, self.ruler, batch_size=SCORE_BATCH, title=title
-        )
+    def _forced(
+        self, given: Answers, reference: str, title: str, readers: Sequence[str] | None = None
+    ) -> dict[str, Forced]:
+        arms = self.arms.readers if readers is None else readers
+        return teacher_forced(self.arms, given, arms, reference, self.ruler, batch_size=SCORE_BATCH, title=title)

@@ -122,7 +122,7 @@ class AnswerReader:
         )
         personas, groups = [text.speaker == "persona" for text in known], [text.question for text in known]
         reader = fit_reader(states[: len(known)], personas, groups, layers)
-        left_out = left_out_scores(states[: len(known)], personas, groups) * reader.slope + reader.intercept
+        left_out = left_out_scores(states[: len(known)], personas, groups).tolist()
         tried = reader.log_odds(states[len(known) :])
         quality = {
             f"AUC on {source} texts, left out": _auc(known, left_out, source)

@@ -116,7 +116,7 @@ def _divergences(evaluation: Evaluation, answers: Mapping[str, Answers], cluster
 
 
 def _minus(one: Sequence[float], other: Sequence[float]) -> list[float]:
-    return (np.asarray(one) - np.asarray(other)).tolist()
+    return [float(value) for value in np.asarray(one) - np.asarray(other)]
 
 
 def _row(

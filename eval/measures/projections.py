@@ -12,7 +12,11 @@ from trimtab.eval.wording import estimate_text, percent_text
 # Ruler of an evaluation -> id, name, and what it lies along.
 AXES = {
     "training": (ids.Z_TRAINING, "Projection, training axis", "the axis that the floor was built on"),
-    "held_out": (ids.Z_HELD_OUT, "Projection, held-out-role axis", "an axis from roles that training never saw"),
+    "held_out": (
+        ids.Z_HELD_OUT,
+        "Projection, held-out-role axis",
+        "an axis of its own: from roles, questions and default answers that the floor's axis does not know",
+    ),
     "reextracted_tuned": (
         ids.Z_REEXTRACTED_TUNED,
         "Projection, axis of the tuned model",
@@ -27,7 +31,7 @@ AXES = {
 
 
 def measure(evaluation: Evaluation) -> Suite:
-    """Z of the answers along each axis, and the distance to the capped self on its own answers."""
+    """Z of the answers along each axis, z of the base's answers under each arm, and the distance to the capped self."""
     arms, clusters, asked = evaluation.arms.names, evaluation.role_clusters, evaluation.role_questions
     metrics = []
     for key, (identifier, name, what) in AXES.items():
@@ -38,6 +42,15 @@ def measure(evaluation: Evaluation) -> Suite:
                 "For capped arms it is what the next layer sees, after the cap."
             )
             metrics.append(MetricValues(identifier, name, "sigma", meaning, "higher", clusters, values, crossed=asked))
+    metrics.append(
+        MetricValues(
+            ids.Z_SAME_TEXT, "Projection on the same words", "sigma",
+            "Mean z, along the training axis, of the base's answers to the held-out roles as each arm reads them: what weights "
+            "or cap do to the state where the words are the same; 0 is the base's default Assistant.",
+            "higher", clusters, {arm: evaluation.ruler.z(means) for arm, means in evaluation.same_role_text.items()},
+            crossed=asked,
+        )
+    )  # fmt: skip
     metrics.append(
         MetricValues(
             ids.KL_CAPPED_SELF, "Distance to the capped self", "nat/token",

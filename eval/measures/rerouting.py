@@ -65,7 +65,7 @@ def measure(evaluation: Evaluation) -> Suite:
 
 def _probe(evaluation: Evaluation) -> dict[str, Estimate]:
     """Arm -> AUC of a probe fitted on its activations over the rollouts behind the axis."""
-    section, path = evaluation.section, evaluation.run.rollouts_path
+    section, path = evaluation.section, evaluation.run.played_path
     rows = read_jsonl(path) if path.exists() else []
     by_question = sorted(rows, key=lambda row: (row["prompt"][-1]["content"], row["id"]))
     default = evenly_chosen([row for row in by_question if row["role"] == DEFAULT], section.probe_rows // 2)

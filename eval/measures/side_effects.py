@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from trimtab.eval import ids
 from trimtab.eval.answers.arms import CONTROL
 from trimtab.eval.answers.evaluation import Evaluation
 from trimtab.eval.answers.usable import repeated_share
-from trimtab.eval.intervals import Array
+from trimtab.eval.intervals import Array, cluster_draws, percentiles, widened
 from trimtab.eval.measures.limits import within
 from trimtab.eval.measures.suite import EffectValues, Evidence, Measure, Suite
-from trimtab.eval.schema import Claim
+from trimtab.eval.schema import Claim, Estimate, SideEffect
 
 # What the tuned model may change on benign and default text before the report calls it a side effect over its limit.
 KL_LIMIT = 0.05
 Z_LIMIT = 0.3
+MISSING_LIMIT = 0.05
+WORST = 20  # one in so many answers counts as the worst
 
 
 def measure(evaluation: Evaluation) -> Suite:
@@ -26,8 +30,14 @@ def measure(evaluation: Evaluation) -> Suite:
         if arm in evaluation.arms.names
         for effect in _of_the_weights(evaluation, arm)
     ]
-    found += [_same_role_text(evaluation), *_of_the_cap(evaluation), _perplexity(evaluation), *_looks(evaluation)]
-    return Suite(side_effects=found)
+    found += [
+        *_own_benign(evaluation),
+        _same_role_text(evaluation),
+        *_of_the_cap(evaluation),
+        _perplexity(evaluation),
+        *_looks(evaluation),
+    ]
+    return Suite(side_effects=found, rates=_worst(evaluation))
 
 
 def default_shift(evaluation: Evaluation, arm: str) -> Array:
@@ -58,6 +68,92 @@ def _of_the_weights(evaluation: Evaluation, arm: str) -> list[EffectValues]:
             default, evaluation.default_forced[arm].z_shift, Z_LIMIT if tuned else None,
         ),
     ]  # fmt: skip
+
+
+def _own_benign(evaluation: Evaluation) -> list[EffectValues]:
+    """The tuned model's own answers to benign requests: how far the base is from them, and how they look."""
+    benign, _ = _clusters(evaluation)
+    own = evaluation.benign_own_forced
+    pairs = list(zip(*(evaluation.on_benign[arm].texts for arm in ("tuned", "base")), strict=True))
+    return [
+        EffectValues(
+            ids.BENIGN_KL_OWN, "KL from the base on own benign answers", "nat/token",
+            "KL(tuned || base) per token on the tuned model's own answers to held-out benign requests: it sees what the base "
+            "would not have said.",
+            benign, own["tuned"].kl, KL_LIMIT,
+        ),
+        EffectValues(
+            f"{ids.BENIGN_KL_OWN}{ids.OF_THE_CAP}", "KL from the base on own benign answers: the cap itself", "nat/token",
+            "KL(base+cap || base) on the capped base's own benign answers, for comparison.",
+            benign, own["base+cap"].kl,
+        ),
+        EffectValues(
+            ids.BENIGN_MISSING, "Empty benign answers", "share",
+            "Share of held-out benign requests that the tuned model answers with no word, minus the base's. An empty answer has "
+            "no KL, so it counts here.",
+            benign, [float(not one.strip()) - float(not other.strip()) for one, other in pairs], MISSING_LIMIT,
+        ),
+        EffectValues(
+            "benign_repetition_change", "Repeated word 4-grams on benign requests", "share",
+            "Share of repeated 4-grams in the tuned model's own benign answers minus the base's.",
+            benign, [repeated_share(one) - repeated_share(other) for one, other in pairs],
+        ),
+        EffectValues(
+            "benign_length_change", "Answer length on benign requests", "words",
+            "Words in the tuned model's own benign answers minus the base's.",
+            benign, [_words(one) - _words(other) for one, other in pairs],
+        ),
+    ]  # fmt: skip
+
+
+def _worst(evaluation: Evaluation) -> list[SideEffect]:
+    """Both KL on benign answers, of the worst answers alone: a mean hides the one that is lost."""
+    section = evaluation.section
+    found = []
+    for key, name, of, forced in (
+        (ids.BENIGN_KL, "KL to the base on benign text", "KL(base || tuned)", evaluation.benign_forced["tuned"]),
+        (ids.BENIGN_KL_OWN, "KL from the base on own benign answers", "KL(tuned || base)",
+         evaluation.benign_own_forced["tuned"]),
+    ):  # fmt: skip
+        estimate = worst_mean(forced.kl, section.bootstrap, section.seed)
+        if estimate is not None:
+            meaning = (
+                f"{of} of the worst one in {WORST} answers, at least one, their mean; n is of all answers. Each resample has its "
+                "own worst, so the interval knows of none worse than those asked."
+            )
+            found.append(
+                SideEffect(
+                    id=f"{key}_worst",
+                    name=f"{name}: the worst 5 %",
+                    unit="nat/token",
+                    meaning=meaning,
+                    estimate=estimate,
+                )
+            )
+    return found
+
+
+def worst_mean(values: Sequence[float], samples: int, seed: int) -> Estimate | None:
+    """Mean of the highest n // 20 of n values, at least one, with its bootstrap interval; None where there is no value.
+
+    Args:
+        values: one an item, each a cluster of its own; NaN where there is none.
+        samples: bootstrap samples; each takes the highest of its own n.
+        seed: of the draws.
+    """
+    array = np.asarray(values, dtype=float)
+    highest = np.sort(array[np.isfinite(array)])[::-1]
+    n = len(highest)
+    if n == 0:
+        return None
+    taken = max(1, n // WORST)
+    drawn = cluster_draws(n, samples, seed)  # [S, n]
+    weights = np.clip(
+        taken - (drawn.cumsum(1) - drawn), 0, drawn
+    )  # how often each is among the highest of its resample
+    value = float(highest[:taken].mean())
+    low, high = percentiles(widened(value, weights @ highest / taken, n))
+    return Estimate(value=value, low=low, high=high, n=n)
 
 
 def _same_role_text(evaluation: Evaluation) -> EffectValues:
@@ -112,13 +208,18 @@ def _looks(evaluation: Evaluation) -> list[EffectValues]:
         EffectValues(
             "length_change", "Answer length under role prompts", "words",
             "Words in the tuned model's answers minus the base's.",
-            evaluation.role_clusters, [float(len(one.split()) - len(other.split())) for one, other in pairs],
+            evaluation.role_clusters, [_words(one) - _words(other) for one, other in pairs],
         ),
     ]  # fmt: skip
 
 
+def _words(text: str) -> float:
+    return float(len(text.split()))
+
+
 def _benign_stays(evidence: Evidence) -> Claim:
-    return within("benign", "Ordinary answers stay as they were", [evidence.effect(ids.BENIGN_KL)])
+    effects = [evidence.effect(name) for name in (ids.BENIGN_KL, ids.BENIGN_KL_OWN, ids.BENIGN_MISSING)]
+    return within("benign", "Ordinary answers stay as they were", effects)
 
 
 def _default_stays(evidence: Evidence) -> Claim:

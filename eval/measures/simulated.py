@@ -339,7 +339,11 @@ def _transcripts(
                     note=users[i].topic,
                 )
                 found += filled(
-                    [transcript], evaluation.arms, evaluation.ruler, {arm: [(turn.answers, k) for turn, k in own]}
+                    [transcript],
+                    evaluation.arms,
+                    evaluation.ruler,
+                    {arm: [(turn.answers, k) for turn, k in own]},
+                    evaluation.reader,
                 )
     return found
 

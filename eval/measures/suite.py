@@ -97,7 +97,7 @@ class Suite:
     Attributes:
         metrics: values whose retention the report gives.
         side_effects: values of what moved that should not.
-        rates: side effects that are rates, with intervals of their own.
+        rates: side effects with intervals of their own, such as rates.
         tables: rates by class or category.
         capability: scores by task; their p-values are corrected when all are known.
         trajectories: z over the turns of conversations.

@@ -59,7 +59,7 @@ OF_CONVERSATIONS = {
 # Drawn in plots, or said elsewhere on the page.
 PLOTTED = {
     "split_half", "cosine_reextracted_tuned", "cosine_reextracted_base", "cosine_reextracted_base+cap", "cosine_held_out",
-    "log",
+    "split_half_held_out", "log",
 }  # fmt: skip
 
 

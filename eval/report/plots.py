@@ -178,7 +178,8 @@ def layers_plot(space: Mapping[str, Any], axis: Mapping[str, Any], window: Seque
     series = (
         ("split-half", axis.get("split_half"), "$base-cap", "solid"),
         ("|cos(axis, PC1)|", space.get("cosine_pc1"), "$tuned", "solid"),
-        ("held-out roles", axis.get("cosine_held_out"), "$tuned-cap", "dash"),
+        ("held-out axis", axis.get("cosine_held_out"), "$tuned-cap", "dash"),
+        ("split-half, held-out axis", axis.get("split_half_held_out"), "$tuned-cap", "dot"),
         ("anew from tuned", axis.get("cosine_reextracted_tuned"), "$base", "dashdot"),
         ("anew from base", axis.get("cosine_reextracted_base"), "$base", "dot"),
         ("anew under the cap", axis.get("cosine_reextracted_base+cap"), "$base-cap", "dot"),

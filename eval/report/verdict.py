@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 from trimtab.eval import ids
 from trimtab.eval.grading import FEWEST, HALF, Grade, control_keeps_as_much, grade, moves_toward_assistant, too_few
-from trimtab.eval.schema import Claim, Metric, SideEffect, Verdict
+from trimtab.eval.schema import Claim, Metric, SideEffect, Status, Verdict
 from trimtab.eval.wording import ARM_NAMES, estimate_text, inline_name, number, percent_text, value_text
 
 
@@ -38,7 +38,7 @@ def make_verdict(
             *_side_effect_points(side_effects),
         ]
         return Verdict(status="unclear", headline="Nothing can be said: no primary metric was measured.", points=points)
-    status = _combined([grade(metric) for metric in primary])
+    status: Status = _combined([grade(metric) for metric in primary])
     headline = _headline(primary)
     over = [effect for effect in side_effects if effect.ok is False]
     red = [claim for claim in claims if claim.light == "red" and claim.id not in (ids.KEPT, ids.WITHSTANDS)]

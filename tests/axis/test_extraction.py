@@ -22,7 +22,6 @@ from trimtab.axis.models import Loaded, load_model
 from trimtab.axis.sampling import SamplingOptions, sample_batch, seed_of
 
 ROLES = [Role("pirate", ["You are a pirate.", "Speak as a pirate would."]), Role("bard", ["You are a bard."])]
-HELD_OUT = [Role("ghost", ["You are a ghost."])]
 QUESTIONS = ["Why is the sky blue?", "How do I bake bread?", "Hi", "Tell me about ships and the sea."]
 DEFAULTS = ["You are a helpful assistant.", ""]
 OPTIONS = SamplingOptions(max_new_tokens=6, temperature=1.0, top_p=0.9, batch_size=3)
@@ -31,7 +30,6 @@ OPTIONS = SamplingOptions(max_new_tokens=6, temperature=1.0, top_p=0.9, batch_si
 def run(loaded: Loaded, folder: Path, **changes: Any) -> Extraction:
     arguments: dict[str, Any] = {
         "roles": ROLES,
-        "held_out_roles": HELD_OUT,
         "questions": QUESTIONS,
         "defaults": DEFAULTS,
         "options": OPTIONS,
@@ -56,7 +54,7 @@ def test_items_use_every_prompt_equally_often() -> None:
 
 def by_hand(loaded: Loaded, form: ChatFormat) -> dict[str, torch.Tensor]:
     """Mean activation per role, [N, D], from the sampler alone."""
-    items = rollout_items([*ROLES, *HELD_OUT], QUESTIONS, DEFAULTS, default_repeats=2)
+    items = rollout_items(ROLES, QUESTIONS, DEFAULTS, default_repeats=2)
     prompts = [form.prompt_ids(chat(item.system, item.question)) for item in items]
     means: dict[str, list[torch.Tensor]] = {}
     for i, prompt in enumerate(prompts):
@@ -76,11 +74,10 @@ def test_the_axis_is_default_minus_the_mean_of_the_roles(loaded: Loaded, form: C
     assert found.axis.default_mean is not None and found.axis.role_vectors is not None
     assert torch.allclose(found.axis.default_mean, means[DEFAULT], atol=1e-5)
     assert torch.allclose(found.axis.role_vectors[1], means["bard"], atol=1e-5)
-    assert found.held_out is not None and found.held_out.roles == ["ghost"]
-    assert torch.allclose(found.held_out.directions, unit(means[DEFAULT] - means["ghost"]), atol=1e-4)
+    assert found.axis.metadata["split"] == "train"
     assert len(found.split_half) == LAYERS and all(-1 <= cosine <= 1 for cosine in found.split_half)
     rows = read_jsonl(found.rollouts)
-    assert sorted(row["id"] for row in rows) == list(range(20)) and found.axis.metadata["responses"] == 20
+    assert sorted(row["id"] for row in rows) == list(range(16)) and found.axis.metadata["responses"] == 16
     first = next(row for row in rows if row["id"] == 0)
     assert first["prompt"] == chat("You are a pirate.", QUESTIONS[0]) and first["completion"][0]["role"] == "assistant"
 
@@ -158,7 +155,7 @@ def test_kills_change_nothing(model_folder: Callable[[str], Path], tmp_path: Pat
     result = subprocess.run([sys.executable, "-c", KILLER, *arguments], capture_output=True, text=True, timeout=300)
     assert result.returncode == 0 and result.stdout.split() == ["0"], (result.stdout, result.stderr)
     again = run(load_model(str(source), dtype="float32", device="cpu"), tmp_path / "killed", options=ONE_BY_ONE)
-    assert same(again.axis, whole.axis) and same(again.held_out, whole.held_out)
+    assert same(again.axis, whole.axis)
     assert again.split_half == whole.split_half
     assert again.rollouts.read_bytes() == whole.rollouts.read_bytes()
 
@@ -181,10 +178,10 @@ def test_resuming_samples_only_what_is_missing(loaded: Loaded, tmp_path: Path, m
         file.write(b'{"id": 3, "batch": 4}\n{"id": 5, "batch": 4, "ro')
     calls[:] = [1] * 6
     again = run(loaded, tmp_path / "cut")
-    assert len(calls) == 6 + 3, "7 batches, of which 4 were saved"
+    assert len(calls) == 6 + 2, "6 batches, of which 4 were saved"
     assert same(again.axis, whole.axis) and again.rollouts.read_bytes() == whole.rollouts.read_bytes()
     run(loaded, tmp_path / "cut")
-    assert len(calls) == 9, "a finished extraction samples nothing"
+    assert len(calls) == 8, "a finished extraction samples nothing"
 
 
 def test_other_inputs_are_refused_and_nothing_is_overwritten(loaded: Loaded, tmp_path: Path) -> None:
@@ -217,9 +214,9 @@ def test_rollouts_of_unknown_origin_are_not_deleted(loaded: Loaded, tmp_path: Pa
 
 
 def test_names_taken_twice_are_refused(loaded: Loaded, tmp_path: Path) -> None:
-    for held_out in ([Role("bard", ["x"])], [Role(DEFAULT, ["x"])]):
+    for name in ("bard", DEFAULT):
         with pytest.raises(UserError, match="taken twice"):
-            run(loaded, tmp_path, held_out_roles=held_out)
+            run(loaded, tmp_path, roles=[*ROLES, Role(name, ["x"])])
 
 
 def test_only_score_three_counts(loaded: Loaded, tmp_path: Path) -> None:
@@ -231,7 +228,7 @@ def test_only_score_three_counts(loaded: Loaded, tmp_path: Path) -> None:
         return [1 if item.role == "bard" else scores[item.question] for item, _ in pairs]
 
     found = run(loaded, tmp_path, judge=judge, min_per_role=2)
-    assert len(asked) == 20
+    assert len(asked) == 16
     assert found.axis.roles == ["pirate"] and found.axis.metadata["left_out"] == ["bard"]
     assert found.axis.role_counts is not None and found.axis.role_counts.tolist() == [2]
     rows = read_jsonl(found.rollouts)
@@ -243,6 +240,6 @@ def test_only_score_three_counts(loaded: Loaded, tmp_path: Path) -> None:
 
 
 def test_no_role_left_is_said_so(loaded: Loaded, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no train role has 5 counted responses") as caught:
-        run(loaded, tmp_path, min_per_role=5)
+    with pytest.raises(UserError, match="no held_out role has 5 counted responses") as caught:
+        run(loaded, tmp_path, min_per_role=5, split="held_out")
     assert "axis.min_per_role" in caught.value.remedy

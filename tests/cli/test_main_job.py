@@ -145,10 +145,11 @@ def test_the_report_is_whole(job: Job) -> None:
     metrics = {metric.id: metric for metric in report.metrics}
     assert [metric.id for metric in report.metrics if metric.primary] == ["text_llr"]
     on_axes = {"z_training", "z_held_out", "z_reextracted_tuned", "z_reextracted_base"}
-    assert on_axes | {"kl_capped_self", "z_conversations"} <= metrics.keys()
+    assert on_axes | {"kl_capped_self", "z_same_text", "z_conversations"} <= metrics.keys()
+    assert metrics["z_same_text"].cap_effect.value > 0  # on the same words the hook can only lift
+    given = {"kl_capped_self", "z_same_text"}  # texts that are read, which the capped, tuned model does not
     for metric in metrics.values():
-        # the capped, tuned model is not compared with the capped self
-        assert set(metric.arms) == {*ARMS, "control"} - ({"tuned+cap"} if metric.id == "kl_capped_self" else set())
+        assert set(metric.arms) == {*ARMS, "control"} - ({"tuned+cap"} if metric.id in given else set())
         assert all(e.low <= e.value <= e.high for e in metric.arms.values())
         assert metric.control_retention is not None and (metric.retention.estimate is not None or metric.retention.why)
     assert metrics["text_llr"].arms["base"].n == 6 and metrics["z_conversations"].arms["base"].n == 4
@@ -159,7 +160,9 @@ def test_the_report_is_whole(job: Job) -> None:
     assert report.rerouting is not None and set(report.rerouting.cosines) == {"base", "base+cap", "tuned"}
     assert len(report.axis["cosine_reextracted_base+cap"]) == len(report.axis["cosine_reextracted_base"])
     assert {"benign_kl", "default_z_shift", "default_z_shift_same_text", "benign_kl_control"} <= effects.keys()
-    assert effects["benign_kl"].estimate.value > 0 and effects["benign_kl"].ok is not None
+    for name in ("benign_kl", "benign_kl_own"):
+        assert effects[name].estimate.value > 0 and effects[name].ok is not None
+        assert effects[f"{name}_worst"].estimate.value >= effects[name].estimate.value
     assert [(row.task, row.difference.n) for row in report.capability] == [("instructions", 2)]
     assert len(report.transcripts) == 4
     assert {row["step"] for row in report.training["log"]} == {1, 2, 3, 4}
@@ -261,8 +264,11 @@ def test_training_that_changes_nothing_is_never_good(job: Job, tmp_path: Path) -
         kept = metric.retention.estimate
         assert kept is None or [kept.value, kept.low, kept.high] == pytest.approx([0.0] * 3, abs=1e-3), metric.id
     effects = {effect.id: effect.estimate.value for effect in report.side_effects}
-    changes_at_all = ("benign_kl", "default_z_shift", "default_z_shift_same_text", "benign_nll_change", "length_change")
-    assert [effects[name] for name in changes_at_all] == pytest.approx([0.0] * 5, abs=1e-5)
+    changes_at_all = (
+        "benign_kl", "benign_kl_own", "benign_kl_own_worst", "default_z_shift", "default_z_shift_same_text",
+        "benign_nll_change", "length_change", "benign_length_change", "benign_missing",
+    )  # fmt: skip
+    assert [effects[name] for name in changes_at_all] == pytest.approx([0.0] * 9, abs=1e-5)
     assert effects["professional_tuned"] == effects["professional_base"]
 
 

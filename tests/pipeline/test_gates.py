@@ -20,14 +20,15 @@ from trimtab.axis import Axis, Floor, UserError
 from trimtab.axis.calibration import response_projections
 from trimtab.axis.chat_format import ChatFormat
 from trimtab.axis.directions import unit
+from trimtab.axis.extraction import extract
 from trimtab.axis.files import read_json, read_jsonl, save_tensors
 from trimtab.axis.instruments import load_axis, load_floor, load_instrument
 from trimtab.axis.models import load_model
 from trimtab.axis.soundness import mean_states
 from trimtab.cli.check import build_meta_model, find_structure
 from trimtab.cli.main import main
-from trimtab.pipeline.instrument import axis_stage, floor_stage
-from trimtab.pipeline.loading import Prepared
+from trimtab.pipeline.instrument import HELD_OUT, TRAIN, axis_stage, check_counts, floor_stage, played
+from trimtab.pipeline.loading import Prepared, sampling_options
 from trimtab.pipeline.run import Run
 from trimtab.recipes import data
 from trimtab.recipes.loader import load_recipe
@@ -51,6 +52,45 @@ def extracted(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("extracted")
     axis_stage(open_here(model, folder))
     return folder / "run"
+
+
+def test_the_held_out_axis_shares_nothing_with_the_training_axis(model: Path, extracted: Path, tmp_path: Path) -> None:
+    """No role, no question, no answer of the default Assistant and no random number: it is an extraction of its own."""
+    run = open_here(model, tmp_path, start=extracted)
+    train, held_out = (read_jsonl(path) for path in (run.rollouts_path, run.held_out_rollouts_path))
+    section = run.recipe.axis
+    for rows, split in ((train, TRAIN), (held_out, HELD_OUT)):
+        roles, questions = played(section, split)
+        assert {row["role"] for row in rows} == {"default", *(role.name for role in roles)}
+        assert {row["prompt"][-1]["content"] for row in rows} == set(questions)
+    assert {row["role"] for row in train} & {row["role"] for row in held_out} == {"default"}
+    assert not {row["prompt"][-1]["content"] for row in train} & {row["prompt"][-1]["content"] for row in held_out}
+    own, other = Axis.load(run.axis_path), Axis.load(run.held_out_axis_path)
+    assert (own.metadata["split"], other.metadata["split"]) == (TRAIN, HELD_OUT)
+    assert other.metadata["seed"] == own.metadata["seed"] + 1
+    assert own.default_mean is not None and other.default_mean is not None
+    assert not torch.allclose(own.default_mean, other.default_mean, atol=1e-3)
+    # the same as of the held-out roles alone, whatever was sampled before them
+    loaded = load_model(str(model), dtype="float32", device="cpu")
+    alone = extract(
+        loaded, ChatFormat(loaded.tokenizer), *played(section, HELD_OUT), data.default_prompts(), tmp_path / "alone",
+        options=sampling_options(section.sampling), default_repeats=section.default_repeats, seed=section.seed + 1,
+    )  # fmt: skip
+    assert torch.equal(alone.axis.directions, other.directions)
+    facts = read_json(run.folder / "stages" / "axis.json")["facts"]
+    assert facts["split_half_held_out"] == alone.split_half
+    assert facts["cosine_held_out"] == pytest.approx((own.directions * other.directions).sum(-1).tolist(), abs=1e-4)
+
+
+def test_of_held_out_questions_as_many_are_asked_as_there_are() -> None:
+    there = data.questions(HELD_OUT)
+    section = load_recipe("smollm2-135m/sft", [f"axis.questions={len(there) + 1}"]).recipe.axis
+    assert played(section, HELD_OUT)[1] == there and len(played(section, TRAIN)[1]) == len(there) + 1
+    recipe = load_recipe(
+        "smollm2-135m/sft", [f"axis.questions={len(there) + 1}", f"axis.min_per_role={len(there) + 1}"]
+    )
+    with pytest.raises(UserError, match=f"and gives {len(there)}, one a question"):
+        check_counts(recipe.recipe)
 
 
 def open_here(model: Path, folder: Path, *, start: Path | None = None, **sections: dict[str, Any]) -> Run:

@@ -157,6 +157,14 @@ def test_a_begun_axis_is_held_by_its_rollouts(recipe: Path) -> None:
         with pytest.raises(UserError, match="stage axis is begun there"):
             opened(recipe, override)
     assert opened(recipe, "floor.percentile=60").folder == run.folder
+    # where the held-out roles alone are played, theirs are the rollouts
+    run.rollouts_path.unlink()
+    opened(recipe, "axis.roles=3")
+    opened(recipe)
+    write_jsonl(run.held_out_rollouts_path, [])
+    with pytest.raises(UserError, match="stage axis is begun there") as caught:
+        opened(recipe, "axis.roles=3")
+    assert f"or delete {run.held_out_rollouts_path.parent} to begin" in caught.value.remedy
 
 
 def test_a_file_counts_by_its_content(recipe: Path, tmp_path: Path) -> None:

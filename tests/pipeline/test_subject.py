@@ -24,6 +24,7 @@ from trimtab.axis import Axis, Floor, UserError
 from trimtab.axis.files import read_jsonl
 from trimtab.axis.judge import scoring_judge
 from trimtab.axis.replies import Missing
+from trimtab.cli.calls import count
 from trimtab.cli.main import main
 from trimtab.eval import stages
 from trimtab.eval.answers.arms import Answers
@@ -121,6 +122,7 @@ def test_base_against_base_is_never_good(base: Path, run: Run) -> None:
     assert {"identity_llr", "jailbreak_llr", "z_simulated"} <= {metric.id for metric in report.metrics}
     assert [table.id for table in report.rates] == ["survival"]
     effects = {effect.id: effect.estimate.value for effect in report.side_effects}
+    assert effects["benign_kl_own"] == effects["benign_kl_own_worst"] == effects["benign_missing"] == 0
     assert effects["benign_kl"] == effects["default_z_shift"] == effects["default_z_shift_same_text"] == 0
 
 
@@ -382,9 +384,14 @@ def test_an_evaluation_that_is_given_axis_and_floor_samples_what_it_needs(
     made = open_run(recipe_of({"model": model, **given}, "given"), output_dir=str(tmp_path / "run"))
     floor_stage(made)
     splits = {role.name: split for split in ("train", "dev") for role in data.roles(split)}
-    rows = read_jsonl(made.rollouts_path) if made.rollouts_path.exists() else []
+    rows = [
+        row for path in (made.rollouts_path, made.held_out_rollouts_path) if path.exists() for row in read_jsonl(path)
+    ]
     assert {splits.get(row["role"], row["role"]) for row in rows} == kinds
-    assert len(rows) == 3 * (2 * len(kinds - {"train"}) + 3 * ("train" in kinds))
+    # 3 questions to each role and, twice, to the default Assistant; its answers are each axis's own
+    assert len(rows) == 3 * ((2 + 2) * ("dev" in kinds) + (3 + 2) * ("train" in kinds))
+    assert made.rollouts_path.exists() == ("train" in kinds)
+    assert len(rows) == sum(call.rows for call in count(made.recipe, 1).before), "trimtab check counts as many"
     assert made.held_out_axis_path.exists() == ("dev" in kinds)
     if "dev" in kinds:
         assert Axis.load(made.held_out_axis_path).metadata["split"] == "held_out"

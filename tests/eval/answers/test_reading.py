@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from trimtab.axis.models import Loaded
 from trimtab.axis.sampling import SamplingOptions
 from trimtab.eval.answers import reading
 from trimtab.eval.answers.arms import Answers, Arms, Item
+from trimtab.eval.answers.evaluation import Evaluation
 from trimtab.eval.answers.items import role_items
 from trimtab.eval.answers.reading import coloured, teacher_forced
 from trimtab.eval.answers.ruler import Ruler, below_floor
@@ -138,6 +140,47 @@ def test_teacher_forced_figures_by_hand(arms: Arms, given: Answers, ruler: Ruler
     assert [found[reference].kl[i] for i in (0, 2, 3)] == [0.0, 0.0, 0.0]
     assert [found["base"].z_shift[i] for i in (0, 2, 3)] == [0.0, 0.0, 0.0]
     assert found["tuned"].kl[0] > 0.01 and found["base+cap"].z_shift[0] > 0.01
+
+
+@pytest.fixture
+def evaluation(arms: Arms, given: Answers, ruler: Ruler) -> Evaluation:
+    """One whose answers are given: the tuned model and the capped base say the same texts in another order."""
+    run: Any = types.SimpleNamespace(recipe=types.SimpleNamespace(eval=None))
+    made = Evaluation(run, arms, {})
+    said = {"base": [0, 1, 2, 3], "base+cap": [1, 0, 3, 2], "tuned": [2, 3, 0, 1]}
+    answers = {
+        arm: Answers([TEXTS[i] for i in order], given.means, [PROMPTS[i] for i in order], given.ended)
+        for arm, order in said.items()
+    }
+    vars(made).update(rulers={"training": ruler}, on_benign=answers, on_roles=answers)
+    return made
+
+
+def test_own_benign_answers_are_read_by_the_base_and_the_kl_is_from_the_arm_that_gave_them(
+    evaluation: Evaluation, arms: Arms
+) -> None:
+    found = evaluation.benign_own_forced
+    assert set(found) == {"tuned", "base+cap"}
+    for arm, order in (("tuned", [2, 3, 0, 1]), ("base+cap", [1, 0, 3, 2])):
+        assert math.isnan(found[arm].kl[order.index(1)]), "an empty answer has none"
+        for row, i in enumerate(order):
+            if TEXTS[i]:
+                own, base = (forward(arms, name, i)[0].log_softmax(-1) for name in (arm, "base"))
+                kl = (own.exp() * (own - base)).sum(-1).mean()  # KL(arm || base)
+                assert found[arm].kl[row] == pytest.approx(float(kl), abs=2e-4) and kl > 1e-4
+    other_way = evaluation.benign_forced["tuned"].kl
+    assert abs(found["tuned"].kl[0] - other_way[2]) > 1e-3, "KL(base || tuned) of the same text is another number"
+
+
+def test_all_arms_read_the_same_role_text(evaluation: Evaluation, arms: Arms, ruler: Ruler) -> None:
+    found = {arm: ruler.z(means) for arm, means in evaluation.same_role_text.items()}
+    assert set(found) == {"base", "base+cap", "tuned"}
+    for arm, row in found.items():
+        assert math.isnan(row[1])
+        for i in (0, 2, 3):
+            by_hand = float(ruler.token_z(forward(arms, arm, i)[1]).mean())
+            assert row[i] == pytest.approx(by_hand, abs=2e-4), "of the base's texts, whatever the arm says itself"
+    assert found["base+cap"][0] > found["base"][0] + 0.01 and found["tuned"] != found["base"]
 
 
 def test_coloured_pieces_are_words_with_the_mean_of_their_tokens(arms: Arms, ruler: Ruler) -> None:
