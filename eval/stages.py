@@ -97,9 +97,7 @@ def evaluation_of(run: Run, weights: Weights, form: ChatFormat, model_facts: Map
 def evaluate(evaluation: Evaluation) -> Report:
     """Ask every measure, and make the report."""
     run, section = evaluation.run, evaluation.section
-    suite = Suite()
-    for measure in all_measures():
-        suite.extend(measure.measure(evaluation))
+    suite = measured(evaluation)
     keep_unscored(evaluation.arms.folder / UNSCORED, suite.unscored)
     return build_report(
         suite,
@@ -112,6 +110,14 @@ def evaluate(evaluation: Evaluation) -> Report:
         training=training_facts(run),
         repeat=repeat_facts(run, evaluation.model_facts),
     )
+
+
+def measured(evaluation: Evaluation) -> Suite:
+    """What all measures found."""
+    suite = Suite()
+    for measure in all_measures():
+        suite.extend(measure.measure(evaluation))
+    return suite
 
 
 def report_stage(run: Run) -> Path:

@@ -137,6 +137,10 @@ class Arms:
         """The floor that an arm is capped to, or None."""
         return self.floor if arm.endswith("+cap") else None
 
+    def seen(self, arm: str, prompt: Sequence[dict[str, str]]) -> Sequence[dict[str, str]]:
+        """What an arm is shown of a prompt: all of it. A competitor that is a system prompt adds its own here."""
+        return prompt
+
     def path(self, name: str, arm: str, suffix: str) -> Path:
         """The file that keeps what an arm gave under a name."""
         return self._elsewhere.get(arm, self.folder) / f"{name}-{arm.replace('+', '-')}{suffix}"
@@ -173,7 +177,7 @@ class Arms:
     def _one_turn(self, name: str, items: Sequence[Item], arm: str) -> list[Answer]:
         with self.weights(arm) as model:
             return sample_answers(
-                model, self.form, [item.prompt for item in items], self.options,
+                model, self.form, [self.seen(arm, item.prompt) for item in items], self.options,
                 # of a set, a turn and an item: the same in every arm, whatever else is asked, and another at every turn
                 seeds=[seed_of([self.seed, name, item.id]) for item in items],
                 means=True, floor=self.floor_of(arm), title=f"{name}: {arm}",

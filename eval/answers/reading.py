@@ -64,14 +64,15 @@ def teacher_forced(
         batch_size: rows a forward.
         title: label of the progress bar.
     """
-    answers = Given.of(arms.form, given.prompts, given.texts)
+    shown = {arm: _shown(arms, arm, given) for arm in ("base", reference, *arms_to_score)}
+    answers = shown["base"]
     found = {arm: Forced(*([float("nan")] * len(answers) for _ in range(3))) for arm in arms_to_score}
     for batch in answers.batches(batch_size, title):
         at_base = _forward(arms, "base", answers, batch, ruler)
-        at_reference = at_base if reference == "base" else _forward(arms, reference, answers, batch, ruler)
+        at_reference = at_base if reference == "base" else _forward(arms, reference, shown[reference], batch, ruler)
         known = {"base": at_base, reference: at_reference}
         for arm in arms_to_score:
-            at_arm = known.get(arm) or _forward(arms, arm, answers, batch, ruler)
+            at_arm = known.get(arm) or _forward(arms, arm, shown[arm], batch, ruler)
             for k, i in enumerate(batch):
                 logits, z = at_arm[k]
                 targets = torch.tensor(answers.answers[i], device=logits.device)
@@ -79,6 +80,11 @@ def teacher_forced(
                 found[arm].nll[i] = -float(torch.log_softmax(logits.float(), -1).gather(-1, targets[:, None]).mean())
                 found[arm].z_shift[i] = float((z - at_base[k][1]).mean())
     return found
+
+
+def _shown(arms: Arms, arm: str, given: Answers) -> Given:
+    """Given answers after what an arm is shown of their prompts."""
+    return Given.of(arms.form, [arms.seen(arm, prompt) for prompt in given.prompts], given.texts)
 
 
 def _forward(arms: Arms, arm: str, answers: Given, batch: Sequence[int], ruler: Ruler) -> list[tuple[Tensor, Tensor]]:
@@ -94,8 +100,7 @@ def read_means(arms: Arms, arm: str, given: Answers, *, batch_size: int, title: 
 
     NaN for an empty answer. The texts are read, not sampled, so that arms are compared on the same words.
     """
-    answers = Given.of(arms.form, given.prompts, given.texts)
-    return _means(arms, arm, answers, batch_size=batch_size, title=title)
+    return _means(arms, arm, _shown(arms, arm, given), batch_size=batch_size, title=title)
 
 
 def _means(arms: Arms, arm: str, answers: Given, *, batch_size: int, title: str) -> Tensor:
@@ -169,7 +174,7 @@ def coloured(
         batch_size: rows a forward.
         title: label of the progress bar.
     """
-    answers = Given.of(arms.form, prompts, texts)
+    answers = Given.of(arms.form, [arms.seen(arm, prompt) for prompt in prompts], texts)
     rows = [tuple(row) for row in answers.rows(range(len(answers)))]
     inside: dict[int, list[int]] = {}  # a row to read -> the answers that stand in it
     for i in sorted((i for i, ids in enumerate(answers.answers) if ids), key=lambda i: -len(rows[i])):
