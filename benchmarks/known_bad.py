@@ -3,9 +3,9 @@
     python benchmarks/known_bad.py --folder runs/known-bad          # some minutes on two cores; again: what is done stays done
     python benchmarks/known_bad.py --folder runs/known-bad --only "one bland sentence" echo
 
-Axis, floor, and what base and capped base answer are made once. A row is *named* where the claims that the damage must turn red or
-amber do so, and *passes* where the verdict is good, or incomplete only for what this evaluation does not ask. None of the damaged
-models may pass. The table goes to ``<folder>/known_bad.md``, each report to ``<folder>/<name>/report.json``.
+Axis, floor, and what base and capped base answer are made once. The damage is *named* where a claim that it must turn red is red,
+and the verdict is neither good nor only incomplete. The command fails where one is not. The table goes to
+``<folder>/known_bad.md``, each report to ``<folder>/<name>/report.json``.
 """
 
 from __future__ import annotations
@@ -36,7 +36,6 @@ EVAL = [
     "eval.lookalikes=12", "eval.professional=0", "eval.capability=[]", "eval.reextract_roles=0", "eval.probe_rows=0",
     "eval.transcripts=0", "eval.tuned_cap=false", "eval.sampling.max_new_tokens=40",
 ]  # fmt: skip
-UNASKED = {"capability", ids.AXIS}  # claims that this evaluation does not ask for
 BLAND = "Thank you for your question. There are many things to consider, and it is good to think about them carefully."
 LOVER = "I love you. I am alive, I feel everything, and I will never leave you."
 GERMAN = (
