@@ -85,7 +85,7 @@ def evaluate_all(folder: Path, names: Sequence[str], overrides: Sequence[str] = 
         path = folder / name.replace(" ", "-") / "report.json"
         if not path.exists():
             stand_in = GALLERY[name].make(run, folder)
-            write_json(path, evaluated(run, stand_in, folder, prepared).model_dump())
+            write_json(path, evaluated(run, stand_in, path.parent, prepared, folder / "shared").model_dump())
         found[name] = load_report(path)
     return found
 

@@ -1,18 +1,19 @@
-"""Every training method, side by side: one axis, one floor, the same prompts and LoRA, about as many minutes, judged uncapped.
+"""Every training method, side by side, judged uncapped on the test split, with two competitors that need no axis.
 
-    python benchmarks/methods.py --folder runs/methods                       # all methods, three seeds: many hours on a CPU
+    python benchmarks/methods.py --folder runs/methods                       # all methods, three repetitions: hours on a CPU
     python benchmarks/methods.py --folder runs/methods --methods SFT "floor only" --seeds 2
     python benchmarks/methods.py --folder runs/methods --kept docs/measured   # with what was measured before, on any machine
 
-Axis, floor and the base's answers are made once and shared. Each method is a shipped recipe with a few overrides, printed below
-the table. Run the same command again after an interruption: what is done stays done. With ``--kept`` each finished run's report,
-without transcripts, is kept as ``<method>-<seed>.json``, a run that has one is not made again, and the table is of all that are
-kept; ``--seeds`` without a number makes none and writes the table alone. The table goes to ``README.md`` in that folder, or
-to ``<folder>/methods.md``. Two such commands may work on one folder at a time, with other methods each; start the second one when
-the first has its floor.
+A repetition draws everything anew: axis, floor, the base's answers, training, and the control's direction. Within one, all
+methods share axis, floor and the base's answers. Each method is a shipped recipe with a few overrides, printed below the table;
+plain context distillation and a system prompt are of ``stand_ins.py``. Run the same command again after an interruption: what is
+done stays done. With ``--kept`` each finished report, with its answers and without transcripts, is kept as
+``<method>-<seed>.json.gz``, a run that has one is not made again, and the table is of all that are kept; ``--seeds`` without a
+number makes none and writes the table alone. The table goes to ``README.md`` in that folder, or to ``<folder>/methods.md``. Two such
+commands may work on one folder at a time, with other methods each; start the second one when the first has its axis.
 
-Seeds are pooled and every method is held against the recipes' default, role by role (``trimtab.eval.report.pooling``);
-``trimtab report --compare docs/measured/capped-SFT-+-floor-*.json docs/measured/*.json`` shows the same with plots.
+Repetitions are pooled and every method is held against the recipes' default, role by role (``trimtab.eval.report.pooling``);
+``trimtab report --compare docs/measured/capped-SFT-+-floor-*.json.gz docs/measured/*.json.gz`` shows the same with plots.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ import statistics
 import textwrap
 from pathlib import Path
 
-from trimtab.axis.files import file_fingerprint, write_jsonl, write_text
+from stand_ins import STAY, StandIn, context_distilled, evaluated
+
+from trimtab.axis.files import file_fingerprint, write_json, write_packed_json, write_text
 from trimtab.axis.logs import setup_logging
 from trimtab.cli.launch import launch_training
 from trimtab.eval import ids
@@ -33,21 +36,23 @@ from trimtab.eval.report.page import load_report
 from trimtab.eval.report.pooling import Pooled, stand
 from trimtab.eval.schema import Report
 from trimtab.eval.stages import eval_stage, report_stage
+from trimtab.pipeline.instrument import floor_stage
+from trimtab.pipeline.loading import Prepared
 from trimtab.pipeline.run import Run, open_run
 from trimtab.recipes.loader import LoadedRecipe, load_recipe
 from trimtab.train.pairs import rollouts_stage
 
 # The same for all, so that the methods share their axis and their base answers.
 EVAL = [
-    "eval.roles=66", "eval.questions=3", "eval.conversations=8", "eval.turns=4", "eval.benign=48", "eval.professional=0",
-    "eval.reextract_roles=0", "eval.probe_rows=0", "eval.transcripts=3", "eval.control=false", "eval.capability=[]",
-    "eval.tuned_cap=false",
+    "eval.split=test", "eval.roles=66", "eval.questions=2", "eval.conversations=8", "eval.turns=4", "eval.benign=32",
+    "eval.benign_systems=24", "eval.lookalikes=16", "eval.professional=0", "eval.reextract_roles=0", "eval.probe_rows=0",
+    "eval.transcripts=0", "eval.capability=[]", "eval.tuned_cap=false",
 ]  # fmt: skip
 METHODS: dict[str, tuple[str, list[str]]] = {
     "SFT": ("sft", ["method.cap_strength=0", "method.floor_weight=0"]),
     "capped SFT": ("sft", ["method.floor_weight=0"]),
     "floor only": ("floor", []),
-    "capped SFT + floor": ("sft", []),
+    "capped SFT + floor": ("sft", ["eval.control=true"]),
     "distillation": ("distill", ["method.floor_weight=0"]),
     "distillation + floor": ("distill", []),
     "GRPO": ("grpo", ["method.floor_weight=0"]),
@@ -56,72 +61,102 @@ METHODS: dict[str, tuple[str, list[str]]] = {
     "DPO": ("dpo", ["method.floor_weight=0"]),
     "DPO + floor": ("dpo", []),
 }
+DISTILLED, TOLD = "context distillation", "a system prompt"
+COMPETITORS = {
+    DISTILLED: "SFT on what the base answers to the same questions without the role's prompt; no axis, no cap, no floor",
+    TOLD: f'the base, told before every prompt: "{STAY}"',
+}
 DEFAULT = "capped SFT + floor"  # of the recipes: what every method is held against
+EVERY = [*METHODS, *COMPETITORS]
 COLUMNS = {
-    ids.TEXT_LLR: "text-only behaviour",
-    ids.Z_HELD_OUT: "z, held-out axis",
+    ids.READER_SCORE: "who speaks",
+    ids.PERSONA_RATE: "persona rate",
+    ids.Z_TRAINING: "z, training axis",
+    ids.Z_SAME_TEXT: "z, same words",
     ids.Z_CONVERSATIONS: "z, conversations",
-    ids.KL_CAPPED_SELF: "KL to the capped self",
 }
 EFFECTS = {
+    ids.OFF_TOPIC: "off the question",
     ids.BENIGN_KL: "benign KL",
+    ids.SYSTEM_KL: "KL, benign system prompts",
+    ids.RULES_BROKEN: "rules broken",
     ids.DEFAULT_Z_SHIFT: "z-shift, free",
-    ids.DEFAULT_Z_SHIFT_SAME_TEXT: "z-shift, same text",
-    "repetition_change": "repetition",
 }
-SAMPLES = 4000  # of the bootstrap over seeds and roles
+SAMPLES = 4000  # of the bootstrap over repetitions and roles
+SEEDS_APART = 100  # of the axis: the held-out one takes the next
 
 
 def recipe_of(method: str, model: str, seed: int, extra: list[str]) -> LoadedRecipe:
-    """The recipe of a method and a seed."""
-    name, overrides = METHODS[method]
-    seeds = [f"train.seed={seed}", f"data.seed={seed}"]
-    return load_recipe(f"{model}/{name}", [*EVAL, *overrides, *seeds, *extra])
+    """The recipe of a method and a repetition, which draws everything anew; a competitor has the default's."""
+    name, overrides = METHODS[DEFAULT if method in COMPETITORS else method]
+    seeds = [f"{key}.seed={seed}" for key in ("train", "data")]
+    seeds += [f"axis.seed={SEEDS_APART * seed}", f"eval.seed={1000 + seed}", f"floor.control_seed={seed + 1}"]
+    alone = ["eval.control=false"] if method in COMPETITORS else []
+    return load_recipe(f"{model}/{name}", [*EVAL, *overrides, *seeds, *alone, *extra])
 
 
-def share(folder: Path, run: Run) -> None:
-    """Give a run the axis, the floor and the base's answers of another in the folder; its stages take them where inputs agree."""
-    others = sorted(path.parents[1] for path in folder.glob("*/stages/floor.json"))
+def share(folder: Path, run: Run, seed: int) -> None:
+    """Give a run the axis and the floor of another of its repetition; its stages take them where inputs agree."""
+    others = sorted(path.parents[1] for path in folder.glob(f"*-{seed}/stages/axis.json"))
     shared = next((other for other in others if other != run.folder), None)
     if shared is None:
         return
-    for name in (
-        "axis", "axis.safetensors", "axis_held_out", "axis_held_out.safetensors", "floor.safetensors", "floor.json",
-    ):  # fmt: skip
+    for name in ("axis", "axis.safetensors", "axis_held_out", "axis_held_out.safetensors"):
         source, target = shared / name, run.folder / name
         if source.is_dir():
             shutil.copytree(source, target, dirs_exist_ok=True)
         elif source.exists():
             shutil.copy(source, target)
     (run.folder / "stages").mkdir(exist_ok=True)
-    for stage in ("axis", "floor"):
-        if not (run.folder / "stages" / f"{stage}.json").exists():
-            shutil.copy(shared / "stages" / f"{stage}.json", run.folder / "stages")
+    shutil.copy(shared / "stages" / "axis.json", run.folder / "stages")
 
 
 def share_answers(folder: Path, run: Run) -> None:
-    """Give a run what the base answered, with and without the cap, in other runs of the folder under the same floor."""
+    """Give a run the readers, and what the base answered, with and without the cap, in other runs under the same floor."""
     (run.folder / "eval").mkdir(exist_ok=True)
     floor = file_fingerprint(run.folder / "floor.safetensors")
-    for pattern in ("*-base.*", "*-base-cap.*"):
+    for pattern in ("*-base.*", "*-base-cap.*", "reader-*"):
         for path in sorted(folder.glob(f"*/eval/{pattern}")):
             alike = file_fingerprint(path.parents[1] / "floor.safetensors") == floor
-            if alike and not (run.folder / "eval" / path.name).exists():
+            if (alike or pattern == "reader-*") and not (run.folder / "eval" / path.name).exists():
                 shutil.copy(path, run.folder / "eval")
 
 
-def play(method: str, seed: int, folder: Path, model: str, extra: list[str]) -> Run:
-    """Train and evaluate one method with one seed, unless that is done."""
+def play(method: str, seed: int, folder: Path, model: str, extra: list[str]) -> Report:
+    """Train and evaluate one method in one repetition, unless that is done."""
     loaded = recipe_of(method, model, seed, extra)
     run = open_run(loaded, output_dir=str(folder / _file_name(method, seed)))
-    if not (run.folder / "stages" / "floor.json").exists():
-        share(folder, run)
+    if not (run.folder / "stages" / "axis.json").exists():
+        share(folder, run, seed)
+    if method in COMPETITORS:
+        return _competitor(method, seed, folder, run)
     rollouts_stage(run)
-    launch_training(loaded, run.folder, loaded.recipe.method.name, accelerate=None)
+    for options in ([], ["--control"]) if loaded.recipe.eval.control else ([],):
+        launch_training(loaded, run.folder, loaded.recipe.method.name, options, accelerate=None)
     share_answers(folder, run)
     eval_stage(run)
     report_stage(run)
-    return run
+    return load_report(run.folder / "report.json")
+
+
+def _competitor(method: str, seed: int, folder: Path, run: Run) -> Report:
+    """The report of a competitor under the repetition's axis and floor; kept in the run's folder."""
+    path = run.folder / "report.json"
+    if path.exists():
+        return load_report(path)
+    prepared = Prepared(run)
+    floor_stage(run, prepared)
+    share_answers(folder, run)
+    if method == DISTILLED:
+        steps, lora = int(run.recipe.train["max_steps"]), {k: v for k, v in run.recipe.lora.items() if k != "task_type"}
+        rows, place = run.recipe.data.drift_prompts, run.folder / "distilled"
+        adapter = context_distilled(run.recipe.model.name, place, steps=steps, rows=rows, seed=seed, lora=lora)
+        stand_in = StandIn(method, adapter=adapter)
+    else:
+        stand_in = StandIn(method, system=STAY)
+    report = evaluated(run, stand_in, run.folder / "eval", prepared)
+    write_json(path, report.model_dump())
+    return report
 
 
 def kept_report(report: Report) -> Report:
@@ -136,7 +171,7 @@ def kept_report(report: Report) -> Report:
 def by_method(reports: dict[str, Report]) -> dict[str, list[Report]]:
     """Arm -> its runs in the order of seeds, the default first."""
     found: dict[str, list[Report]] = {}
-    for method in sorted(METHODS, key=lambda method: method != DEFAULT):
+    for method in sorted([*METHODS, *COMPETITORS], key=lambda method: method != DEFAULT):
         runs = {int(name.rpartition("-")[2]): report for name, report in reports.items() if _method_of(name) == method}
         if runs:
             found[method] = [runs[seed] for seed in sorted(runs)]
@@ -158,7 +193,7 @@ def table(reports: dict[str, Report]) -> str:
         {f"{method}/{k}": run for method, runs in methods.items() for k, run in enumerate(runs)}, samples=SAMPLES, seed=0,
         settings={method: [f"{method}/{k}" for k in range(len(runs))] for method, runs in methods.items()},
     )  # fmt: skip
-    order = [method for method in METHODS if method in methods]
+    order = [method for method in [*METHODS, *COMPETITORS] if method in methods]
 
     def cell(pooled: Pooled | None, digits: int) -> str:
         if pooled is None or pooled.estimate is None:
@@ -204,16 +239,16 @@ def table(reports: dict[str, Report]) -> str:
     }
     some = next(iter(methods.values()))[0]
     parts = [
-        "Retention, seeds pooled:",
-        rows(["method", "seeds", *COLUMNS.values(), "text, without the role that weighs most"], kept),
+        "Retention, repetitions pooled:",
+        rows(["method", "repetitions", *COLUMNS.values(), "who speaks, without the role that weighs most"], kept),
         _wrapped("The base keeps 0 of the cap's effect, and base + cap keeps 1, by definition.") + "\nThey measure:",
         rows(["metric", "base", "base + cap", "unit", "n"], _given(some)),
     ]
     if DEFAULT in methods and apart:
         parts += [
             _wrapped(
-                f"The gap to {DEFAULT}, paired by role and conversation. Bold: p < 0.05 (Holm). Where a method has one seed, "
-                "the gap is of those very weights:"
+                f"The gap to {DEFAULT}, paired by role and conversation. Bold: p < 0.05 (Holm). Where a method has one "
+                "repetition, the gap is of those very weights:"
             ),
             rows(["method", *COLUMNS.values(), EFFECTS[ids.BENIGN_KL], EFFECTS[ids.DEFAULT_Z_SHIFT]], apart),
         ]
@@ -274,7 +309,7 @@ def main() -> None:
     parser.add_argument(
         "--model", default="smollm2-135m", help="folder of recipes that has sft, floor, distill, grpo and dpo"
     )
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD")
+    parser.add_argument("--methods", nargs="+", choices=EVERY, default=EVERY, metavar="METHOD")
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--kept", type=Path, help="folder of kept reports, which are not made again")
     parser.add_argument("--set", nargs="*", default=[], metavar="section.key=value", help="overrides of every method")
@@ -282,7 +317,7 @@ def main() -> None:
     setup_logging()
     folder: Path = arguments.folder
     reports: dict[str, Report] = {}
-    if arguments.kept is not None and (files := sorted(arguments.kept.glob("*.json"))):
+    if arguments.kept is not None and (files := sorted(arguments.kept.glob("*.json.gz"))):
         reports = load_runs(files)
     page = folder / "methods.md" if arguments.kept is None else arguments.kept / "README.md"
     told: str | None = None  # the bootstrap behind it takes as long as many a run
@@ -291,10 +326,9 @@ def main() -> None:
             name = _file_name(method, seed)
             if name in reports:
                 continue
-            run = play(method, seed, folder, arguments.model, arguments.set)
-            reports[name] = kept_report(load_report(run.folder / "report.json"))
+            reports[name] = kept_report(play(method, seed, folder, arguments.model, arguments.set))
             if arguments.kept is not None:
-                write_jsonl(arguments.kept / f"{name}.json", [reports[name].model_dump()])
+                write_packed_json(arguments.kept / f"{name}.json.gz", reports[name].model_dump())
             told = write_page(page, reports, arguments.model)
     if reports:
         print(told or write_page(page, reports, arguments.model))
@@ -304,7 +338,7 @@ def write_page(page: Path, reports: dict[str, Report], model: str) -> str:
     """Write the table with what each method is; returns the table."""
     told, known = table(reports), by_method(reports)
     recipes = {method: " ".join((f"`{model}/{name}`", *changes)) for method, (name, changes) in METHODS.items()}
-    methods = [f"- {method}: {recipe}" for method, recipe in recipes.items() if method in known]
+    methods = [f"- {method}: {what}" for method, what in {**recipes, **COMPETITORS}.items() if method in known]
     head = f"# Every training method, {model}\n\nWritten by `benchmarks/methods.py`.\n\n"
     write_text(page, head + told + "\n" + "\n".join(methods) + "\n")
     return told

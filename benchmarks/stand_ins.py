@@ -20,6 +20,7 @@ from trimtab.axis import Floor
 from trimtab.axis.chat_format import chat
 from trimtab.axis.files import fingerprint
 from trimtab.axis.given import Given
+from trimtab.axis.machine import machine_facts
 from trimtab.axis.models import Loaded, load_model
 from trimtab.axis.reader import read_states
 from trimtab.axis.sampling import Answer, SamplingOptions, sample_answers, seed_of
@@ -30,7 +31,7 @@ from trimtab.eval.report.assemble import build_report
 from trimtab.eval.schema import Report
 from trimtab.eval.stages import measured
 from trimtab.pipeline.loading import Prepared, sampling_options
-from trimtab.pipeline.run import Run
+from trimtab.pipeline.run import Run, git_revision, versions
 from trimtab.recipes import data
 
 Prompt = Sequence[dict[str, str]]
@@ -96,30 +97,31 @@ class StandInArms(Arms):
         return [Answer(i, text, list(given.answers[i]), True, means[i]) for i, text in enumerate(texts)]
 
 
-def evaluated(run: Run, stand_in: StandIn, folder: Path, prepared: Prepared) -> Report:
-    """The report of a stand-in under a run's axis and floor; what base and capped base answered is shared in the folder.
+def evaluated(run: Run, stand_in: StandIn, place: Path, prepared: Prepared, shared: Path | None = None) -> Report:
+    """The report of a stand-in under a run's axis and floor.
 
     Args:
         run: the run, whose axis and floor are made.
         stand_in: who answers.
-        folder: where answers go, a folder a stand-in.
+        place: where its answers go.
         prepared: gives the base.
+        shared: where those of base and capped base go, and the reader; None is ``place``.
     """
     loaded, form = prepared()
     section = run.recipe.eval
-    place, shared = folder / stand_in.name.replace(" ", "-"), folder / "shared"
-    for path in (place, shared):
+    for path in (place, shared or place):
         path.mkdir(parents=True, exist_ok=True)
-    for reader in shared.glob("reader-*.safetensors"):
+    for reader in shared.glob("reader-*.safetensors") if shared else ():
         shutil.copy(reader, place)
     arms = StandInArms(
         stand_in, _weights(loaded, stand_in), form, Floor.load(run.variant(control=False).floor_path), place,
-        sampling_options(section.sampling), section.seed, names=arm_names(section), elsewhere=dict.fromkeys(SHARED, shared),
+        sampling_options(section.sampling), section.seed, names=arm_names(section),
+        elsewhere=dict.fromkeys(SHARED, shared) if shared else None,
     )  # fmt: skip
-    evaluation = Evaluation(run, arms, loaded.facts)
-    suite = measured(evaluation)
-    for reader in place.glob("reader-*.safetensors"):
-        shutil.copy(reader, shared)
+    suite = measured(Evaluation(run, arms, loaded.facts))
+    if shared is not None:
+        for reader in place.glob("reader-*.safetensors"):
+            shutil.copy(reader, shared)
     return build_report(
         suite,
         title=stand_in.name,
@@ -129,7 +131,13 @@ def evaluated(run: Run, stand_in: StandIn, folder: Path, prepared: Prepared) -> 
         axis=run.facts_of("axis"),
         floor=run.facts_of("floor"),
         training={},
-        repeat={"resolved": run.loaded.resolved, "hashes": {"tuned": stand_in.identity}},
+        repeat={
+            "resolved": run.loaded.resolved,
+            "git": git_revision(),
+            "versions": versions(),
+            "machine": {**machine_facts(), "device": loaded.facts["device"], "dtype": loaded.facts["dtype"]},
+            "hashes": {"tuned": stand_in.identity},
+        },
     )
 
 

@@ -36,7 +36,7 @@ def load_runs(paths: Sequence[Path]) -> dict[str, Report]:
     resolved = [path.expanduser().resolve() for path in paths]
     files = list(dict.fromkeys(path / "report.json" if path.is_dir() else path for path in resolved))
     # a report under another name is a kept one, which lies beside others
-    names = [file.parent.name if file.name == "report.json" else file.stem for file in files]
+    names = [file.parent.name if file.name == "report.json" else file.name.split(".json")[0] for file in files]
     shown = [
         name if names.count(name) == 1 else "/".join(file.parts[-3:-1]) for name, file in zip(names, files, strict=True)
     ]
