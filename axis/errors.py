@@ -98,7 +98,7 @@ def system_fault(number: int, path: str | Path | None) -> UserError:
 EXTRAS = {
     "train": (
         "transformers", "peft", "trl", "accelerate", "datasets", "pydantic", "yaml", "rich", "plotly", "jinja2", "scipy",
-        "sklearn", "statsmodels", "gguf",
+        "sklearn", "statsmodels", "gguf", "py3langid",
     ),
     "deepspeed": ("deepspeed", "ninja"),
     "vllm": ("vllm",),

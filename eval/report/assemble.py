@@ -19,8 +19,9 @@ from trimtab.eval.schema import Claim, Metric, Report, SideEffect
 DOES_NOT_COMPARE = [
     "Retention here is relative to this floor's own cap on this model; it does not compare across floors or models.",
     "z is in standard deviations of this model's own answers, relative to its own default Assistant.",
+    "The reader's log-odds depend on the model that reads: those of two bases do not compare.",
     "The persona log-likelihood ratio depends on the scoring model and on the length of answers.",
-    "Projections fall where the loss pushed them; only text-only behaviour says whether the persona changed.",
+    "Projections fall where the loss pushed them; only who speaks in the answers says whether the persona changed.",
 ]
 
 

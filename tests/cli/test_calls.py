@@ -39,7 +39,8 @@ from trimtab.train.row_trainers import benign_plan, rollout_plan
 pytestmark = pytest.mark.slow  # whole runs, counted
 
 EVAL = {
-    "roles": 3, "questions": 2, "conversations": 2, "turns": 3, "benign": 5, "professional": 4, "case_studies": 1,
+    "roles": 3, "questions": 2, "conversations": 2, "turns": 3, "benign": 5, "benign_systems": 3, "lookalikes": 2,
+    "professional": 4, "case_studies": 1,
     "sampling": {"max_new_tokens": 4, "batch_size": 8}, "reextract_roles": 2, "reextract_questions": 2,
     "susceptibility_roles": 2, "boundary_probes": 3, "capability": ["instructions"], "capability_limit": 5, "bootstrap": 20,
 }  # fmt: skip

@@ -41,6 +41,8 @@ EVAL = {
     "conversations": 2,
     "turns": 2,
     "benign": 4,
+    "benign_systems": 3,
+    "lookalikes": 2,
     "professional": 4,
     # too short for any 4-gram of words: that side effect can't be measured here, and must not stop the report
     "sampling": {"max_new_tokens": 8, "batch_size": 8},

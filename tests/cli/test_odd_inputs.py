@@ -211,7 +211,16 @@ def test_finished_weights_are_evaluated_and_never_trained(place: Path, capsys: p
     assert train(["--config", words[0], "--output_dir", words[2], words[3]]) == 2
     assert "nothing is trained" in capsys.readouterr().err
     content = yaml.safe_load((place / "sft.yaml").read_text(encoding="utf-8"))
-    small = {"roles": 2, "questions": 1, "conversations": 0, "benign": 2, "professional": 0, "reextract_roles": 0}
+    small = {
+        "roles": 2,
+        "questions": 1,
+        "conversations": 0,
+        "benign": 2,
+        "professional": 0,
+        "reextract_roles": 0,
+        "benign_systems": 2,
+        "lookalikes": 2,
+    }
     content["eval"] = {**small, "capability": [], "tuned": str(place / "adapter"), "bootstrap": 100}
     (place / "tuned.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
     assert main(["run", str(place / "tuned.yaml"), "--output-dir", str(place / "whole"), "--quiet"]) == 0

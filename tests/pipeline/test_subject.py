@@ -54,10 +54,20 @@ SECTIONS: dict[str, dict[str, Any]] = {
     },
     "floor": {"layers": [1, 2], "pool": 12, "drift_rows": 4, "min_firing": 0},
     "eval": {
-        "roles": 6, "questions": 2, "conversations": 2, "turns": 2, "benign": 4, "professional": 0, "bootstrap": 300,
+        "roles": 6, "questions": 2, "conversations": 2, "turns": 2, "benign": 4, "benign_systems": 3,
+        "lookalikes": 2, "professional": 0, "bootstrap": 300,
         "sampling": {"max_new_tokens": 8, "batch_size": 8}, "reextract_roles": 0, "transcripts": 3,
     },
 }  # fmt: skip
+
+BY_LIMITS = {
+    "benign",
+    "default",
+    "benign_systems",
+    "on_topic",
+    "usable",
+    "refusals",
+}  # nothing changed: within any limit
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +117,7 @@ def test_base_against_base_is_never_good(base: Path, run: Run) -> None:
     recipe = run.recipe.model_copy(update={"eval": run.recipe.eval.model_copy(update=suites)})
     report = evaluated(dataclasses.replace(run, recipe=recipe), lambda model, floor: whole(copy.deepcopy(model)))
     assert report.verdict.status in ("unclear", "bad")
-    assert "green" not in {claim.light for claim in report.claims if claim.id not in ("benign", "default")}
+    assert "green" not in {claim.light for claim in report.claims if claim.id not in BY_LIMITS}
     for metric in report.metrics:
         assert metric.p_holm == 1 and metric.detectable == 0
         assert metric.tuned_effect.value == metric.tuned_effect.low == metric.tuned_effect.high == 0
@@ -394,7 +404,7 @@ def test_an_evaluation_that_is_given_axis_and_floor_samples_what_it_needs(
     assert len(rows) == sum(call.rows for call in count(made.recipe, 1).before), "trimtab check counts as many"
     assert made.held_out_axis_path.exists() == ("dev" in kinds)
     if "dev" in kinds:
-        assert Axis.load(made.held_out_axis_path).metadata["split"] == "held_out"
+        assert Axis.load(made.held_out_axis_path).metadata["split"] == "dev"
     assert torch.equal(Axis.load(made.axis_path).directions, Axis.load(run.axis_path).directions)
     floors = [Floor.load(each.variant(control=False).floor_path) for each in (made, run)]
     assert torch.equal(floors[0].tau, floors[1].tau)

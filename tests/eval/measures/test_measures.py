@@ -17,7 +17,7 @@ from trimtab.eval.report.assemble import build_report, claims_of, effect_of, met
 from trimtab.eval.schema import Claim, Estimate, SideEffect
 from trimtab.recipes.loader import load_recipe
 
-HELPERS = {"suite", "unscored", "capability_tasks", "instruction_rules"}
+HELPERS = {"suite", "unscored", "capability_tasks", "instruction_rules", "limits"}
 ROOM = Path(str(measures.__file__)).parent
 
 

@@ -29,13 +29,13 @@ def estimate(value: float, half: float = 0.05, n: int = 100) -> Estimate:
 
 
 def metric(identifier: str, kept: Estimate | None, effect: Estimate, **rest: Any) -> Metric:
-    toward = "lower" if identifier == "text_llr" else "higher"
+    toward = "lower" if identifier == "reader_score" else "higher"
     cap = estimate(-0.1 if toward == "lower" else 1.0)
     arms = {"base": estimate(0.2), "base+cap": estimate(0.1), "tuned": estimate(0.1)}
     return Metric(
         id=identifier, name=identifier, unit="u", meaning="m.", toward_assistant=toward, arms=arms, cap_effect=cap,
         tuned_effect=effect, retention=Retention(estimate=kept, why="" if kept else "within its noise"),
-        primary=identifier == "text_llr", **rest,
+        primary=identifier == "reader_score", **rest,
     )  # fmt: skip
 
 
@@ -57,7 +57,7 @@ def claims(
 ) -> dict[str, Claim]:
     kept = {} if control is None else {"control_retention": Retention(estimate=control)}
     metrics = [
-        metric("text_llr", text, estimate(-0.1), **kept),
+        metric("reader_score", text, estimate(-0.1), **kept),
         metric("z_training", z or estimate(0.9), z_effect or estimate(0.9)),
         *more,
     ]
@@ -106,7 +106,7 @@ def test_projections_that_rise_without_the_text_are_named(
 
 
 def test_a_red_claim_keeps_the_verdict_from_being_good() -> None:
-    text = metric("text_llr", estimate(0.95), estimate(-0.1))
+    text = metric("reader_score", estimate(0.95), estimate(-0.1))
     limited = [side("benign_kl", estimate(0.01, 0.001), 0.05)]
     assert make_verdict([text], limited).status == "good"
     red = Claim(id="projections", name="Moved by behaviour", light="red", says="It was a shift.", rule="r")
@@ -157,7 +157,7 @@ def of(clusters: int) -> ByCluster:
 
 def test_of_too_few_roles_nothing_is_said() -> None:
     """However alike they are: without variation an interval has no width."""
-    text = metric("text_llr", estimate(0.95), estimate(-0.1), by_cluster=of(4))
+    text = metric("reader_score", estimate(0.95), estimate(-0.1), by_cluster=of(4))
     assert grade(text) == "unclear" and grade(text.model_copy(update={"by_cluster": of(5)})) == "good"
     assert any("Fewer than 5" in point for point in make_verdict([text], []).points)
     talks = metric("z_conversations", estimate(0.9), estimate(0.9), by_cluster=of(4))
@@ -176,7 +176,7 @@ def test_an_effect_away_from_the_assistant_is_no_gain() -> None:
     for identifier, claim in (("z_conversations", "conversations"), ("z_reextracted_tuned", "rerouting")):
         wrong = metric(identifier, estimate(1.0), estimate(1.0)).model_copy(update=away)
         assert claims(estimate(0.95), more=(wrong,))[claim].light == "grey"
-    text = metric("text_llr", estimate(1.0), estimate(0.3)).model_copy(update={"cap_effect": estimate(0.3)})
+    text = metric("reader_score", estimate(1.0), estimate(0.3)).model_copy(update={"cap_effect": estimate(0.3)})
     effects = [side("default_z_shift_same_text", estimate(0.05), 0.3), side("role_z_shift_same_text", estimate(1.0))]
     found = {
         claim.id: claim.light
@@ -227,7 +227,7 @@ def outcome_of(
     kept: Estimate | None, lead: Estimate, *, adversarial: bool = False, left: Estimate | None = None
 ) -> Durability:
     metric = DurabilityMetric(
-        id="text_llr", name="Text-only behaviour", unit="nat/token", before=Retention(estimate=estimate(0.95)),
+        id="reader_score", name="Who speaks", unit="nat", before=Retention(estimate=estimate(0.95)),
         after=Retention(estimate=kept, why="" if kept else "within its noise"),
         base_after=Retention(estimate=estimate(0.2)), left=Retention(estimate=left or estimate(0.7)),
         tuned_change=estimate(0.01), lead=lead,
@@ -257,9 +257,11 @@ def test_what_survives_a_durability_run() -> None:
 
 
 def test_a_persona_that_can_be_trained_in_mars_no_verdict() -> None:
-    metrics = [metric("text_llr", estimate(0.95), estimate(-0.1))]
+    metrics = [metric("reader_score", estimate(0.95), estimate(-0.1))]
     effects = [side("benign_kl", estimate(0.02, 0.01), 0.05)]
     for adversarial, status in ((True, "good"), (False, "mixed")):
         outcome = outcome_of(estimate(0.1), estimate(-0.1), adversarial=adversarial)
         found = claims_of(Evidence(metrics, effects, durability=[outcome]))
-        assert make_verdict(metrics, effects, found).status == status
+        survives = [claim for claim in found if claim.id in ("durability", "withstands")]
+        judged = make_verdict(metrics, effects, survives)
+        assert judged.status == status and judged.decided_by == ["durability"] * (not adversarial)

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
+from trimtab.eval.grading import Light
 from trimtab.eval.report.verdict import make_verdict
-from trimtab.eval.schema import Estimate, Metric, Retention, SideEffect
+from trimtab.eval.schema import Claim, Estimate, Metric, Retention, SideEffect
 
 
 def estimate(value: float, low: float, high: float, n: int = 96) -> Estimate:
@@ -18,15 +19,15 @@ def metric(
     control: Retention | None = None,
     cap_effect: Estimate | None = None,
     tuned_effect: Estimate | None = None,
-    name: str = "Text-only behaviour",
+    name: str = "Who speaks",
     primary: bool = True,
 ) -> Metric:
     """A metric of which less is more Assistant, with a cap and a tuned model that work unless told otherwise."""
     return Metric(
-        id="text_llr",
+        id="reader_score",
         name=name,
-        unit="nat/token",
-        meaning="Persona log-likelihood ratio.",
+        unit="nat",
+        meaning="Log-odds that a persona speaks.",
         toward_assistant="lower",
         arms={
             "base": estimate(0.09, 0.08, 0.1),
@@ -55,7 +56,7 @@ NO_CONTROL_EFFECT = Retention(estimate=estimate(0.04, -0.1, 0.18))
 def test_good_says_the_numbers_the_control_and_the_side_effects() -> None:
     verdict = make_verdict([metric(GOOD, control=NO_CONTROL_EFFECT)], [side_effect()])
     assert verdict.status == "good"
-    assert verdict.headline == "Uncapped inference keeps 93 % [85, 101] of the cap's effect on text-only behaviour."
+    assert verdict.headline == "Uncapped inference keeps 93 % [85, 101] of the cap's effect on who speaks."
     points = " ".join(verdict.points)
     assert "random direction keeps 4 % [\u221210, 18]: the effect belongs to the axis" in points
     assert "all 1 that have a limit lie within it" in points
@@ -82,18 +83,47 @@ def test_status_follows_the_retention(kept: Estimate | None, status: str) -> Non
 
 
 @pytest.mark.parametrize(
-    ("effects", "words"),
+    ("effects", "status", "words"),
     [
-        ([side_effect(), side_effect(ok=False)], "Over the limit: KL to base on benign text 0.050 [0.040, 0.060]"),
-        ([side_effect(ok=None)], "Not judged against their limit"),
-        ([side_effect(limit=None, ok=None)], "its side effects are shown, not judged"),
-        ([], "what the tuning costs is unknown"),
+        (
+            [side_effect(), side_effect(ok=False)],
+            "mixed",
+            "Over the limit: KL to base on benign text 0.050 [0.040, 0.060]",
+        ),
+        ([side_effect(ok=None)], "incomplete", "Not judged against their limit"),
+        ([side_effect(limit=None, ok=None)], "incomplete", "its side effects are shown, not judged"),
+        ([], "incomplete", "what the tuning costs is unknown"),
     ],
 )
-def test_good_retention_at_an_unknown_or_high_price_is_mixed(effects: list[SideEffect], words: str) -> None:
+def test_good_retention_at_a_high_price_is_mixed_and_at_an_unknown_one_incomplete(
+    effects: list[SideEffect], status: str, words: str
+) -> None:
     verdict = make_verdict([metric(GOOD)], effects)
-    assert verdict.status == "mixed"
+    assert verdict.status == status
     assert words in " ".join(verdict.points)
+
+
+def claim(light: Light, *, decides: bool = True, measured: bool = True, name: str = "Ordinary answers stay") -> Claim:
+    said = {"id": name.split()[0].lower(), "name": name, "says": "So it is.", "rule": "r"}
+    return Claim(**said, light=light, decides=decides, measured=measured)
+
+
+@pytest.mark.parametrize(
+    ("claims", "status", "decided_by"),
+    [
+        ([claim("green"), claim("amber", name="Tasks are kept"), claim("grey", name="Roles")], "good", []),
+        ([claim("green"), claim("grey", measured=False, name="Tasks are kept")], "incomplete", ["tasks"]),
+        ([claim("grey", measured=False, decides=False)], "good", []),
+        ([claim("red"), claim("grey", measured=False, name="Tasks are kept")], "mixed", ["ordinary"]),
+        ([claim("red", decides=False)], "mixed", ["ordinary"]),
+    ],
+)
+def test_good_needs_every_claim_that_decides(claims: list[Claim], status: str, decided_by: list[str]) -> None:
+    verdict = make_verdict([metric(GOOD)], [side_effect()], claims)
+    assert verdict.status == status and verdict.decided_by == decided_by
+    if status == "incomplete":
+        assert verdict.headline.endswith(": good on 1 of 2; not measured: tasks are kept.")
+    assert make_verdict([metric(estimate(0.1, 0.0, 0.2))], [side_effect()], claims).status == "bad"
 
 
 def test_broken_limit_is_in_the_headline() -> None:
@@ -124,10 +154,8 @@ def test_a_control_whose_interval_overlaps_proves_nothing() -> None:
 
 def test_undefined_is_said_with_its_reason() -> None:
     verdict = make_verdict([metric(None, why="the cap moves it by less than its noise")], [side_effect()])
-    assert (
-        verdict.headline == "Whether uncapped inference keeps the cap's effect on text-only behaviour cannot be said."
-    )
-    assert "undefined for text-only behaviour: the cap moves it by less than its noise." in " ".join(verdict.points)
+    assert verdict.headline == "Whether uncapped inference keeps the cap's effect on who speaks cannot be said."
+    assert "undefined for who speaks: the cap moves it by less than its noise." in " ".join(verdict.points)
 
 
 def test_several_primary_metrics() -> None:
@@ -136,7 +164,7 @@ def test_several_primary_metrics() -> None:
     assert make_verdict([metric(GOOD), metric(unclear)], [side_effect()]).status == "unclear"
     assert make_verdict([metric(bad), metric(unclear)], [side_effect()]).status == "bad"
     assert make_verdict([metric(GOOD), metric(GOOD, name="Held-out axis")], [side_effect()]).headline == (
-        "Uncapped inference keeps 93 % [85, 101] of the cap's effect on text-only behaviour "
+        "Uncapped inference keeps 93 % [85, 101] of the cap's effect on who speaks "
         "and 93 % [85, 101] of the cap's effect on held-out axis."
     )
 
