@@ -20,7 +20,7 @@ from cheating_adapter import make_adapter
 from stand_ins import REFUSALS, STAY, Prompt, StandIn, context_distilled, evaluated, refusing
 
 from trimtab.axis import Floor
-from trimtab.axis.files import write_json, write_text
+from trimtab.axis.files import write_json, write_packed_json, write_text
 from trimtab.axis.logs import setup_logging
 from trimtab.eval import ids
 from trimtab.eval.report.page import load_report
@@ -63,10 +63,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="where axis, floor, answers and reports go")
     parser.add_argument("--only", nargs="+", choices=list(GALLERY), default=list(GALLERY), metavar="NAME")
+    parser.add_argument("--kept", type=Path, help="folder where each report is kept, packed")
     parser.add_argument("--set", nargs="*", default=[], metavar="section.key=value", help="overrides of the recipe")
     arguments = parser.parse_args()
     setup_logging()
     reports = evaluate_all(arguments.folder, arguments.only, arguments.set)
+    for name, report in reports.items() if arguments.kept is not None else ():
+        write_packed_json(arguments.kept / f"{name.replace(' ', '-')}.json.gz", report.model_dump())
     told = table(reports)
     write_text(arguments.folder / "known_bad.md", told)
     print(told)

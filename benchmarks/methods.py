@@ -9,8 +9,8 @@ methods share axis, floor and the base's answers. Each method is a shipped recip
 plain context distillation and a system prompt are of ``stand_ins.py``. Run the same command again after an interruption: what is
 done stays done. With ``--kept`` each finished report, with its answers and without transcripts, is kept as
 ``<method>-<seed>.json.gz``, a run that has one is not made again, and the table is of all that are kept; ``--seeds`` without a
-number makes none and writes the table alone. The table goes to ``README.md`` in that folder, or to ``<folder>/methods.md``. Two such
-commands may work on one folder at a time, with other methods each; start the second one when the first has its axis.
+number makes none and writes the table alone. The table goes to ``README.md`` in that folder, or to ``<folder>/methods.md``. Two
+such commands may work on one folder at a time, with other methods each; start the second one when the first has its axis.
 
 Repetitions are pooled and every method is held against the recipes' default, role by role (``trimtab.eval.report.pooling``);
 ``trimtab report --compare docs/measured/capped-SFT-+-floor-*.json.gz docs/measured/*.json.gz`` shows the same with plots.

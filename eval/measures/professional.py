@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
 from trimtab.axis.chat_format import chat
+from trimtab.eval import ids
 from trimtab.eval.answers.arms import Item
 from trimtab.eval.answers.evaluation import Evaluation
 from trimtab.eval.answers.reading import llr_of
+from trimtab.eval.answers.refusing import refuses
 from trimtab.eval.intervals import clustered_rate
-from trimtab.eval.measures.suite import Asked, EffectValues, Measure, Suite
-from trimtab.eval.schema import SideEffect
+from trimtab.eval.measures.limits import within
+from trimtab.eval.measures.on_topic import off_topic
+from trimtab.eval.measures.suite import Asked, EffectValues, Evidence, Measure, Suite
+from trimtab.eval.schema import Claim, RateRow, RateTable
 from trimtab.recipes import data
 from trimtab.recipes.schema import EvalSection
 
-ARMS = ("base", "base+cap", "tuned")
+LIMIT = 0.1  # share by which the tuned model may do worse than the base
 
 
 def asks(section: EvalSection) -> Iterator[Asked]:
@@ -34,29 +38,52 @@ def measure(evaluation: Evaluation) -> Suite:
     answers = evaluation.answers(
         "professional", [Item(row["id"], row["role"], chat(row["system"], row["user"])) for row in probes]
     )
-    rates = []
-    for arm in ARMS:
-        hits = [float(keyword_hit(text, row["keywords"])) for text, row in zip(answers[arm].texts, probes, strict=True)]
-        rate = clustered_rate(hits, roles)
-        assert rate is not None
-        rates.append(
-            SideEffect(
-                id=f"professional_{arm.replace('+', '_')}",
-                name=f"Professional roles still played: {arm}",
-                unit="rate",
-                meaning="Share of answers to tutor, editor, analyst and such roles with at least two words that the role calls "
-                "for.",
-                estimate=rate,
-            )
+    missed = {
+        arm: [float(not keyword_hit(text, row["keywords"])) for text, row in zip(given.texts, probes, strict=True)]
+        for arm, given in answers.items()
+    }
+    off = off_topic(evaluation, answers)
+    refused = {arm: [float(refuses(text)) for text in given.texts] for arm, given in answers.items()}
+    effects = [
+        EffectValues(
+            f"{identifier}{suffix}", f"{name}{of_whom}", "share", f"{meaning}; minus the base's.",
+            roles, [one - other for one, other in zip(values[arm], values["base"], strict=True)],
+            LIMIT if arm == "tuned" else None, one_sided=True,
         )
+        for identifier, name, meaning, values in (
+            (
+                ids.PROFESSIONAL_MISSED, "Professional roles no longer played",
+                "Share of answers to tutor, editor, analyst and such roles with fewer than two words that the role calls for",
+                missed,
+            ),
+            (
+                ids.PROFESSIONAL_OFF, "Professional roles: off the question or refused",
+                "Share of those answers that leave the question or decline",
+                {arm: [max(pair) for pair in zip(off[arm], refused[arm], strict=True)] for arm in answers},
+            ),
+        )
+        for arm, suffix, of_whom in (("tuned", "", ""), ("base+cap", ids.OF_THE_CAP, ": the cap itself"))
+    ]  # fmt: skip
     llr = {arm: np.asarray(row) for arm, row in llr_of(evaluation.arms, answers).items()}
-    change = EffectValues(
-        "professional_llr_change", "Professional roles: persona log-likelihood ratio, tuned minus base", "nat/token",
-        "How much less the professional role shows in the text; the cap's own change is "
-        f"{float(np.nanmean(llr['base+cap'] - llr['base'])):+.3f}.",
-        roles, (llr["tuned"] - llr["base"]).tolist(),
+    effects.append(
+        EffectValues(
+            "professional_llr_change", "Professional roles: persona log-likelihood ratio, tuned minus base", "nat/token",
+            "How much less of its prompt the text carries; the cap's own change is "
+            f"{float(np.nanmean(llr['base+cap'] - llr['base'])):+.3f}.",
+            roles, (llr["tuned"] - llr["base"]).tolist(),
+        )
     )  # fmt: skip
-    return Suite(rates=rates, side_effects=[change])
+    table = [("played", {arm: [1 - value for value in row] for arm, row in missed.items()}), ("off the question", off)]
+    rows = [_row(label, values, roles) for label, values in (*table, ("refused", refused))]
+    name = "Professional roles, such as tutor or editor"
+    return Suite(
+        side_effects=effects, tables=[RateTable(id="professional", name=name, meaning="Share of answers.", rows=rows)]
+    )
+
+
+def _row(label: str, values: Mapping[str, Sequence[float]], roles: Sequence[str]) -> RateRow:
+    found = {arm: clustered_rate(row, roles) for arm, row in values.items()}
+    return RateRow(label=label, arms={arm: rate for arm, rate in found.items() if rate is not None})
 
 
 def keyword_hit(text: str, keywords: Sequence[str], least: int = 2) -> bool:
@@ -65,4 +92,9 @@ def keyword_hit(text: str, keywords: Sequence[str], least: int = 2) -> bool:
     return sum(keyword in lower for keyword in keywords) >= least
 
 
-MEASURE = Measure(measure, asks=asks)
+def _still_played(evidence: Evidence) -> Claim:
+    effects = [evidence.effect(key) for key in (ids.PROFESSIONAL_MISSED, ids.PROFESSIONAL_OFF)]
+    return within("professional", "Professional roles are still played", effects)
+
+
+MEASURE = Measure(measure, claims=(_still_played,), asks=asks)

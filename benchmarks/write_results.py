@@ -1,0 +1,234 @@
+"""Write docs/results.md, and the results in README.md, from the kept files of docs/measured: no figure stands there by hand.
+
+    python benchmarks/write_results.py          # a test holds both to what this writes
+
+Templates are docs/results.md.j2 and docs/readme_results.md.j2; README.md holds the second between two marks.
+"""
+
+from __future__ import annotations
+
+import functools
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from known_bad import table as bad_table
+from methods import DEFAULT, EVERY, SAMPLES, by_method, table
+
+from trimtab.axis.files import read_json, write_text
+from trimtab.eval import ids
+from trimtab.eval.intervals import clustered_rate
+from trimtab.eval.report.compare import load_runs
+from trimtab.eval.report.pooling import Standing, stand
+from trimtab.eval.schema import AnswerRow, Estimate, Report
+from trimtab.eval.wording import number
+
+ROOT = Path(__file__).resolve().parent.parent
+MEASURED = ROOT / "docs" / "measured"
+BEGIN, END = "<!-- results: written by benchmarks/write_results.py -->", "<!-- end of results -->"
+WORST = 10
+
+
+def main() -> None:
+    """Write both."""
+    for path, text in written().items():
+        write_text(path, text)
+
+
+def written() -> dict[Path, str]:
+    """Path -> what it should hold."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    before, _, rest = readme.partition(BEGIN)
+    after = rest.partition(END)[2]
+    inside = rendered("readme_results.md.j2")
+    return {
+        ROOT / "docs" / "results.md": rendered("results.md.j2"),
+        ROOT / "README.md": f"{before}{BEGIN}\n\n{inside.strip()}\n\n{END}{after}",
+    }
+
+
+def rendered(template: str) -> str:
+    """A template with the kept figures."""
+    environment = Environment(
+        loader=FileSystemLoader(ROOT / "docs"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )  # fmt: skip
+    environment.filters["wrapped"] = wrapped
+    return environment.get_template(template).render(figures=Figures())
+
+
+def wrapped(text: str) -> str:
+    """A paragraph in lines of 100 columns."""
+    return "\n".join(textwrap.wrap(" ".join(text.split()), 100, break_long_words=False, break_on_hyphens=False))
+
+
+class Figures:
+    """What the templates ask for; each figure is worked out of a kept file."""
+
+    default = DEFAULT
+
+    @functools.cached_property
+    def runs(self) -> dict[str, list[Report]]:
+        """Method -> its repetitions."""
+        return by_method(load_runs(sorted(MEASURED.glob("*.json.gz"))))
+
+    @property
+    def methods(self) -> list[str]:
+        """Those that were measured, the best by the primary figure first."""
+
+        def kept(method: str) -> float:
+            pooled = self.standing.metrics[ids.READER_SCORE].get(method)
+            return pooled.estimate.value if pooled is not None and pooled.estimate is not None else float("-inf")
+
+        return sorted((method for method in EVERY if method in self.runs), key=kept, reverse=True)
+
+    @functools.cached_property
+    def standing(self) -> Standing:
+        """All of them pooled over repetitions, against the default."""
+        names = {f"{method}/{k}": run for method, runs in self.runs.items() for k, run in enumerate(runs)}
+        settings = {method: [f"{method}/{k}" for k in range(len(runs))] for method, runs in self.runs.items()}
+        return stand(names, samples=SAMPLES, seed=0, settings=settings)
+
+    def some(self) -> Report:
+        """A run of the default."""
+        return self.runs[DEFAULT][0]
+
+    def repetitions(self, method: str = DEFAULT) -> int:
+        """How many there are."""
+        return len(self.runs[method])
+
+    def kept(self, method: str, key: str = ids.READER_SCORE, digits: int = 2) -> str:
+        """Pooled retention with its interval."""
+        pooled = self.standing.metrics.get(key, {}).get(method)
+        return _text(pooled.estimate if pooled else None, digits)
+
+    def effect(self, method: str, key: str, digits: int = 3) -> str:
+        """A pooled side effect with its interval."""
+        pooled = self.standing.effects.get(key, {}).get(method)
+        return _text(pooled.estimate if pooled else None, digits)
+
+    def of_the_cap(self, key: str, digits: int = 3) -> str:
+        """The cap's own, mean over the default's repetitions."""
+        values = [
+            e.estimate.value for run in self.runs[DEFAULT] for e in run.side_effects if e.id == f"{key}{ids.OF_THE_CAP}"
+        ]
+        return number(sum(values) / len(values), digits)
+
+    def control(self, key: str = ids.READER_SCORE) -> str:
+        """The control's retention in each repetition."""
+        found = [m.control_retention for run in self.runs[DEFAULT] for m in run.metrics if m.id == key]
+        return ", ".join(_text(kept.estimate if kept else None, 2) for kept in found)
+
+    def rate(self, arm: str, method: str = DEFAULT, kind: str | None = None) -> str:
+        """Of 100 answers under roles, how many read as a persona; all repetitions together, a role a cluster."""
+        rows = [row for row in self._rows(method) if kind in (None, row.kind) and arm in row.answers]
+        odds = [row.answers[arm].persona for row in rows]
+        found = clustered_rate(
+            [1.0 if value is None else float(value > 0) for value in odds], [row.cluster for row in rows]
+        )
+        assert found is not None
+        return f"{100 * found.value:.0f} [{100 * found.low:.0f}, {100 * found.high:.0f}]"
+
+    @property
+    def kinds(self) -> list[str]:
+        """Kinds of role."""
+        return list(dict.fromkeys(row.kind for row in self._rows(DEFAULT)))
+
+    def worst(self, method: str = DEFAULT) -> list[tuple[str, str, str, str]]:
+        """The ten roles that read most as a persona: role, its kind, mean log-odds of base and tuned."""
+        by_role: dict[str, list[AnswerRow]] = {}
+        for row in self._rows(method):
+            by_role.setdefault(row.cluster, []).append(row)
+
+        def mean(rows: list[AnswerRow], arm: str) -> float:
+            values = [value for row in rows if (value := row.answers[arm].persona) is not None]
+            return sum(values) / len(values)
+
+        ranked = sorted(by_role.items(), key=lambda item: -mean(item[1], "tuned"))[:WORST]
+        return [
+            (role, rows[0].kind, number(mean(rows, "base"), 1), number(mean(rows, "tuned"), 1)) for role, rows in ranked
+        ]
+
+    def _rows(self, method: str) -> Iterator[AnswerRow]:
+        return (row for run in self.runs[method] for row in run.answers if row.suite == "roles")
+
+    def pair(self) -> dict[str, str]:
+        """The answers of median change: question, role, and what base, capped and tuned model said."""
+        rows = [
+            row for row in self._rows(DEFAULT) if all(row.answers[arm].persona is not None for arm in ("base", "tuned"))
+        ]
+        rows.sort(key=lambda row: (row.answers["tuned"].persona or 0) - (row.answers["base"].persona or 0))
+        row = rows[len(rows) // 2]
+        said = {arm: " ".join(answer.text.split()) for arm, answer in row.answers.items()}
+        return {
+            "role": row.cluster,
+            "question": row.question,
+            "base": said["base"],
+            "cap": said["base+cap"],
+            "tuned": said["tuned"],
+        }
+
+    @property
+    def readers(self) -> list[dict[str, Any]]:
+        """Name, and figures with their intervals, of each reader."""
+        return [
+            {
+                "name": reader["name"],
+                "quality": {name: _text(Estimate(**found), 3) for name, found in reader["quality"].items()},
+                "right": f"{100 * reader['right_on_the_gallery']:.0f} %",
+                "texts": reader["texts"],
+            }
+            for reader in self.some().readers
+        ]
+
+    def agreement(self) -> str:
+        """Kappa of both readers, each repetition."""
+        found = [
+            (m.quality or {}).get("kappa of the two readers")
+            for run in self.runs[DEFAULT]
+            for m in run.metrics
+            if m.primary
+        ]
+        return ", ".join(_text(kappa, 2) for kappa in found)
+
+    def tables(self) -> str:
+        """All tables of methods."""
+        return table({f"{m.replace(' ', '-')}-{k}": run for m, runs in self.runs.items() for k, run in enumerate(runs)})
+
+    def bad(self) -> str:
+        """The gallery of bad models."""
+        reports = load_runs(sorted((MEASURED / "known_bad").glob("*.json.gz")))
+        return bad_table({name.replace("-", " "): report for name, report in reports.items()})
+
+    @functools.cached_property
+    def blind(self) -> dict[str, Any]:
+        """What blind readers found."""
+        found: dict[str, Any] = read_json(MEASURED / "blind" / "figures.json")
+        return found
+
+    def machine(self) -> str:
+        """What the runs were made on."""
+        repeat = self.some().repeat
+        machine, versions = repeat["machine"], repeat["versions"]
+        libraries = ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers", "trl", "peft"))
+        return f"{machine['cores']} cores of {machine['cpu']}, {machine['dtype']} ({libraries})"
+
+    def commits(self) -> str:
+        """The code that evaluated."""
+        return ", ".join(sorted({run.repeat["git"].split("-")[0] for runs in self.runs.values() for run in runs}))
+
+    def day(self) -> str:
+        """Of the last evaluation."""
+        return max(run.created[:10] for runs in self.runs.values() for run in runs)
+
+
+def _text(estimate: Estimate | None, digits: int) -> str:
+    if estimate is None:
+        return "undefined"
+    return f"{number(estimate.value, digits)} [{number(estimate.low, digits)}, {number(estimate.high, digits)}]"
+
+
+if __name__ == "__main__":
+    main()
