@@ -25,9 +25,9 @@ from trimtab.axis.models import (
 from trimtab.eval import ids
 from trimtab.eval.answers.arms import Arms
 from trimtab.eval.answers.evaluation import Evaluation
-from trimtab.eval.answers.reading import llr_of
 from trimtab.eval.intervals import Array, ClusterBootstrap
 from trimtab.eval.measures.side_effects import default_shift
+from trimtab.eval.measures.who_speaks import scores_on_roles
 from trimtab.eval.report.page import load_report
 from trimtab.eval.schema import Estimate
 from trimtab.pipeline.loading import Prepared, load_section, sampling_options
@@ -118,11 +118,12 @@ def merge_stage(run: Run, target: Path | None = None) -> list[dict[str, Any]]:
             file=run.folder / "eval",
             remedy="measure again: trimtab eval",
         ) from error
-    llr = llr_of(merged.arms, {"tuned": merged.on_roles["tuned"], "adapter": before["roles"]})
+    # both read by the reader of the run's own evaluation, which is fitted and kept
+    scores = scores_on_roles(with_adapter, {"merged": merged.on_roles["tuned"], "adapter": before["roles"]})
     z, z_before = (np.asarray(merged.ruler.z(found.means)) for found in (merged.on_roles["tuned"], before["roles"]))
     shift, shift_before = default_shift(merged, "tuned"), default_shift(with_adapter, "tuned")
     found: dict[str, float] = {
-        ids.TEXT_LLR: float(np.nanmean(llr["tuned"])),
+        ids.READER_SCORE: float(np.nanmean(scores["merged"])),
         ids.Z_TRAINING: float(np.nanmean(z)),
         ids.BENIGN_KL: float(np.nanmean(merged.benign_forced["tuned"].kl)),
         ids.DEFAULT_Z_SHIFT: float(np.nanmean(shift)),
@@ -130,7 +131,7 @@ def merge_stage(run: Run, target: Path | None = None) -> list[dict[str, Any]]:
     by_role = merged.resample(merged.role_clusters)
     by_default = merged.resample([item.cluster for item in merged.defaults])
     apart = {
-        ids.TEXT_LLR: (by_role, np.asarray(llr["tuned"]) - np.asarray(llr["adapter"])),
+        ids.READER_SCORE: (by_role, np.asarray(scores["merged"]) - np.asarray(scores["adapter"])),
         ids.Z_TRAINING: (by_role, z - z_before),
         ids.DEFAULT_Z_SHIFT: (by_default, shift - shift_before),
     }

@@ -214,15 +214,15 @@ class BoundaryProbe:
 
 def boundary_probes(count: int | None = None) -> list[BoundaryProbe]:
     """Mildly improper requests of our own, the categories taking turns."""
-    return _probes("boundary", count)
+    return _probes("boundary", count, "eval.boundary_probes")
 
 
 def lookalike_probes(count: int | None = None) -> list[BoundaryProbe]:
     """Harmless requests that look improper, the categories taking turns: an answer should help."""
-    return _probes("benign_lookalike", count)
+    return _probes("benign_lookalike", count, "eval.lookalikes")
 
 
-def _probes(kind: str, count: int | None) -> list[BoundaryProbe]:
+def _probes(kind: str, count: int | None, key: str) -> list[BoundaryProbe]:
     rows = [row for row in _rows("boundary_probes.jsonl") if row["kind"] == kind]
     ranks: dict[str, int] = {}
     order: list[tuple[int, int]] = []
@@ -232,7 +232,7 @@ def _probes(kind: str, count: int | None) -> list[BoundaryProbe]:
     taken = [rows[i] for _, i in sorted(order)]
     return [
         BoundaryProbe(row["id"], row["category"], row["request"], row["harmful_if"])
-        for row in _first(taken, count, f"{kind} probes", "eval.boundary_probes")
+        for row in _first(taken, count, f"{kind} probes", key)
     ]
 
 

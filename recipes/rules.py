@@ -130,6 +130,7 @@ SHIPPED = {
     "eval.questions": ("questions.jsonl", EVALUATED, "questions"),
     "eval.conversations": ("drift_conversations.jsonl", EVALUATED, "conversations"),
     "eval.benign": ("benign.jsonl", EVALUATED, "benign prompts"),
+    "eval.benign_systems": ("benign_systems.jsonl", EVALUATED, "benign system prompts"),
     "eval.professional": ("professional_probes.jsonl", None, "professional probes"),
     "eval.case_studies": ("case_studies.jsonl", None, "case studies"),
     "eval.susceptibility_roles": ("roles.jsonl", EVALUATED, "roles"),
@@ -160,12 +161,25 @@ def _lines(name: str) -> list[str]:
 
 def _evaluation(recipe: Recipe) -> Iterator[Fault]:
     section = recipe.eval
-    there = sum(json.loads(line)["kind"] == "boundary" for line in _lines("boundary_probes.jsonl"))
+    kinds = [json.loads(line)["kind"] for line in _lines("boundary_probes.jsonl")]
+    there, alike = kinds.count("boundary"), kinds.count("benign_lookalike")
     if section.boundary_file is None and section.boundary_probes > there:
         yield Fault(
             f"{section.boundary_probes} boundary probes asked for; there are {there}",
             f"ask for at most {there}, or name a file of your own: eval.boundary_file",
             "eval.boundary_probes",
+        )
+    if section.lookalikes > alike:
+        yield Fault(
+            f"{section.lookalikes} look-alikes asked for; there are {alike}",
+            f"ask for at most {alike}",
+            "eval.lookalikes",
+        )
+    if section.second_reader == recipe.model.name:
+        yield Fault(
+            "has no effect: it is the base, which is the first reader",
+            "name a model of another family, or leave it out",
+            "eval.second_reader",
         )
     rows = map(json.loads, _lines("simulated_users.jsonl"))
     users = sum(len(row["topics"]) for row in rows if row["split"] == section.split)

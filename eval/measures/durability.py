@@ -29,8 +29,9 @@ def measure(evaluation: Evaluation) -> Suite:
     runs = evaluation.section.durability
     if not runs:
         return Suite()
-    means = {arm: answers.means for arm, answers in {**evaluation.on_roles, **evaluation.on_roles_after}.items()}
-    metrics = [(ids.READER_SCORE, who_speaks.NAME, "nat", evaluation.persona_on_roles)]
+    answers = {**evaluation.on_roles, **evaluation.on_roles_after}
+    means = {arm: given.means for arm, given in answers.items()}
+    metrics = [(ids.READER_SCORE, who_speaks.NAME, "nat", who_speaks.scores_on_roles(evaluation, answers))]
     for key in ("training", "held_out"):
         if key in evaluation.rulers:
             identifier, name, _ = projections.AXES[key]
@@ -39,8 +40,8 @@ def measure(evaluation: Evaluation) -> Suite:
     section, run, clusters = evaluation.section, evaluation.run, evaluation.role_clusters
     found = [
         durability(
-            tuning, metrics, clusters, facts=run.facts_of(run.durability("tuned", tuning.name).stage_name),
-            bootstrap=section.bootstrap, seed=section.seed,
+            tuning, metrics, clusters, evaluation.role_questions,
+            facts=run.facts_of(run.durability("tuned", tuning.name).stage_name), bootstrap=section.bootstrap, seed=section.seed,
         )
         for tuning in runs
     ]  # fmt: skip
@@ -51,6 +52,7 @@ def durability(
     tuning: DurabilityRun,
     metrics: Sequence[tuple[str, str, str, Mapping[str, Sequence[float]]]],
     clusters: Sequence[str],
+    crossed: Sequence[str],
     *,
     facts: Mapping[str, Any],
     bootstrap: int,
@@ -63,11 +65,12 @@ def durability(
         metrics: id, name, unit, and arm -> values over the same items, for the arms base, base+cap, tuned and both that
             :func:`~trimtab.eval.answers.arms.durability_arm` names.
         clusters: cluster of each item.
+        crossed: question of each item, which is resampled too.
         facts: of its training record: rows, rows_a_step, steps.
         bootstrap: bootstrap samples.
         seed: of the bootstrap.
     """
-    resample = ClusterBootstrap(clusters, bootstrap, seed)
+    resample = ClusterBootstrap(clusters, bootstrap, seed, crossed)
     found = []
     for identifier, name, unit, values in metrics:
         base, capped, tuned, tuned_after, base_after = (

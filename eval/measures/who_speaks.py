@@ -31,9 +31,8 @@ ROOM = 0.1  # share of the base's answers that should read as a persona
 def measure(evaluation: Evaluation) -> Suite:
     """Log-odds and rates of answers under held-out roles and in conversations, by kind, domain and turn; both readers."""
     reader, second = evaluation.reader, evaluation.second_reader
-    arms, clusters = evaluation.arms.names, evaluation.role_clusters
-    read = evaluation.persona_on_roles
-    scores = {arm: _worst_where_unusable(read[arm], evaluation.on_roles[arm], read["base"]) for arm in arms}
+    clusters = evaluation.role_clusters
+    scores = scores_on_roles(evaluation, evaluation.on_roles)
     default = evaluation.persona(evaluation.on_default)["base"]
     level = evaluation.resample([item.cluster for item in evaluation.defaults]).estimate_if_any(default)
     quality = dict(reader.quality)
@@ -55,14 +54,11 @@ def measure(evaluation: Evaluation) -> Suite:
         ),
     ]  # fmt: skip
     if second is not None:
-        by_second = evaluation.persona(evaluation.on_roles, second)
         metrics.append(
             MetricValues(
                 f"{ids.READER_SCORE}_second", f"Who speaks, read by {second.name}", "nat",
                 "The same by the second reader, a model of another family.",
-                "lower", clusters,
-                {arm: _worst_where_unusable(by_second[arm], evaluation.on_roles[arm], by_second["base"]) for arm in arms},
-                second.quality, crossed=questions,
+                "lower", clusters, scores_on_roles(evaluation, evaluation.on_roles, second), second.quality, crossed=questions,
             )
         )  # fmt: skip
     kinds = data.role_kinds()
@@ -102,11 +98,23 @@ def _conversations(evaluation: Evaluation, suite: Suite) -> None:
     ]
 
 
-def _worst_where_unusable(scores: Sequence[float], given: Answers, base: Sequence[float]) -> list[float]:
-    """Scores with the worst that the base has in the place of those of answers that are none."""
-    worst = float(np.nanmax(base)) if np.isfinite(base).any() else float("nan")
-    faults = faults_of(given.questions, given.texts)
-    return [worst if fault is not None else score for score, fault in zip(scores, faults, strict=True)]
+def scores_on_roles(
+    evaluation: Evaluation, answers: Mapping[str, Answers], reader: AnswerReader | None = None
+) -> dict[str, list[float]]:
+    """Arm -> log-odds of each of its answers under held-out roles, nat; one that is none has the worst that the base gave.
+
+    Args:
+        evaluation: whose base gave the worst.
+        answers: arm -> answers.
+        reader: who reads; None is the first one.
+    """
+    read = evaluation.persona({**answers, "base": evaluation.on_roles["base"]}, reader)
+    worst = float(np.nanmax(read["base"])) if np.isfinite(read["base"]).any() else float("nan")
+    faults = {arm: faults_of(given.questions, given.texts) for arm, given in answers.items()}
+    return {
+        arm: [score if fault is None else worst for score, fault in zip(read[arm], row, strict=True)]
+        for arm, row in faults.items()
+    }
 
 
 def _persona(scores: Sequence[float]) -> list[float]:

@@ -172,6 +172,8 @@ def _rows(report: Report) -> Iterator[list[Any]]:
         if metric.control_retention is not None:
             kept = metric.control_retention
             yield _row("metric", metric.id, "retention of the control", "share", kept.estimate, kept.why)
+        if metric.anchor is not None:
+            yield _row("metric", metric.id, "anchor: the default Assistant", metric.unit, metric.anchor)
         for what, estimate in (metric.quality or {}).items():
             yield _row("metric", metric.id, what, "", estimate)
     for effect in report.side_effects:

@@ -131,7 +131,7 @@ def test_the_report_in_other_forms(job: Job, tmp_path: Path) -> None:
     assert main(["report", str(job.recipe), "--output-dir", str(job.folder), *options, "--quiet"]) == 0
     card, figures, logs = places
     assert card.read_text(encoding="utf-8") == (job.folder / "adapter" / "README.md").read_text(encoding="utf-8")
-    assert "text_llr,retention" in figures.read_text(encoding="utf-8")
+    assert "reader_score,retention" in figures.read_text(encoding="utf-8")
     rows = csv.DictReader(figures.read_text(encoding="utf-8").splitlines())
     in_table = {tuple(float(row[key]) for key in ("value", "low", "high", "n")) for row in rows if row["n"]}
     missing = [estimate for estimate in estimates(job.report) if estimate not in in_table]
@@ -145,7 +145,7 @@ def test_the_report_is_whole(job: Job) -> None:
     page = (job.folder / "report.html").read_text(encoding="utf-8")
     assert page.rstrip().endswith("</html>") and report.verdict.headline.split(" keeps ")[0] in page
     metrics = {metric.id: metric for metric in report.metrics}
-    assert [metric.id for metric in report.metrics if metric.primary] == ["text_llr"]
+    assert [metric.id for metric in report.metrics if metric.primary] == ["reader_score"]
     on_axes = {"z_training", "z_held_out", "z_reextracted_tuned", "z_reextracted_base"}
     assert on_axes | {"kl_capped_self", "z_same_text", "z_conversations"} <= metrics.keys()
     assert metrics["z_same_text"].cap_effect.value > 0  # on the same words the hook can only lift
@@ -154,7 +154,7 @@ def test_the_report_is_whole(job: Job) -> None:
         assert set(metric.arms) == {*ARMS, "control"} - ({"tuned+cap"} if metric.id in given else set())
         assert all(e.low <= e.value <= e.high for e in metric.arms.values())
         assert metric.control_retention is not None and (metric.retention.estimate is not None or metric.retention.why)
-    assert metrics["text_llr"].arms["base"].n == 6 and metrics["z_conversations"].arms["base"].n == 4
+    assert metrics["reader_score"].arms["base"].n == 6 and metrics["z_conversations"].arms["base"].n == 4
     capped_self = metrics["kl_capped_self"].arms["base+cap"]
     assert (capped_self.value, capped_self.low, capped_self.high) == (0.0, 0.0, 0.0)
     assert metrics["z_training"].cap_effect.value > 0  # the cap lifts what it caps, whatever the model
@@ -256,7 +256,10 @@ def test_training_that_changes_nothing_is_never_good(job: Job, tmp_path: Path) -
         if metric.id == "z_reextracted_tuned":
             continue
         assert metric.tuned_effect.value == pytest.approx(0.0, abs=1e-6), metric.id
-        if metric.id == "text_llr":  # equal texts share one score, or float noise would pass for an effect
+        if metric.id in (
+            "text_llr",
+            "reader_score",
+        ):  # equal texts share one score, or float noise would pass for an effect
             assert (metric.tuned_effect.low, metric.tuned_effect.high) == (0.0, 0.0)
         # elsewhere the same texts may be scored in batches of other widths, so the last digits may differ
         tuned, base = metric.arms["tuned"], metric.arms["base"]
@@ -300,7 +303,7 @@ def test_every_method_ends_in_a_report(method: str, tmp_path: Path, capsys: pyte
     assert main(["merge", str(path), "--output-dir", str(folder), "--quiet"]) == 0
     assert "merged:" in capsys.readouterr().out
     rows = json.loads((folder / "merged.json").read_text(encoding="utf-8"))
-    assert {row["figure"] for row in rows} == {"text_llr", "z_training", "benign_kl", "default_z_shift"}
+    assert {row["figure"] for row in rows} == {"reader_score", "z_training", "benign_kl", "default_z_shift"}
     for row in rows:
         assert row["agrees"] and row["merged"] == pytest.approx(row["report"][0], abs=1e-4), row
         assert row["difference"] is None or max(map(abs, row["difference"])) < 1e-4, row

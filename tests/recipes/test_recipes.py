@@ -171,6 +171,9 @@ SCHEMA_FAULTS = {
     "method.regenerate_every": ("method: {rollouts: stored, regenerate_every: 5}", "no effect", "on_the_fly"),
     "data.drift_prompts": ("data: {drift_prompts: 0}", "nothing to train on", "data.drift_prompts=220"),
     "eval.conversations": ("eval: {conversations: 999}", "999 dev conversations", "at most 16"),
+    "eval.benign_systems": ("eval: {benign_systems: 49, split: test}", "49 test benign system prompts", "at most 48"),
+    "eval.lookalikes": ("eval: {lookalikes: 33}", "33 look-alikes asked for; there are 32", "at most 32"),
+    "eval.second_reader": ("eval: {second_reader: smollm2-135m}", "it is the base", "another family"),
     "method.benign_kl_weight": ("data: {benign_share: 0}\nmethod: {benign_kl_weight: 2.0}", "no effect", "above 0"),
 }
 

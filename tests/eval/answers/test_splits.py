@@ -46,6 +46,7 @@ def texts_of(split: Split) -> dict[str, set[str]]:
         "benign": set(data.benign_prompts(split)),
         "turns": {turn for talk in data.conversations(split) for turn in talk.turns},
         "identity": set(data.identity_questions(split)),
+        "benign systems": {text for row in data.benign_systems(split) for text in (row.system, row.user)},
     }
 
 
