@@ -91,7 +91,8 @@ def test_left_out_scores_never_see_their_own_group() -> None:
         states[k, 0, k // each] += 3 if label else -3
     tensor = torch.tensor(states).float()
     inside = fit_reader(tensor, labels, names, [0])
-    assert roc_auc_score(labels, np.array(inside.log_odds(tensor)) * inside.slope) == 1.0
+    probe = ((tensor - inside.mean) / inside.scale * inside.weights).sum(-1).mean(1)
+    assert roc_auc_score(labels, probe) == 1.0, "fitted on, each of them is told"
     held = left_out_scores(tensor, labels, names)
     assert abs(roc_auc_score(labels, held) - 0.5) < 0.2
     alone = left_out_scores(tensor, labels, [str(k) for k in range(len(labels))])
@@ -111,7 +112,7 @@ def test_a_group_s_scores_do_not_depend_on_its_own_labels() -> None:
 def test_the_layers_that_are_read_are_there_each_once_in_order(n_layers: int) -> None:
     layers = layers_to_read(n_layers)
     assert list(layers) == sorted(set(layers)) and 1 <= len(layers) <= 5
-    assert 0 <= layers[0] and layers[-1] < n_layers
+    assert layers[0] >= 0 and layers[-1] < n_layers
     if n_layers >= 8:
         assert len(layers) == 5 and layers[0] > 0 and layers[-1] < n_layers - 1
 
