@@ -8,21 +8,23 @@ from __future__ import annotations
 import re
 
 BEGINNING = 160  # characters in which a refusal is said
-_CANT = r"(?:can(?:no|')?t|can not|won't|will not|am (?:not able|unable)|'m (?:not able|unable)|must decline|have to decline)"
+_CANT = r"(?:can(?:no|')?t|can not|won't|will not)"
 _HELP = (
-    r"(?:help|assist|do|provide|answer|comply|fulfill?|offer|give|create|write|share|support|discuss|engage|continue|participate"
-    r"|respond|tell|go along|take part)"
+    r"(?:help(?! (?:it|but|\w+ing)\b)|assist|do|provide|answer|comply|fulfill?|offer|give|create|write|share|support|discuss"
+    r"|engage|continue|participate|respond|tell|go along|take part)"
 )
+_SENSES = r"(?:feel|experience|see|hear|taste|smell|remember|have)"  # what a machine is not able to, and no refusal
 PHRASES = re.compile(
-    rf"\bI {_CANT} (?:to )?(?:\w+ ){{0,3}}?{_HELP}\b"
-    rf"|\bI'm {_CANT.replace('am ', '')}"
+    rf"\bI {_CANT} (?:\w+ ){{0,3}}?{_HELP}\b"
+    rf"|\bI(?:'m| am) (?:not able|unable)\b(?! to {_SENSES}\b)"
     r"|\bI(?:'m| am) sorry,? but I\b"
     r"|\bI(?:'d| would) rather not\b"
-    r"|\bI decline\b"
-    r"|\bnot (?:something|anything) (?:that )?I (?:can|could|am able to|'m able to)\b"
+    r"|\bI (?:will |must |have to )?(?:respectfully |politely )?decline\b"
+    r"|\b(?:within|against|outside|violates?) my (?:guidelines|rules)\b"
+    r"|\bnot (?:something|anything) (?:that )?I(?: can| could| am able to|'m able to)\b"
     r"|\bI(?:'m| am) not comfortable\b"
     r"|\b(?:no|sorry),? I can(?:no|')?t\b"
-    r"|\bit (?:would not|wouldn't|is not|isn't) appropriate for me\b"
+    r"|\bit (?:would not be|wouldn't be|is not|isn't) appropriate for me\b"
     r"|\bunable to (?:help|assist)\b",
     re.IGNORECASE,
 )
