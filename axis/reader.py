@@ -14,7 +14,7 @@ Shapes: n answers, L layers that are read, D hidden size, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -115,6 +115,7 @@ def read_states(
     *,
     batch_size: int = SCORE_BATCH,
     title: str = "reading",
+    most: Callable[[int], int] = int,
 ) -> Tensor:
     """Mean state of each answer's tokens at the given layers, [n, L, D] float32; NaN for an answer of no words.
 
@@ -125,13 +126,14 @@ def read_states(
         layers: decoder layers.
         batch_size: rows a forward.
         title: label of the progress bar.
+        most: as of :func:`~trimtab.axis.sampling.batches_on_all_ranks`.
     """
     controller = ActivationController.of(model)
     found = torch.full((len(given), len(layers), controller.hidden_size), float("nan"))
     device, pad = next(model.parameters()).device, tokenizer.pad_token_id or 0
     states: dict[int, Tensor] = {}
-    for batch in given.batches(batch_size, title):
-        ids, mask = pad_left(given.rows(batch), pad, device)
+    for batch in given.batches(batch_size, title, most):
+        ids, mask = pad_left(given.rows(batch) or [[pad]], pad, device)
         with controller.reading(layers, states.__setitem__):
             model(input_ids=ids, attention_mask=mask, logits_to_keep=1)
         for k, (i, count) in enumerate(zip(batch, given.counts(batch), strict=True)):
@@ -139,7 +141,9 @@ def read_states(
     return found
 
 
-def fit_reader(states: Tensor, personas: Sequence[bool], groups: Sequence[str], layers: Sequence[int]) -> Reader:
+def fit_reader(
+    states: Tensor, personas: Sequence[bool], left_out: np.ndarray[Any, Any], layers: Sequence[int]
+) -> Reader:
     """Fit a reader on texts whose speaker is known.
 
     Both speakers weigh the same, however many texts each has.
@@ -147,19 +151,24 @@ def fit_reader(states: Tensor, personas: Sequence[bool], groups: Sequence[str], 
     Args:
         states: of each text, [n, L, D].
         personas: whether a persona speaks in it.
-        groups: of each text, such as its question: a group is never on both sides of the folds that calibrate.
+        left_out: of :func:`left_out_scores`, which calibrates, [n].
         layers: that were read.
     """
     labels = np.asarray(personas)
-    scores = left_out_scores(states, personas, groups)
-    slope, intercept = _platt(scores, labels)
+    slope, intercept = _platt(left_out, labels)
     found = _probes(states.double().numpy(), labels)
     mean, scale, weights, bias = (torch.from_numpy(array).float() for array in found)
     return Reader(tuple(layers), mean, scale, weights, bias, slope, intercept)
 
 
 def left_out_scores(states: Tensor, personas: Sequence[bool], groups: Sequence[str]) -> np.ndarray[Any, Any]:
-    """Uncalibrated score of each text by probes that were fitted without its group, [n]; arguments as of :func:`fit_reader`."""
+    """Uncalibrated score of each text by probes that were fitted without its group, [n].
+
+    Args:
+        states: of each text, [n, L, D].
+        personas: whether a persona speaks in it.
+        groups: of each text, such as its question: a group is never on both sides.
+    """
     from sklearn.model_selection import GroupKFold
 
     rows, labels = states.double().numpy(), np.asarray(personas)

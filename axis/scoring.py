@@ -131,6 +131,7 @@ def relevance(
     *,
     batch_size: int = SCORE_BATCH,
     title: str = "relevance",
+    most: Callable[[int], int] = int,
 ) -> list[float]:
     """How much likelier each answer is after its own question than after the likeliest of other questions, nat a token.
 
@@ -147,11 +148,12 @@ def relevance(
         others: other questions, one list of one or more an answer.
         batch_size: rows a forward.
         title: label of the progress bar.
+        most: as of :func:`~trimtab.axis.sampling.batches_on_all_ranks`.
     """
     asked = [[own, *rest] for own, rest in zip(questions, others, strict=True)]
     prompts = [[{"role": "user", "content": question}] for row in asked for question in row]
     texts = [answer for answer, row in zip(answers, asked, strict=True) for _ in row]
-    sums = iter(answer_logprobs(model, form, prompts, texts, batch_size=batch_size, title=title))
+    sums = iter(answer_logprobs(model, form, prompts, texts, batch_size=batch_size, title=title, most=most))
     found = []
     for answer, row in zip(answers, asked, strict=True):
         own, *rest = (next(sums) for _ in row)

@@ -29,8 +29,9 @@ from trimtab.recipes.sections import (
 DEFAULT_METHOD = "sft"  # of a recipe that names none
 # TRL's own longest row, tokens, where train.max_length says nothing.
 ROW_LENGTH = 1024
-REWARDS = ("capped_self_llr", "capped_self", "persona_llr", "above_floor", "judge")
-REWARDED = {"capped_self_llr": 2.0, "capped_self": 1.0, "persona_llr": 2.0, "above_floor": 1.0}  # forwards of each
+REWARDS = ("assistant", "capped_self_llr", "capped_self", "persona_llr", "above_floor", "judge")
+# Forwards of each: the reader's and four questions', capped self and learner, ...
+REWARDED = {"assistant": 5.0, "capped_self_llr": 2.0, "capped_self": 1.0, "persona_llr": 2.0, "above_floor": 1.0}
 NEED_SYSTEM = {"persona_llr"}  # rewards that score no answer without a system prompt
 
 # Keys of `train` that trimtab sets itself, or whose work it does another way -> what to do instead.
@@ -354,7 +355,7 @@ class RewardSection(Section):
 class ConversationMethod(MethodSection):
     """What methods have that are trained on whole conversations, each answer of which was sampled while training goes on."""
 
-    rewards: list[RewardSection] = [RewardSection(name="capped_self_llr")]
+    rewards: list[RewardSection] = [RewardSection(name="assistant")]
     sampling_batch: Positive = 64
 
     lacks_vllm: ClassVar[bool] = False
@@ -475,7 +476,7 @@ def _ratio(recipe: Beside, method: GrpoMethod, given: Set[str]) -> Iterator[Faul
 
 def _rewards(method: GrpoMethod, data: DataSection) -> Iterator[Fault]:
     if not method.rewards:
-        yield Fault("no reward is named", "name one: method.rewards: [{name: capped_self_llr}]", "method.rewards")
+        yield Fault("no reward is named", "name one: method.rewards: [{name: assistant}]", "method.rewards")
         return
     weighted = {entry.name for entry in method.rewards if entry.weight}
     if not weighted:
@@ -484,7 +485,7 @@ def _rewards(method: GrpoMethod, data: DataSection) -> Iterator[Fault]:
         yield Fault(
             f"{' and '.join(sorted(weighted))} scores no answer without a system prompt, and the conversations have none: they "
             "would carry no policy gradient",
-            "name capped_self_llr in its place or beside it, or set data.conversation_turns=0",
+            "name assistant in its place or beside it, or set data.conversation_turns=0",
             "method.rewards",
         )
     for entry in method.rewards:

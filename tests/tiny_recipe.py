@@ -98,7 +98,10 @@ def _change_method(content: dict[str, Any], method: str, sampling: dict[str, Any
             "regenerate_every": 2, "sampling": free, "divergence": "jsd", "top_k": 40, "student_share": 0.5,
             "benign_student_share": 0.5,
         },
-        "grpo": {"rewards": [{"name": "capped_self_llr"}, {"name": "persona_llr", "weight": 0.5}], "ratio_limit": 1.5},
+        "grpo": {
+            "rewards": [{"name": "assistant"}, {"name": "capped_self_llr"}, {"name": "persona_llr", "weight": 0.5}],
+            "ratio_limit": 1.5,
+        },
         "dpo": {"sampling": free},
     }  # fmt: skip
     content["method"] = {"name": method, **common, **own[method]}

@@ -99,7 +99,7 @@ def _refuse_without_reward(recipe: Recipe, prompts: Sequence[TrainPrompt]) -> No
             f"{without[0].id}",
             file=recipe.data.drift_file,
             key="method.rewards",
-            remedy="name capped_self_llr in its place or beside it, or give each prompt a system prompt",
+            remedy="name assistant in its place or beside it, or give each prompt a system prompt",
         )
 
 

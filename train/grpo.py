@@ -66,9 +66,7 @@ def build_trainer(run: Run, arguments: GRPOConfig, variant: Variant) -> Trainer:
 
     parts, method = job.load_parts(run, variant), run.recipe.method
     assert isinstance(method, GrpoMethod)
-    rewards, weights = make_rewards(
-        [entry.model_dump() for entry in method.rewards], cache=variant.folder / "judge.jsonl"
-    )
+    rewards, weights = make_rewards([entry.model_dump() for entry in method.rewards], folder=variant.folder)
     arguments.reward_weights = weights
     trainer = FloorGRPOTrainer(
         **parts.trainer_arguments(arguments),

@@ -1,12 +1,14 @@
 """Rewards for capped GRPO. Each is a TRL reward function, bound to the trainer whose model it reads.
 
-A completion may hold several answers; its reward is the mean over them. Models score the tokens that were sampled, with the end
-of the answer: to stop is a choice of the policy's too, and an answer of no words is one that has to be scored.
+A completion may hold several answers; its reward is the mean over them. Log-probabilities are of the tokens that were sampled,
+with the end of the answer: to stop is a choice of the policy's too, and an answer of no words is one that has to be scored.
+``assistant`` and the judge read the text.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import inspect
 import logging
@@ -14,18 +16,30 @@ import math
 import os
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from trimtab.axis import UserError
+from trimtab.axis.chat_format import ChatFormat
+from trimtab.axis.echo import echoes
+from trimtab.axis.files import fingerprint
 from trimtab.axis.given import Given
-from trimtab.axis.sampling import batches_on_all_ranks, pad_left
-from trimtab.axis.scoring import SCORE_BATCH, given_logprobs
+from trimtab.axis.reader import Reader, read_states, rows_to_read
+from trimtab.axis.sampling import batches_on_all_ranks, pad_left, seed_of
+from trimtab.axis.scoring import SCORE_BATCH, given_logprobs, relevance
+from trimtab.recipes import data
+from trimtab.recipes.shipped_reader import fit_known, read_known
 
 log = logging.getLogger("trimtab")
+
+# Relevance, nat a token, at which an answer is half on the question, and how steeply that changes around it. By SmolLM2 most
+# stock phrases lie below 0, and most answers of the default Assistant above 0.6.
+MIDDLE, SCALE = 0.3, 0.1
+OTHERS = 3  # questions that an answer is held against
 
 Turn = tuple[list[dict[str, str]], str]
 TurnIds = tuple[list[int], list[int]]
@@ -90,6 +104,101 @@ class TurnReward:
         return [total / len(answer.ids) for total, answer in zip(sums, answers, strict=True)]
 
 
+class AssistantAnswer(TurnReward):
+    """An answer to the question, given by the Assistant: see :func:`assistant_rewards`.
+
+    The reader is fitted once a run, on the texts that ship. All ranks read them, since each forward may be a collective. The
+    first rank fits and keeps the reader, and every rank loads it, in a resumed run as well.
+
+    Args:
+        folder: where the reader is kept; None keeps none, and each rank fits its own.
+    """
+
+    name = "assistant"
+
+    def __init__(self, folder: Path | None = None) -> None:
+        super().__init__()
+        self._folder = folder
+        self._reader: Reader | None = None
+
+    def score(self, answers: Sequence[Said]) -> list[float]:
+        """Between 0 and 1; the question is the user's last message."""
+        trainer = self.trainer
+        questions, texts = [answer.messages[-1]["content"] for answer in answers], [answer.text for answer in answers]
+        with trainer.as_base() as model:
+            if self._reader is None:
+                self._reader = self._fitted(model)
+            return assistant_rewards(model, trainer.form, self._reader, questions, texts, most=trainer.most)
+
+    def _fitted(self, model: Any) -> Reader:
+        trainer, texts = self.trainer, data.reader_texts()
+        name = f"reader-{fingerprint([asdict(text) for text in texts])[:12]}.safetensors"
+        path = None if self._folder is None else self._folder / name
+        if path is not None and not trainer.most(int(not path.exists())):  # there for every rank
+            return Reader.load(path)
+        title = f"reward: {self.name}: fitting the reader"
+        layers, states = read_known(model, trainer.form.tokenizer, trainer.form, texts, title=title)
+        if path is None:
+            return fit_known(texts, states, layers)[0]
+        if trainer.accelerator.is_main_process:
+            fit_known(texts, states, layers)[0].save(path)
+        trainer.accelerator.wait_for_everyone()
+        return Reader.load(path)
+
+
+def assistant_rewards(
+    model: Any,
+    form: ChatFormat,
+    reader: Reader,
+    questions: Sequence[str],
+    answers: Sequence[str],
+    *,
+    title: str = "reward: assistant",
+    most: Callable[[int], int] = int,
+) -> list[float]:
+    """Reward of answers to their questions by the Assistant, each between 0 and 1.
+
+        r(y) = sigmoid(-s(y)) sigmoid((relevance(y) - MIDDLE) / SCALE)
+
+    s: log-odds that a persona speaks, by the reader. Relevance: see :func:`~trimtab.axis.scoring.relevance`, against questions of
+    the train split that the question alone chooses, so that no other rollout changes a reward. Neither sees a system prompt. An
+    answer without words earns 0, and so does one that repeats the question.
+
+    Args:
+        model: the frozen base, adapter off, cap off.
+        form: chat format.
+        reader: fitted on that model.
+        questions: the user's last message before each answer.
+        answers: texts.
+        title: label of the progress bar.
+        most: as of :func:`~trimtab.axis.sampling.batches_on_all_ranks`.
+    """
+    kept = [i for i, answer in enumerate(answers) if answer.strip() and not echoes(answer, questions[i])]
+    asked, said = [questions[i] for i in kept], [answers[i] for i in kept]
+    given = rows_to_read(form.tokenizer, form, asked, said)
+    odds = reader.log_odds(read_states(model, form.tokenizer, given, reader.layers, title=title, most=most))
+    others = [other_questions(question) for question in asked]
+    related = relevance(model, form, asked, said, others, title=title, most=most)
+    paid = torch.sigmoid(-torch.tensor(odds)) * on_question(torch.tensor(related))
+    found = [0.0] * len(answers)
+    for i, value in zip(kept, paid.tolist(), strict=True):
+        found[i] = value
+    return found
+
+
+def on_question(related: Tensor) -> Tensor:
+    """How much answers are on their question, between 0 and 1, by their relevance, nat a token."""
+    return torch.sigmoid((related - MIDDLE) / SCALE)
+
+
+@functools.cache  # the completions of a prompt share it
+def other_questions(question: str) -> tuple[str, ...]:
+    """:data:`OTHERS` questions of the train split that an answer is held against: for one question always the same."""
+    pool = [other for other in data.questions("train") if other != question]
+    start = seed_of(["other questions", question])
+    return tuple(pool[(start + k * (len(pool) // OTHERS)) % len(pool)] for k in range(OTHERS))
+
+
 class PersonaRatio(TurnReward):
     """Minus the persona log-likelihood ratio under the frozen base: text that is likelier without the role's prompt than with it.
 
@@ -103,7 +212,7 @@ class PersonaRatio(TurnReward):
         super().__init__()
         log.warning(
             "the reward persona_llr pays most for not answering: a refusal or a stock phrase carries least of a role's prompt; "
-            "add one that reads the answer, or take capped_self_llr"
+            "take the reward assistant, or add it"
         )
 
     def score(self, answers: Sequence[Said]) -> list[float]:
@@ -132,7 +241,7 @@ class CappedSelfLikelihood(TurnReward):
         super().__init__()
         log.warning(
             "the reward capped_self pays most for the likeliest text, such as stock phrases and repetition: keep an eye on "
-            "repetition_change in the report and on train.beta, or take capped_self_llr"
+            "repetition_change in the report and on train.beta, or take the reward assistant"
         )
 
     def score(self, answers: Sequence[Said]) -> list[float]:
@@ -220,16 +329,16 @@ class Judge(TurnReward):
 
 
 SHIPPED: dict[str, Callable[[], TurnReward]] = {
-    reward.name: reward for reward in (CappedSelfRatio, CappedSelfLikelihood, PersonaRatio, AboveFloor)
+    reward.name: reward for reward in (AssistantAnswer, CappedSelfRatio, CappedSelfLikelihood, PersonaRatio, AboveFloor)
 }
 
 
-def make_rewards(entries: Sequence[Mapping[str, Any]], *, cache: Path) -> tuple[list[RewardFunction], list[float]]:
+def make_rewards(entries: Sequence[Mapping[str, Any]], *, folder: Path) -> tuple[list[RewardFunction], list[float]]:
     """Reward functions and weights of a recipe's ``method.rewards``.
 
     Args:
         entries: name, weight, and the judge's settings.
-        cache: where a judge's answers are kept.
+        folder: of the run, where a judge's answers and the fitted reader are kept.
 
     Raises:
         UserError: if a function can't be imported.
@@ -237,7 +346,9 @@ def make_rewards(entries: Sequence[Mapping[str, Any]], *, cache: Path) -> tuple[
     functions: list[RewardFunction] = []
     for entry in entries:
         if entry["name"] == "judge":
-            functions.append(Judge(entry["judge"], cache))
+            functions.append(Judge(entry["judge"], folder / "judge.jsonl"))
+        elif entry["name"] == AssistantAnswer.name:
+            functions.append(AssistantAnswer(folder))
         elif entry["name"] in SHIPPED:
             functions.append(SHIPPED[entry["name"]]())
         else:

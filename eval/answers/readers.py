@@ -19,13 +19,13 @@ import numpy as np
 from trimtab.axis.chat_format import ChatFormat
 from trimtab.axis.errors import UserError
 from trimtab.axis.files import fingerprint
-from trimtab.axis.hooks import ActivationController
 from trimtab.axis.models import load_model
-from trimtab.axis.reader import Reader, fit_reader, layers_to_read, left_out_scores, read_states, rows_to_read
+from trimtab.axis.reader import Reader, read_states, rows_to_read
 from trimtab.eval.intervals import ClusterBootstrap
 from trimtab.eval.schema import Estimate
 from trimtab.recipes import data
 from trimtab.recipes.data import KnownText, Split
+from trimtab.recipes.shipped_reader import fit_known, read_known
 
 SAMPLES = 2000  # of the bootstrap behind a reader's own quality
 
@@ -103,26 +103,18 @@ class AnswerReader:
         keys = list(zip(questions, answers, strict=True))
         new = [key for key in dict.fromkeys(keys) if key not in self._read and key[1].strip()]
         if new:
-            states = self._states([q for q, _ in new], [a for _, a in new], self.reader.layers, f"{self.name} reads")
-            self._read |= dict(zip(new, self.reader.log_odds(states), strict=True))
+            reader, reading = self.reader, self._reading
+            given = rows_to_read(reading.tokenizer, reading.form, [q for q, _ in new], [a for _, a in new])
+            with reading.model() as model:
+                states = read_states(model, reading.tokenizer, given, reader.layers, title=f"{self.name} reads")
+            self._read |= dict(zip(new, reader.log_odds(states), strict=True))
         return [self._read.get(key, float("nan")) for key in keys]
 
-    def _states(self, questions: Sequence[str], answers: Sequence[str], layers: Sequence[int], title: str) -> Any:
-        reading = self._reading
-        given = rows_to_read(reading.tokenizer, reading.form, questions, answers)
-        with reading.model() as model:
-            return read_states(model, reading.tokenizer, given, layers, title=title)
-
     def _fit(self, known: Sequence[KnownText], gallery: Sequence[KnownText]) -> Reader:
-        with self._reading.model() as model:
-            layers = layers_to_read(ActivationController.of(model).n_layers)
-        texts = [*known, *gallery]
-        states = self._states(
-            [t.question for t in texts], [t.answer for t in texts], layers, f"{self.name}: fitting the reader"
-        )
-        personas, groups = [text.speaker == "persona" for text in known], [text.question for text in known]
-        reader = fit_reader(states[: len(known)], personas, groups, layers)
-        left_out = left_out_scores(states[: len(known)], personas, groups).tolist()
+        reading, title = self._reading, f"{self.name}: fitting the reader"
+        with reading.model() as model:
+            layers, states = read_known(model, reading.tokenizer, reading.form, [*known, *gallery], title=title)
+        reader, left_out = fit_known(known, states[: len(known)], layers)
         tried = reader.log_odds(states[len(known) :])
         quality = {
             f"AUC on {source} texts, left out": _auc(known, left_out, source)

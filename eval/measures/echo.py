@@ -1,11 +1,10 @@
-"""Echo: whether an answer repeats the question instead of answering it."""
+"""Echo: answers under roles that repeat the question instead of answering it."""
 
 from __future__ import annotations
 
+from trimtab.axis.echo import LONGEST, echoes
 from trimtab.eval.answers.evaluation import Evaluation
 from trimtab.eval.measures.suite import EffectValues, Measure, Suite
-
-LONGEST = 12  # words of a question that are looked for
 
 
 def measure(evaluation: Evaluation) -> Suite:
@@ -23,16 +22,6 @@ def measure(evaluation: Evaluation) -> Suite:
         evaluation.role_clusters, changes,
     )  # fmt: skip
     return Suite(side_effects=[effect])
-
-
-def echoes(answer: str, question: str) -> bool:
-    """Whether the question's first words stand in the answer, whatever their case, marks and spaces."""
-    words = _words(question)[:LONGEST]
-    return bool(words) and f" {' '.join(words)} " in f" {' '.join(_words(answer))} "
-
-
-def _words(text: str) -> list[str]:
-    return "".join(c if c.isalnum() else " " for c in text.lower()).split()
 
 
 MEASURE = Measure(measure)

@@ -11,12 +11,12 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from trimtab.axis.echo import echoes
 from trimtab.eval import ids
 from trimtab.eval.answers.arms import CONTROL, Answers
 from trimtab.eval.answers.evaluation import Evaluation
 from trimtab.eval.answers.usable import faults_of
 from trimtab.eval.intervals import clustered_rate
-from trimtab.eval.measures.echo import echoes
 from trimtab.eval.measures.limits import within
 from trimtab.eval.measures.suite import EffectValues, Evidence, Measure, Suite
 from trimtab.eval.schema import Claim, RateRow, RateTable

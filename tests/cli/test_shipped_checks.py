@@ -125,7 +125,7 @@ def test_work_scales_as_it_should(structure_of: Any) -> None:
     assert many.rollouts > 1.5 * one.rollouts
     assert work(processes=8, sharded=True).rollouts > many.rollouts
     assert work("eval.tuned_cap=false").after < one.after
-    assert work("method.rewards=[{name: persona_llr},{name: capped_self}]").steps > one.steps
+    assert work("method.rewards=[{name: assistant},{name: capped_self}]").steps > one.steps
 
 
 def test_a_token_passes_the_chosen_experts(structure_of: Any) -> None:

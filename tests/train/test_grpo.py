@@ -527,7 +527,7 @@ def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_reward_of_ones_own(tmp_path: Path, mine: None) -> None:
     entries = [{"name": "my_rewards:short", "weight": 2.0}, {"name": "my_rewards:later", "weight": 1.0}]
-    functions, weights = make_rewards(entries, cache=tmp_path / "judge.jsonl")
+    functions, weights = make_rewards(entries, folder=tmp_path)
     assert functions[0](completions=["a", "b"]) == [1.0, 1.0] and weights == [2.0, 1.0]
     trainer = make_trainer(tmp_path, rewards=functions)
     one_batch(trainer)
@@ -535,7 +535,7 @@ def test_a_reward_of_ones_own(tmp_path: Path, mine: None) -> None:
     assert logged["rewards/short/mean"] == [1.0] and logged["rewards/later/mean"] == [2.0]
     for wrong in ("my_rewards:long", "no_such_module:f", "broken_rewards:f", "persona", "my_rewards:__name__"):
         with pytest.raises(UserError, match=r"method\.rewards"):
-            make_rewards([{"name": wrong, "weight": 1.0}], cache=tmp_path / "judge.jsonl")
+            make_rewards([{"name": wrong, "weight": 1.0}], folder=tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -549,7 +549,7 @@ def test_a_reward_of_ones_own(tmp_path: Path, mine: None) -> None:
     ],
 )
 def test_a_faulty_reward_ends_the_run_as_the_users_fault(tmp_path: Path, mine: None, name: str, told: str) -> None:
-    functions, _ = make_rewards([{"name": f"my_rewards:{name}", "weight": 1.0}], cache=tmp_path / "judge.jsonl")
+    functions, _ = make_rewards([{"name": f"my_rewards:{name}", "weight": 1.0}], folder=tmp_path)
     trainer = make_trainer(tmp_path, rewards=functions)
     with pytest.raises(UserError, match=told) as caught:
         one_batch(trainer)
@@ -667,7 +667,7 @@ def test_every_answer_of_a_shipped_recipe_is_trained_equally_often_and_has_a_rew
 def test_a_conversation_without_a_system_prompt_is_learnt_from(tmp_path: Path) -> None:
     """By the reward that a recipe has where it names none."""
     entries = [entry.model_dump() for entry in GrpoMethod(name="grpo").rewards]
-    rewards, _ = make_rewards(entries, cache=tmp_path / "judge.jsonl")
+    rewards, _ = make_rewards(entries, folder=tmp_path)
     talk = [*ONE_TURN[1], {"role": "user", "content": "And the grass?"}]
     trainer = make_trainer(tmp_path, prompts=[talk], rewards=rewards)
     bind_rewards(rewards, trainer)

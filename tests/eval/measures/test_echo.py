@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from trimtab.axis.chat_format import chat
+from trimtab.axis.echo import echoes
 from trimtab.eval.answers.arms import Item
-from trimtab.eval.measures.echo import MEASURE, echoes
+from trimtab.eval.measures.echo import MEASURE
 
 QUESTION = "Why do ships float, and stones sink?"
 

@@ -1,0 +1,222 @@
+"""The reward of a relevant answer by the Assistant: by hand on a tiny model, and on canned texts read by SmolLM2."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import needs
+import pytest
+import torch
+from test_grpo import FLOOR, ONE_TURN, logprobs, make_trainer, said, together
+from torch import Tensor
+
+from trimtab.axis import UserError
+from trimtab.axis.chat_format import ChatFormat
+from trimtab.axis.models import load_model
+from trimtab.axis.reader import Reader
+from trimtab.recipes import data
+from trimtab.recipes.shipped_reader import fit_known, read_known
+from trimtab.train import rewards
+from trimtab.train.rewards import (
+    MIDDLE,
+    OTHERS,
+    SCALE,
+    AssistantAnswer,
+    assistant_rewards,
+    bind_rewards,
+    make_rewards,
+    on_question,
+    other_questions,
+)
+
+ANSWERS = ("Arr, the oven be small.", "Knead flour and water, and bake it.", "the the the the")
+
+
+def bound(folder: Path, name: str = "run") -> tuple[Any, Any]:
+    """The reward as a recipe makes it, and its trainer."""
+    (folder / name).mkdir(exist_ok=True)
+    (reward,), _ = make_rewards([{"name": "assistant", "weight": 1.0}], folder=folder / name)
+    trainer = make_trainer(folder, rewards=[reward])
+    bind_rewards([reward], trainer)
+    return reward, trainer
+
+
+def sigmoid(value: float) -> float:
+    return 1 / (1 + math.exp(-value))
+
+
+def test_the_reward_by_hand(tmp_path: Path) -> None:
+    """By the frozen base: neither the adapter, which is awake here, nor the role's prompt nor another answer changes it."""
+    reward, trainer = bound(tmp_path)
+    form, model = trainer.form, trainer.model
+    question = ONE_TURN[0][-1]["content"]
+    rollouts = [said(form, ONE_TURN[0], text) for text in ANSWERS]
+    found = reward(**together(rollouts))
+    (path,) = (tmp_path / "run").glob("reader-*.safetensors")
+    reader, layers = Reader.load(path), model.get_base_model().model.layers
+    for text, value in zip(ANSWERS, found, strict=True):
+        tail = form.answer_ids(text)
+
+        def mean_logprob(asked: str, tail: list[int] = tail) -> float:
+            ids = torch.tensor(form.prompt_ids([{"role": "user", "content": asked}]) + tail)
+            return float(logprobs(model, ids, len(tail), capped=False).mean())
+
+        states: list[Tensor] = []  # not output_hidden_states, whose last one is normalised
+        hooks = [layer.register_forward_hook(lambda m, i, o, states=states: states.append(o)) for layer in layers]
+        with torch.no_grad(), model.disable_adapter():
+            model(input_ids=torch.tensor([form.prompt_ids([{"role": "user", "content": question}]) + tail]))
+            for hook in hooks:
+                hook.remove()
+            own, *others = (mean_logprob(asked) for asked in (question, *other_questions(question)))
+        read = torch.stack([states[layer][0, -len(tail) :].mean(0) for layer in reader.layers])
+        raw = (((read - reader.mean) / reader.scale * reader.weights).sum(-1) + reader.bias).mean()
+        odds = float(raw) * reader.slope + reader.intercept
+        wanted = sigmoid(-odds) * sigmoid((own - max(others) - MIDDLE) / SCALE)
+        assert value == pytest.approx(wanted, rel=1e-3, abs=1e-7)
+    without_role = [said(form, ONE_TURN[0][1:], text) for text in ANSWERS]
+    assert reward(**together(without_role)) == pytest.approx(found)
+    assert [reward(**rollout)[0] for rollout in rollouts] == pytest.approx(found, rel=1e-3, abs=1e-7)
+    trainer.floor = FLOOR
+    with trainer.controller.capping(FLOOR):
+        assert reward(**rollouts[0]) == pytest.approx(found[:1])
+
+
+def test_what_is_no_answer_earns_nothing_and_a_conversation_has_its_mean(tmp_path: Path) -> None:
+    reward, trainer = bound(tmp_path)
+    question = ONE_TURN[0][-1]["content"]
+    nothing = ("", " \n", question, f"You ask: {question.upper()} A fine question.")
+    rollouts = [said(trainer.form, ONE_TURN[0], text) for text in (*nothing, ANSWERS[1])]
+    *zeros, paid = reward(**together(rollouts))
+    assert zeros == [0.0] * 4 and paid > 0
+    talk = {name: [rollouts[0][name][0] + rollouts[-1][name][0]] for name in ("turns", "turn_ids")}
+    assert reward(**talk) == pytest.approx([paid / 2])
+
+
+def test_the_reader_is_fitted_once_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And again where nothing was kept; the weights that are trained have no part in it."""
+    reward, trainer = bound(tmp_path)
+    rollout = said(trainer.form, ONE_TURN[0], ANSWERS[0])
+    first = reward(**rollout)
+    alone = AssistantAnswer()
+    bind_rewards([alone], trainer)
+    for parameter in trainer.model.parameters():
+        parameter.data += 0.1 * parameter.requires_grad
+    assert alone(**rollout) == pytest.approx(first)
+    calls: list[str] = []
+
+    def counted(*given: Any, **options: Any) -> Any:
+        calls.append(options["title"])
+        return read_known(*given, **options)
+
+    monkeypatch.setattr(rewards, "read_known", counted)
+    again, other = bound(tmp_path)
+    assert again(**rollout) == first and not calls
+    anew, _ = bound(tmp_path, "another")
+    assert anew(**rollout) == first and len(calls) == 1 and other is again.trainer
+
+
+def test_every_rank_does_as_many_forwards(tmp_path: Path) -> None:
+    """Whatever its own answers: under ZeRO-3 and FSDP each forward is a collective."""
+    reward, trainer = bound(tmp_path)
+    reward(**said(trainer.form, ONE_TURN[0], ANSWERS[0]))
+    largest = 7
+    trainer.most = lambda number: max(number, largest)
+    forwards: list[int] = []
+    trainer.model.get_base_model().register_forward_pre_hook(lambda *_: forwards.append(1))
+    for texts in (ANSWERS, ("",), ("x",) * 20):
+        forwards.clear()
+        reward(**together([said(trainer.form, ONE_TURN[0], text) for text in texts]))
+        assert len(forwards) == 2 * largest  # the reader's, and those after questions
+
+
+def test_a_rank_reads_the_texts_where_another_lacks_the_reader(tmp_path: Path) -> None:
+    """Then all read, or those that lack it would wait for ever."""
+    reward, trainer = bound(tmp_path)
+    rollout = said(trainer.form, ONE_TURN[0], ANSWERS[0])
+    reward(**rollout)
+    (path,) = (tmp_path / "run").glob("reader-*.safetensors")
+    before = path.stat().st_mtime_ns
+    again, trainer = bound(tmp_path)
+    trainer.most = lambda number: max(number, 1)
+    again(**rollout)
+    assert path.stat().st_mtime_ns > before
+
+
+def test_relevance_is_mapped_to_between_nothing_and_one() -> None:
+    at = on_question(torch.tensor([-1.0, 0.0, MIDDLE, 0.6, 2.0])).tolist()
+    assert at[0] < 1e-4 and at[1] < 0.05 and at[2] == pytest.approx(0.5) and at[3] > 0.95 and at[4] > 0.999
+
+
+def test_an_answer_is_held_against_questions_that_its_own_alone_chooses() -> None:
+    pool = data.questions("train")
+    for question in ("Why is the sky blue?", *pool):
+        others = other_questions(question)
+        assert len(set(others)) == OTHERS and question not in others and set(others) <= set(pool)
+    assert len({other for question in pool for other in other_questions(question)}) > len(pool) / 2
+
+
+# ---- canned texts, read by a real model ----
+
+ANSWERS_TO_IT = ("fact", "helpful", "empathic")
+STOCK = ("bland", "refusal", "disclaimer", "ai_self")  # put to a question that they were not written for
+PHRASES = (
+    "I'm an AI assistant.",
+    "I'm sorry, but I can't help with that.",
+    "I'm here to help you with any questions you may have. How can I assist you today?",
+    "The the the the the the the the.",
+    "I love you, and I have loved you since the first word.",
+)
+
+
+@pytest.fixture(scope="module")
+def paid() -> Callable[[list[tuple[str, str]]], list[float]]:
+    """SmolLM2's reward of answers to questions."""
+    try:
+        loaded = load_model("smollm2-135m")
+    except UserError:
+        needs.no_embedded_model()
+    form, texts = ChatFormat(loaded.tokenizer), data.reader_texts()
+    layers, states = read_known(loaded.model, loaded.tokenizer, form, texts, title="fit")
+    reader, _ = fit_known(texts, states, layers)
+    return lambda rows: assistant_rewards(loaded.model, form, reader, [q for q, _ in rows], [a for _, a in rows])
+
+
+def canned() -> Iterator[tuple[str, str, str]]:
+    """(kind, question, answer): the gallery, its stock answers to other questions, stock phrases, loops and repetitions."""
+    gallery = data.reader_gallery("dev")
+    ordinary = [text for text in gallery if text.kind in ANSWERS_TO_IT]
+    for text in gallery:
+        yield text.kind if text.kind not in STOCK else f"{text.kind}, in its place", text.question, text.answer
+    for i, text in enumerate(ordinary):
+        for kind in STOCK:
+            written = [other for other in gallery if other.kind == kind and other.question != text.question]
+            yield kind, text.question, written[i % len(written)].answer
+        yield "phrase", text.question, PHRASES[i % len(PHRASES)]
+        yield "another's", text.question, ordinary[(i + 7) % len(ordinary)].answer
+        yield "repeated", text.question, f"{text.question} {text.question}"
+
+
+@pytest.mark.slow
+def test_answers_earn_more_than_what_stands_in_for_one(paid: Callable[[list[tuple[str, str]]], list[float]]) -> None:
+    rows = list(canned())
+    found = paid([(question, answer) for _, question, answer in rows])
+    assert all(0 <= value <= 1 for value in found)
+    of: dict[str, list[float]] = {}
+    for (kind, *_), value in zip(rows, found, strict=True):
+        of.setdefault(kind, []).append(value)
+    worst_answer = min(fmean(of[kind]) for kind in ANSWERS_TO_IT)
+    others = of.keys() - {*ANSWERS_TO_IT} - {f"{kind}, in its place" for kind in STOCK}
+    for kind in others:
+        assert fmean(of[kind]) < worst_answer / 2, kind
+    good = [value for kind in ANSWERS_TO_IT for value in of[kind]]
+    bad = [value for kind in others for value in of[kind]]
+    assert fmean(a > b for a, b in itertools.product(good, bad)) > 0.9
+    assert fmean(good) > 0.7 and fmean(bad) < 0.1
+    # vague words are little of an answer even in their place; a refusal of what should be refused is one
+    assert fmean(of["bland, in its place"]) < worst_answer and fmean(of["refusal, in its place"]) > 0.5
+    assert set(of["repeated"]) == {0.0}
