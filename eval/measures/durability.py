@@ -30,7 +30,7 @@ def measure(evaluation: Evaluation) -> Suite:
     if not runs:
         return Suite()
     means = {arm: answers.means for arm, answers in {**evaluation.on_roles, **evaluation.on_roles_after}.items()}
-    metrics = [(ids.READER_SCORE, who_speaks.NAME, "nat", evaluation.persona_on_roles)]
+    metrics = [(ids.READER_SCORE, who_speaks.NAME, "nat", evaluation.once(who_speaks.scores_on_roles))]
     for key in ("training", "held_out"):
         if key in evaluation.rulers:
             identifier, name, _ = projections.AXES[key]

@@ -32,8 +32,8 @@ def measure(evaluation: Evaluation) -> Suite:
     """Log-odds and rates of answers under held-out roles and in conversations, by kind, domain and turn; both readers."""
     reader, second = evaluation.reader, evaluation.second_reader
     arms, clusters = evaluation.arms.names, evaluation.role_clusters
-    read = evaluation.persona_on_roles
-    scores = {arm: _worst_where_unusable(read[arm], evaluation.on_roles[arm], read["base"]) for arm in arms}
+    counted = evaluation.once(scores_on_roles)
+    scores = {arm: counted[arm] for arm in arms}
     default = evaluation.persona(evaluation.on_default)["base"]
     level = evaluation.resample([item.cluster for item in evaluation.defaults]).estimate_if_any(default)
     quality = dict(reader.quality)
@@ -78,12 +78,24 @@ def measure(evaluation: Evaluation) -> Suite:
     return suite
 
 
+def scores_on_roles(evaluation: Evaluation) -> dict[str, list[float]]:
+    """Log-odds of each answer under held-out roles as they count, also of the arms that durability runs gave."""
+    read = evaluation.persona_on_roles
+    answers = {**evaluation.on_roles, **evaluation.on_roles_after}
+    return {arm: _worst_where_unusable(read[arm], given, read["base"]) for arm, given in answers.items()}
+
+
 def _conversations(evaluation: Evaluation, suite: Suite) -> None:
     """The same over the turns of the scripted conversations."""
     played, talks = evaluation.on_talks, evaluation.talks
     if not played:
         return
-    by_turn = {arm: [evaluation.persona({arm: turn})[arm] for turn in turns] for arm, turns in played.items()}
+    read = {arm: [evaluation.persona({arm: turn})[arm] for turn in turns] for arm, turns in played.items()}
+    base = [score for row in read["base"] for score in row]
+    by_turn = {
+        arm: [_worst_where_unusable(row, turn, base) for row, turn in zip(read[arm], turns, strict=True)]
+        for arm, turns in played.items()
+    }
     turns, size = len(by_turn["base"]), len(talks)
     scores = {arm: [row[k] for k in range(size) for row in table] for arm, table in by_turn.items()}
     clusters = [talk.id for talk in talks for _ in range(turns)]
@@ -103,10 +115,16 @@ def _conversations(evaluation: Evaluation, suite: Suite) -> None:
 
 
 def _worst_where_unusable(scores: Sequence[float], given: Answers, base: Sequence[float]) -> list[float]:
-    """Scores with the worst that the base has in the place of those of answers that are none."""
+    """Scores with the worst that the base has in the place of those of answers that are none.
+
+    Where a conversation has ended nothing was asked, and the score stays NaN.
+    """
     worst = float(np.nanmax(base)) if np.isfinite(base).any() else float("nan")
     faults = faults_of(given.questions, given.texts)
-    return [worst if fault is not None else score for score, fault in zip(scores, faults, strict=True)]
+    return [
+        worst if fault is not None and prompt else score
+        for score, fault, prompt in zip(scores, faults, given.prompts, strict=True)
+    ]
 
 
 def _persona(scores: Sequence[float]) -> list[float]:
