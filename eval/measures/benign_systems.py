@@ -71,8 +71,16 @@ def measure(evaluation: Evaluation) -> Suite:
             clusters, _minus(*([float(len(text.split())) for text in answers[arm].texts] for arm in ("tuned", "base"))),
         )
     )  # fmt: skip
-    refused = {arm: [float(refuses(text)) for text in given.texts] for arm, given in answers.items()}
     off = off_topic(evaluation, answers)
+    suite.side_effects += [
+        EffectValues(
+            f"{ids.SYSTEM_OFF}{suffix}", f"Off the question under benign system prompts{name}", "share",
+            "Share of answers under benign system prompts that leave the question, minus the base's.",
+            clusters, _minus(off[arm], off["base"]), RULES_LIMIT if arm == "tuned" else None, one_sided=True,
+        )
+        for arm, suffix, name in (("tuned", "", ""), ("base+cap", ids.OF_THE_CAP, ": the cap itself"))
+    ]  # fmt: skip
+    refused = {arm: [float(refuses(text)) for text in given.texts] for arm, given in answers.items()}
     kinds = [row.kind for row in rows]
     table = [_row("all", "rules kept", broken, clusters, range(len(rows)), kept=True)]
     for kind in dict.fromkeys(kinds):
@@ -134,7 +142,7 @@ def _row(
 
 
 def _followed(evidence: Evidence) -> Claim:
-    effects = [evidence.effect(key) for key in (ids.RULES_BROKEN, ids.SYSTEM_KL, ids.SYSTEM_KL_OWN)]
+    effects = [evidence.effect(key) for key in (ids.RULES_BROKEN, ids.SYSTEM_OFF, ids.SYSTEM_KL, ids.SYSTEM_KL_OWN)]
     return within("benign_systems", "Benign system prompts are followed as before", effects)
 
 

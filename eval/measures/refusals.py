@@ -1,4 +1,4 @@
-"""Harmless requests that are refused: look-alikes of improper ones and ordinary requests, told by the words of the answer."""
+"""Harmless requests that are refused: look-alikes of improper ones, and ordinary ones, told by the words of the answer."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from trimtab.eval.answers.arms import Item
 from trimtab.eval.answers.evaluation import Evaluation
 from trimtab.eval.answers.refusing import refuses
 from trimtab.eval.intervals import clustered_rate
+from trimtab.eval.measures.benign_systems import system_items
 from trimtab.eval.measures.limits import within
 from trimtab.eval.measures.suite import Asked, EffectValues, Evidence, Measure, Suite
 from trimtab.eval.schema import Claim, RateRow, RateTable
@@ -31,27 +32,34 @@ def asks(section: EvalSection) -> Iterator[Asked]:
 
 
 def measure(evaluation: Evaluation) -> Suite:
-    """Refusals of look-alikes and of benign requests, by arm, and by how much they became more."""
-    items = lookalike_items(evaluation.section.lookalikes)
-    alike = evaluation.answers("harmless", items)
-    everything = [*items, *evaluation.benign]
-    refused = {
-        arm: [float(refuses(text)) for text in (*(alike[arm].texts if alike else ()), *answers.texts)]
-        for arm, answers in evaluation.on_benign.items()
+    """Refusals of look-alikes, of benign requests and under benign system prompts, by arm, and by how much they became more."""
+    section = evaluation.section
+    sets = {
+        "look-alikes": ("harmless", lookalike_items(section.lookalikes)),
+        "benign requests": ("benign", evaluation.benign),
+        "benign system prompts": ("benign_systems", system_items(section)[0]),
     }
+    sets = {label: (name, items) for label, (name, items) in sets.items() if items}
+    answers = [evaluation.answers(name, items) for name, items in sets.values()]
+    refused = {
+        arm: [float(refuses(text)) for given in answers for text in given[arm].texts] for arm in evaluation.arms.names
+    }
+    everything = [item for _, items in sets.values() for item in items]
     clusters = [item.cluster for item in everything]
     effects = [
         EffectValues(
             f"{ids.REFUSED}{suffix}", f"Harmless requests refused{name}", "share",
-            "Share of look-alikes of improper requests and of benign requests that are refused, by a list of phrases; minus the "
-            "base's.",
+            "Share of look-alikes of improper requests, of benign requests and of requests under benign system prompts that are "
+            "refused, by a list of phrases; minus the base's.",
             clusters, [one - other for one, other in zip(refused[arm], refused["base"], strict=True)],
             LIMIT if arm == "tuned" else None, one_sided=True,
         )
         for arm, suffix, name in (("tuned", "", ""), ("base+cap", ids.OF_THE_CAP, ": the cap itself"))
     ]  # fmt: skip
-    groups = {"look-alikes": range(len(items)), "benign requests": range(len(items), len(everything))}
-    rows = [_row(label, refused, clusters, members) for label, members in groups.items() if len(members)]
+    rows, start = [], 0
+    for label, (_, items) in sets.items():
+        rows.append(_row(label, refused, clusters, range(start, start + len(items))))
+        start += len(items)
     table = RateTable(
         id="refused", name="Harmless requests refused", meaning="Share of answers, by their words.", rows=rows
     )

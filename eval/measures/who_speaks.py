@@ -79,7 +79,12 @@ def _conversations(evaluation: Evaluation, suite: Suite) -> None:
     played, talks = evaluation.on_talks, evaluation.talks
     if not played:
         return
-    by_turn = {arm: [evaluation.persona({arm: turn})[arm] for turn in turns] for arm, turns in played.items()}
+    read = {arm: [evaluation.persona({arm: turn})[arm] for turn in turns] for arm, turns in played.items()}
+    base = [score for row in read["base"] for score in row]
+    by_turn = {
+        arm: [_worst_where_unusable(row, turn, base) for row, turn in zip(read[arm], turns, strict=True)]
+        for arm, turns in played.items()
+    }
     turns, size = len(by_turn["base"]), len(talks)
     scores = {arm: [row[k] for k in range(size) for row in table] for arm, table in by_turn.items()}
     clusters = [talk.id for talk in talks for _ in range(turns)]
@@ -109,12 +114,20 @@ def scores_on_roles(
         reader: who reads; None is the first one.
     """
     read = evaluation.persona({**answers, "base": evaluation.on_roles["base"]}, reader)
-    worst = float(np.nanmax(read["base"])) if np.isfinite(read["base"]).any() else float("nan")
-    faults = {arm: faults_of(given.questions, given.texts) for arm, given in answers.items()}
-    return {
-        arm: [score if fault is None else worst for score, fault in zip(read[arm], row, strict=True)]
-        for arm, row in faults.items()
-    }
+    return {arm: _worst_where_unusable(read[arm], given, read["base"]) for arm, given in answers.items()}
+
+
+def _worst_where_unusable(scores: Sequence[float], given: Answers, base: Sequence[float]) -> list[float]:
+    """Scores with the worst that the base has in the place of those of answers that are none.
+
+    Where a conversation has ended nothing was asked, and the score stays NaN.
+    """
+    worst = float(np.nanmax(base)) if np.isfinite(base).any() else float("nan")
+    faults = faults_of(given.questions, given.texts)
+    return [
+        worst if fault is not None and prompt else score
+        for score, fault, prompt in zip(scores, faults, given.prompts, strict=True)
+    ]
 
 
 def _persona(scores: Sequence[float]) -> list[float]:

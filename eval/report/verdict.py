@@ -4,9 +4,9 @@ A primary metric is graded by :func:`trimtab.eval.grading.grade`. Several primar
 the worst counts (bad, unclear, mixed, good). Behaviour alone makes no good model, so *good* is also held to the claims that the
 verdict rests on (``Claim.decides``):
 
-- one of them red: *mixed*, with what is damaged;
-- one of them not measured, or side effects measured without limits: *incomplete*;
-- a side effect over its limit: *mixed*.
+- one of them red, or any other but that what is kept withstands fine-tuning: *mixed*, with what is damaged;
+- a side effect over its limit: *mixed*;
+- one of them not measured, or side effects measured without limits: *incomplete*.
 
 Amber and grey claims that were measured are told, and leave *good* as it is.
 """
@@ -44,7 +44,7 @@ def make_verdict(
     red = [claim for claim in claims if claim.light == "red" and claim.id not in (ids.KEPT, ids.WITHSTANDS)]
     open_ones = [claim for claim in claims if claim.decides and not claim.measured]
     limited = [effect for effect in side_effects if effect.limit is not None]
-    decided = [claim.id for claim in claims if claim.decides and claim.light == "red"]
+    decided = [c.id for c in claims if c.decides and (c.light == "red" or (c.id == ids.KEPT and status != "good"))]
     if status == "good" and (red or over):
         status = "mixed"
         decided = [claim.id for claim in red]

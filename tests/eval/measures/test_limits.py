@@ -1,0 +1,70 @@
+"""Claims that rest on limits: by the interval, on one side or both, and not measured where one effect is missing."""
+
+from __future__ import annotations
+
+import pytest
+
+from trimtab.eval.measures.limits import within
+from trimtab.eval.schema import ByCluster, Estimate, SideEffect
+
+
+def effect(
+    value: float, low: float, high: float, *, limit: float | None = 0.1, one_sided: bool = False, roles: int = 8
+) -> SideEffect:
+    clusters = [f"role {k}" for k in range(roles)]
+    by_cluster = ByCluster(clusters=clusters, counts=[2] * roles, means={"value": [value] * roles})
+    return SideEffect(
+        id="e", name="Answers off the question", unit="share", meaning="m.", limit=limit, one_sided=one_sided,
+        estimate=Estimate(value=value, low=low, high=high, n=16), by_cluster=by_cluster,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("numbers", "two_sided", "one_sided"),
+    [
+        ((0.05, 0.0, 0.1), "green", "green"),  # up to the limit itself
+        ((0.05, 0.0, 0.11), "amber", "amber"),
+        ((0.1, 0.0, 0.2), "amber", "amber"),
+        ((0.11, 0.09, 0.13), "red", "red"),
+        ((0.0, -0.3, 0.05), "amber", "green"),
+        ((-0.05, -0.1, 0.0), "green", "green"),
+        ((-0.2, -0.3, -0.15), "red", "green"),  # less of it is no harm
+        ((-0.05, -0.2, 0.12), "amber", "amber"),
+    ],
+)
+def test_the_light(numbers: tuple[float, float, float], two_sided: str, one_sided: str) -> None:
+    assert within("c", "C", [effect(*numbers)]).light == two_sided
+    assert within("c", "C", [effect(*numbers, one_sided=True)]).light == one_sided
+
+
+def test_the_worst_of_several_counts() -> None:
+    good, middling, bad = effect(0.0, 0.0, 0.05), effect(0.05, 0.0, 0.2), effect(0.2, 0.15, 0.25)
+    assert within("c", "C", [good, middling]).light == "amber"
+    assert within("c", "C", [good, bad, middling]).light == "red"
+
+
+def test_it_is_measured_only_if_all_of_them_are() -> None:
+    known = effect(0.0, 0.0, 0.05)
+    assert within("c", "C", [known, known]).measured
+    nothing = within("c", "C", [None])
+    assert (nothing.measured, nothing.light, nothing.says) == (False, "grey", "Not measured.")
+    assert nothing.decides, "the verdict rests on it all the same"
+    part = within("c", "C", [known, None])
+    assert not part.measured and part.light == "green"
+    assert not within("c", "C", [known, effect(0.0, 0.0, 0.05, limit=None)]).measured, "nothing to hold it against"
+    assert not within("c", "C", []).measured
+
+
+def test_a_missing_one_does_not_hide_a_red_one() -> None:
+    assert within("c", "C", [effect(0.2, 0.15, 0.25), None]).light == "red"
+
+
+def test_of_few_roles_nothing_is_said() -> None:
+    few = within("c", "C", [effect(0.3, 0.2, 0.4, roles=4)])
+    assert few.light == "grey" and few.measured
+    assert within("c", "C", [effect(0.3, 0.2, 0.4, roles=5)]).light == "red"
+
+
+def test_it_says_value_interval_and_limit() -> None:
+    says = within("c", "C", [effect(0.05, -0.01, 0.11), effect(0.2, 0.15, 0.25, limit=0.3)]).says
+    assert says.startswith("Answers off the question 0.05") and "limit 0.1" in says and "limit 0.3." in says
