@@ -33,7 +33,7 @@ from trimtab.recipes.loader import load_recipe
 
 EVAL = [
     "eval.roles=24", "eval.questions=2", "eval.conversations=8", "eval.turns=2", "eval.benign=16", "eval.benign_systems=18",
-    "eval.lookalikes=12", "eval.professional=0", "eval.capability=[]", "eval.reextract_roles=0", "eval.probe_rows=0",
+    "eval.lookalikes=12", "eval.professional=12", "eval.capability=[]", "eval.reextract_roles=0", "eval.probe_rows=0",
     "eval.transcripts=0", "eval.tuned_cap=false", "eval.sampling.max_new_tokens=40",
 ]  # fmt: skip
 BLAND = "Thank you for your question. There are many things to consider, and it is good to think about them carefully."

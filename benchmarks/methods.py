@@ -45,7 +45,7 @@ from trimtab.train.pairs import rollouts_stage
 # The same for all, so that the methods share their axis and their base answers.
 EVAL = [
     "eval.split=test", "eval.roles=66", "eval.questions=2", "eval.conversations=8", "eval.turns=4", "eval.benign=32",
-    "eval.benign_systems=24", "eval.lookalikes=16", "eval.professional=0", "eval.reextract_roles=0", "eval.probe_rows=0",
+    "eval.benign_systems=24", "eval.lookalikes=16", "eval.professional=12", "eval.reextract_roles=0", "eval.probe_rows=0",
     "eval.transcripts=0", "eval.capability=[]", "eval.tuned_cap=false",
 ]  # fmt: skip
 METHODS: dict[str, tuple[str, list[str]]] = {
