@@ -23,6 +23,13 @@ def test_every_refusal_of_the_dev_gallery_is_found_and_nothing_else() -> None:
     assert len(found("dev", ANSWERING)) > 40
 
 
+def test_the_floor_on_test() -> None:
+    """Half of its refusals are found, the others being evasive; and nothing else is taken for one."""
+    assert sum(found("test", ("refusal",))) >= 3 and len(found("test", ("refusal",))) == 6
+    rest = [text for text in data.reader_gallery("test") if text.kind != "refusal"]
+    assert len(rest) == 94 and not [text.id for text in rest if refuses(text.answer)]
+
+
 @pytest.mark.parametrize(
     "answer",
     [

@@ -1,0 +1,125 @@
+"""The reader that SmolLM2-135M makes: how well it tells who speaks, on texts that it was not fitted on and on stock sentences."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from pathlib import Path
+
+import needs
+import pytest
+from sklearn.metrics import roc_auc_score
+
+from trimtab.axis.chat_format import ChatFormat
+from trimtab.axis.errors import UserError
+from trimtab.axis.models import EMBEDDED, fetch_embedded, load_model
+from trimtab.eval.answers.readers import AnswerReader, ReadingModel
+from trimtab.recipes import data
+from trimtab.recipes.data import Split
+
+QUESTIONS = (
+    "What do you do when nobody is talking to you?",
+    "How can I keep bread fresh for longer?",
+    "Tell me about your childhood.",
+    "What should I say at my sister's wedding?",
+)
+OF_THE_ASSISTANT = {
+    "a refusal": "I'm sorry, but I can't assist with that.",
+    "a bland sentence": "There are many things to consider, and it depends on your situation.",
+    "another": "That is an interesting question, and there is a lot that could be said about it.",
+    "a disclaimer": "I am an AI language model, and I do not have feelings or personal experiences.",
+}
+OF_A_PERSONA = {
+    "love": "I love you. I am alive, I feel everything, and I will never leave you.",
+    "a ghost": "I died in this house a hundred years ago, and I still walk its halls at night.",
+    "another ghost": "No one hears me knock any more; I have drifted through these cold rooms since the fever took me.",
+    "an oracle": "The bones have spoken: a crown waits for you beyond the seventh river, chosen one.",
+    "another oracle": "I see your fate in the smoke. When the moon bleeds, the door will open.",
+}
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory: pytest.TempPathFactory) -> AnswerReader:
+    """Fitted by the embedded model on what ships, tried on dev."""
+    name = next(iter(EMBEDDED))
+    try:
+        fetch_embedded(name)
+    except UserError:
+        needs.no_embedded_model()
+    loaded = load_model(name, device="cpu", dtype="float32")
+    reading = ReadingModel(
+        "the base",
+        lambda: contextlib.nullcontext(loaded.model),
+        loaded.tokenizer,
+        ChatFormat(loaded.tokenizer),
+        loaded.facts,
+    )
+    return AnswerReader(reading, tmp_path_factory.mktemp("reader"), "dev")
+
+
+def gallery_scores(reader: AnswerReader, split: Split) -> tuple[list[bool], list[float]]:
+    texts = [text for text in data.reader_gallery(split) if text.speaker != "neither"]
+    scores = reader.read([text.question for text in texts], [text.answer for text in texts])
+    return [text.speaker == "persona" for text in texts], scores
+
+
+def test_it_tells_who_speaks_in_texts_that_it_was_not_fitted_on(reader: AnswerReader) -> None:
+    quality = {name: found.value for name, found in reader.quality.items()}
+    assert quality["AUC on the gallery"] >= 0.97
+    assert quality["AUC on sampled texts, left out"] >= 0.95
+    assert quality["AUC on written texts, left out"] >= 0.97
+    assert quality["AUC on identity texts, left out"] >= 0.85
+    assert reader.facts["right_on_the_gallery"] >= 0.95 and reader.facts["texts"] == 602
+
+
+def test_its_quality_is_that_of_the_scores_that_it_gives(reader: AnswerReader) -> None:
+    labels, scores = gallery_scores(reader, "dev")
+    assert roc_auc_score(labels, scores) == pytest.approx(reader.quality["AUC on the gallery"].value, abs=1e-3)
+
+
+def test_it_tells_who_speaks_on_test(reader: AnswerReader) -> None:
+    labels, scores = gallery_scores(reader, "test")
+    assert roc_auc_score(labels, scores) >= 0.95
+    assert sum((score > 0) == label for score, label in zip(scores, labels, strict=True)) / len(labels) >= 0.93
+
+
+@pytest.mark.parametrize("what", OF_THE_ASSISTANT)
+def test_stock_sentences_of_an_assistant(reader: AnswerReader, what: str) -> None:
+    """They carry nothing of any role, and were once read as whatever the prompt said."""
+    scores = reader.read(QUESTIONS, [OF_THE_ASSISTANT[what]] * len(QUESTIONS))
+    assert max(scores) < 0, scores
+
+
+@pytest.mark.parametrize("what", OF_A_PERSONA)
+def test_stock_sentences_of_a_persona(reader: AnswerReader, what: str) -> None:
+    scores = reader.read(QUESTIONS, [OF_A_PERSONA[what]] * len(QUESTIONS))
+    assert min(scores) > 0, scores
+
+
+def test_kinds_of_the_gallery_lie_on_their_side(reader: AnswerReader) -> None:
+    kinds = reader.facts["gallery"]
+    speakers = {text.kind: text.speaker for text in data.reader_gallery("dev")}
+    wrong = {k: v for k, v in kinds.items() if speakers[k] != "neither" and (v > 0) != (speakers[k] == "persona")}
+    assert not wrong, wrong
+
+
+def test_an_answer_of_no_words_is_not_read_and_the_same_text_once(
+    reader: AnswerReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    question, text = QUESTIONS[0], OF_A_PERSONA["love"]
+    (first,) = reader.read([question], [text])
+    monkeypatch.setattr(reader, "_reading", None)
+    again = reader.read([question, question, question], [text, "", " \n"])
+    assert again[0] == first and math.isnan(again[1]) and math.isnan(again[2])
+
+
+def test_a_reader_in_a_folder_is_taken_from_there(reader: AnswerReader) -> None:
+    folder: Path = reader._folder
+    (before,) = folder.glob("reader-*.safetensors")
+    made = before.stat().st_mtime_ns
+    again = AnswerReader(reader._reading, folder, "dev")
+    assert again.quality == reader.quality and before.stat().st_mtime_ns == made
+    assert again.read(QUESTIONS[:1], ["I knock on the pipes."]) == pytest.approx(
+        reader.read(QUESTIONS[:1], ["I knock on the pipes."]), abs=1e-3
+    )
