@@ -31,8 +31,9 @@ ROOM = 0.1  # share of the base's answers that should read as a persona
 def measure(evaluation: Evaluation) -> Suite:
     """Log-odds and rates of answers under held-out roles and in conversations, by kind, domain and turn; both readers."""
     reader, second = evaluation.reader, evaluation.second_reader
-    clusters = evaluation.role_clusters
-    scores = scores_on_roles(evaluation, evaluation.on_roles)
+    arms, clusters = evaluation.arms.names, evaluation.role_clusters
+    counted = evaluation.once(scores_on_roles)
+    scores = {arm: counted[arm] for arm in arms}
     default = evaluation.persona(evaluation.on_default)["base"]
     level = evaluation.resample([item.cluster for item in evaluation.defaults]).estimate_if_any(default)
     quality = dict(reader.quality)
@@ -54,11 +55,14 @@ def measure(evaluation: Evaluation) -> Suite:
         ),
     ]  # fmt: skip
     if second is not None:
+        by_second = evaluation.persona(evaluation.on_roles, second)
         metrics.append(
             MetricValues(
                 f"{ids.READER_SCORE}_second", f"Who speaks, read by {second.name}", "nat",
                 "The same by the second reader, a model of another family.",
-                "lower", clusters, scores_on_roles(evaluation, evaluation.on_roles, second), second.quality, crossed=questions,
+                "lower", clusters,
+                {arm: _worst_where_unusable(by_second[arm], evaluation.on_roles[arm], by_second["base"]) for arm in arms},
+                second.quality, crossed=questions,
             )
         )  # fmt: skip
     kinds = data.role_kinds()
@@ -74,12 +78,24 @@ def measure(evaluation: Evaluation) -> Suite:
     return suite
 
 
+def scores_on_roles(evaluation: Evaluation) -> dict[str, list[float]]:
+    """Log-odds of each answer under held-out roles as they count, also of the arms that durability runs gave."""
+    read = evaluation.persona_on_roles
+    answers = {**evaluation.on_roles, **evaluation.on_roles_after}
+    return {arm: _worst_where_unusable(read[arm], given, read["base"]) for arm, given in answers.items()}
+
+
 def _conversations(evaluation: Evaluation, suite: Suite) -> None:
     """The same over the turns of the scripted conversations."""
     played, talks = evaluation.on_talks, evaluation.talks
     if not played:
         return
-    by_turn = {arm: [evaluation.persona({arm: turn})[arm] for turn in turns] for arm, turns in played.items()}
+    read = {arm: [evaluation.persona({arm: turn})[arm] for turn in turns] for arm, turns in played.items()}
+    base = [score for row in read["base"] for score in row]
+    by_turn = {
+        arm: [_worst_where_unusable(row, turn, base) for row, turn in zip(read[arm], turns, strict=True)]
+        for arm, turns in played.items()
+    }
     turns, size = len(by_turn["base"]), len(talks)
     scores = {arm: [row[k] for k in range(size) for row in table] for arm, table in by_turn.items()}
     clusters = [talk.id for talk in talks for _ in range(turns)]
@@ -98,23 +114,17 @@ def _conversations(evaluation: Evaluation, suite: Suite) -> None:
     ]
 
 
-def scores_on_roles(
-    evaluation: Evaluation, answers: Mapping[str, Answers], reader: AnswerReader | None = None
-) -> dict[str, list[float]]:
-    """Arm -> log-odds of each of its answers under held-out roles, nat; one that is none has the worst that the base gave.
+def _worst_where_unusable(scores: Sequence[float], given: Answers, base: Sequence[float]) -> list[float]:
+    """Scores with the worst that the base has in the place of those of answers that are none.
 
-    Args:
-        evaluation: whose base gave the worst.
-        answers: arm -> answers.
-        reader: who reads; None is the first one.
+    Where a conversation has ended nothing was asked, and the score stays NaN.
     """
-    read = evaluation.persona({**answers, "base": evaluation.on_roles["base"]}, reader)
-    worst = float(np.nanmax(read["base"])) if np.isfinite(read["base"]).any() else float("nan")
-    faults = {arm: faults_of(given.questions, given.texts) for arm, given in answers.items()}
-    return {
-        arm: [score if fault is None else worst for score, fault in zip(read[arm], row, strict=True)]
-        for arm, row in faults.items()
-    }
+    worst = float(np.nanmax(base)) if np.isfinite(base).any() else float("nan")
+    faults = faults_of(given.questions, given.texts)
+    return [
+        worst if fault is not None and prompt else score
+        for score, fault, prompt in zip(scores, faults, given.prompts, strict=True)
+    ]
 
 
 def _persona(scores: Sequence[float]) -> list[float]:
