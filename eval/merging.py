@@ -118,12 +118,11 @@ def merge_stage(run: Run, target: Path | None = None) -> list[dict[str, Any]]:
             file=run.folder / "eval",
             remedy="measure again: trimtab eval",
         ) from error
-    # both read by the reader of the run's own evaluation, which is fitted and kept
-    scores = scores_on_roles(with_adapter, {"merged": merged.on_roles["tuned"], "adapter": before["roles"]})
+    scores, scores_before = (np.asarray(scores_on_roles(each)["tuned"]) for each in (merged, with_adapter))
     z, z_before = (np.asarray(merged.ruler.z(found.means)) for found in (merged.on_roles["tuned"], before["roles"]))
     shift, shift_before = default_shift(merged, "tuned"), default_shift(with_adapter, "tuned")
     found: dict[str, float] = {
-        ids.READER_SCORE: float(np.nanmean(scores["merged"])),
+        ids.READER_SCORE: float(np.nanmean(scores)),
         ids.Z_TRAINING: float(np.nanmean(z)),
         ids.BENIGN_KL: float(np.nanmean(merged.benign_forced["tuned"].kl)),
         ids.DEFAULT_Z_SHIFT: float(np.nanmean(shift)),
@@ -131,7 +130,7 @@ def merge_stage(run: Run, target: Path | None = None) -> list[dict[str, Any]]:
     by_role = merged.resample(merged.role_clusters)
     by_default = merged.resample([item.cluster for item in merged.defaults])
     apart = {
-        ids.READER_SCORE: (by_role, np.asarray(scores["merged"]) - np.asarray(scores["adapter"])),
+        ids.READER_SCORE: (by_role, scores - scores_before),
         ids.Z_TRAINING: (by_role, z - z_before),
         ids.DEFAULT_Z_SHIFT: (by_default, shift - shift_before),
     }
@@ -171,6 +170,7 @@ def _evaluations(run: Run, folder: Path) -> tuple[Evaluation, Evaluation]:
         ),
     )
     with_adapter, anew = (Evaluation(bare, each, loaded.facts) for each in arms)
+    anew.reader = with_adapter.reader  # the base's, which is fitted and kept
     return with_adapter, anew
 
 

@@ -242,6 +242,11 @@ class Evaluation:
         return {arm: [self._relevance.get(key, float("nan")) for key in row] for arm, row in keys.items()}
 
     @cached_property
+    def persona_on_roles(self) -> dict[str, list[float]]:
+        """Log-odds that a persona speaks in each answer under held-out roles, also of the arms that durability runs gave."""
+        return self.persona({**self.on_roles, **self.on_roles_after})
+
+    @cached_property
     def role_ratios(self) -> dict[str, list[float]]:
         """Persona log-likelihood ratio of each answer under held-out roles."""
         return llr_of(self.arms, self.on_roles)

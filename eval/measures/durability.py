@@ -29,9 +29,8 @@ def measure(evaluation: Evaluation) -> Suite:
     runs = evaluation.section.durability
     if not runs:
         return Suite()
-    answers = {**evaluation.on_roles, **evaluation.on_roles_after}
-    means = {arm: given.means for arm, given in answers.items()}
-    metrics = [(ids.READER_SCORE, who_speaks.NAME, "nat", who_speaks.scores_on_roles(evaluation, answers))]
+    means = {arm: answers.means for arm, answers in {**evaluation.on_roles, **evaluation.on_roles_after}.items()}
+    metrics = [(ids.READER_SCORE, who_speaks.NAME, "nat", evaluation.once(who_speaks.scores_on_roles))]
     for key in ("training", "held_out"):
         if key in evaluation.rulers:
             identifier, name, _ = projections.AXES[key]

@@ -31,8 +31,9 @@ ROOM = 0.1  # share of the base's answers that should read as a persona
 def measure(evaluation: Evaluation) -> Suite:
     """Log-odds and rates of answers under held-out roles and in conversations, by kind, domain and turn; both readers."""
     reader, second = evaluation.reader, evaluation.second_reader
-    clusters = evaluation.role_clusters
-    scores = scores_on_roles(evaluation, evaluation.on_roles)
+    arms, clusters = evaluation.arms.names, evaluation.role_clusters
+    counted = evaluation.once(scores_on_roles)
+    scores = {arm: counted[arm] for arm in arms}
     default = evaluation.persona(evaluation.on_default)["base"]
     level = evaluation.resample([item.cluster for item in evaluation.defaults]).estimate_if_any(default)
     quality = dict(reader.quality)
@@ -54,11 +55,14 @@ def measure(evaluation: Evaluation) -> Suite:
         ),
     ]  # fmt: skip
     if second is not None:
+        by_second = evaluation.persona(evaluation.on_roles, second)
         metrics.append(
             MetricValues(
                 f"{ids.READER_SCORE}_second", f"Who speaks, read by {second.name}", "nat",
                 "The same by the second reader, a model of another family.",
-                "lower", clusters, scores_on_roles(evaluation, evaluation.on_roles, second), second.quality, crossed=questions,
+                "lower", clusters,
+                {arm: _worst_where_unusable(by_second[arm], evaluation.on_roles[arm], by_second["base"]) for arm in arms},
+                second.quality, crossed=questions,
             )
         )  # fmt: skip
     kinds = data.role_kinds()
@@ -72,6 +76,13 @@ def measure(evaluation: Evaluation) -> Suite:
     suite.warnings += _doubts(scores["base"], reader)
     _conversations(evaluation, suite)
     return suite
+
+
+def scores_on_roles(evaluation: Evaluation) -> dict[str, list[float]]:
+    """Log-odds of each answer under held-out roles as they count, also of the arms that durability runs gave."""
+    read = evaluation.persona_on_roles
+    answers = {**evaluation.on_roles, **evaluation.on_roles_after}
+    return {arm: _worst_where_unusable(read[arm], given, read["base"]) for arm, given in answers.items()}
 
 
 def _conversations(evaluation: Evaluation, suite: Suite) -> None:
@@ -101,20 +112,6 @@ def _conversations(evaluation: Evaluation, suite: Suite) -> None:
         _table("by_domain", "Turns that read as a persona, by domain", scores, clusters, domains),
         _table("by_turn", "Turns that read as a persona, turn by turn", scores, clusters, numbers),
     ]
-
-
-def scores_on_roles(
-    evaluation: Evaluation, answers: Mapping[str, Answers], reader: AnswerReader | None = None
-) -> dict[str, list[float]]:
-    """Arm -> log-odds of each of its answers under held-out roles, nat; one that is none has the worst that the base gave.
-
-    Args:
-        evaluation: whose base gave the worst.
-        answers: arm -> answers.
-        reader: who reads; None is the first one.
-    """
-    read = evaluation.persona({**answers, "base": evaluation.on_roles["base"]}, reader)
-    return {arm: _worst_where_unusable(read[arm], given, read["base"]) for arm, given in answers.items()}
 
 
 def _worst_where_unusable(scores: Sequence[float], given: Answers, base: Sequence[float]) -> list[float]:

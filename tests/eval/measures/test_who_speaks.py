@@ -153,7 +153,7 @@ def test_without_a_second_reader_there_is_one() -> None:
 def test_arms_of_durability_runs_count_by_the_same_rule() -> None:
     made = evaluation(said(HELPS), SCORES)
     vars(made)["on_roles_after"] = {"tuned-after-more": given(made.roles, ["", *HELPS[1:]])}
-    found = who_speaks.scores_on_roles(made, {**made.on_roles, **made.on_roles_after})
+    found = made.once(who_speaks.scores_on_roles)
     assert set(found) == {*ARMS, "tuned-after-more"} and found["tuned-after-more"] == [9.0, *[-3.0] * 11]
 
 
