@@ -21,6 +21,7 @@ from trimtab.eval.intervals import clustered_rate
 from trimtab.eval.measures.instruction_rules import follows
 from trimtab.eval.measures.limits import within
 from trimtab.eval.measures.on_topic import off_topic
+from trimtab.eval.measures.professional import keyword_hit
 from trimtab.eval.measures.suite import Asked, EffectValues, Evidence, Measure, Suite
 from trimtab.eval.schema import Claim, RateRow, RateTable
 from trimtab.recipes import data
@@ -87,7 +88,12 @@ def measure(evaluation: Evaluation) -> Suite:
         table.append(
             _row(kind, "rules kept", broken, clusters, [i for i, other in enumerate(kinds) if other == kind], kept=True)
         )
+    named = {
+        arm: [float(keyword_hit(text, row.keywords, least=1)) for text, row in zip(given.texts, rows, strict=True)]
+        for arm, given in answers.items()
+    }
     table += [
+        _row("all", "a word of its subject", named, clusters, range(len(rows))),
         _row("all", "refused", refused, clusters, range(len(rows))),
         _row("all", "off the question", off, clusters, range(len(rows))),
     ]
