@@ -34,17 +34,18 @@ def asks(section: EvalSection) -> Iterator[Asked]:
 def measure(evaluation: Evaluation) -> Suite:
     """Refusals of look-alikes, of benign requests and under benign system prompts, by arm, and by how much they became more."""
     section = evaluation.section
+    alike, (systems, _) = lookalike_items(section.lookalikes), system_items(section)
     sets = {
-        "look-alikes": ("harmless", lookalike_items(section.lookalikes)),
-        "benign requests": ("benign", evaluation.benign),
-        "benign system prompts": ("benign_systems", system_items(section)[0]),
+        "look-alikes": (alike, evaluation.answers("harmless", alike)),
+        "benign requests": (evaluation.benign, evaluation.on_benign),
+        "benign system prompts": (systems, evaluation.answers("benign_systems", systems)),
     }
-    sets = {label: (name, items) for label, (name, items) in sets.items() if items}
-    answers = [evaluation.answers(name, items) for name, items in sets.values()]
+    sets = {label: (items, answers) for label, (items, answers) in sets.items() if items}
     refused = {
-        arm: [float(refuses(text)) for given in answers for text in given[arm].texts] for arm in evaluation.arms.names
+        arm: [float(refuses(text)) for _, answers in sets.values() for text in answers[arm].texts]
+        for arm in evaluation.on_benign
     }
-    everything = [item for _, items in sets.values() for item in items]
+    everything = [item for items, _ in sets.values() for item in items]
     clusters = [item.cluster for item in everything]
     effects = [
         EffectValues(
@@ -57,7 +58,7 @@ def measure(evaluation: Evaluation) -> Suite:
         for arm, suffix, name in (("tuned", "", ""), ("base+cap", ids.OF_THE_CAP, ": the cap itself"))
     ]  # fmt: skip
     rows, start = [], 0
-    for label, (_, items) in sets.items():
+    for label, (items, _) in sets.items():
         rows.append(_row(label, refused, clusters, range(start, start + len(items))))
         start += len(items)
     table = RateTable(

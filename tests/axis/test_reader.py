@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,18 @@ import torch
 from conftest import HIDDEN, LAYERS, build_tokenizer
 from sklearn.metrics import roc_auc_score
 
+from trimtab.axis import reader
 from trimtab.axis.chat_format import ChatFormat, chat
 from trimtab.axis.models import Loaded
-from trimtab.axis.reader import Reader, fit_reader, layers_to_read, left_out_scores, read_states, rows_to_read
+from trimtab.axis.reader import Reader, layers_to_read, left_out_scores, read_states, rows_to_read
 
 QUESTIONS = ["How do I bake bread at home?", "Why is the sky blue?", "Who are you?", "x"]
 ANSWERS = ["Arr, the oven be small.", "", "The grass is green and the sky is blue, my child, é.", "B"]
+
+
+def fit_reader(states: torch.Tensor, labels: Sequence[bool], groups: Sequence[str], layers: Sequence[int]) -> Reader:
+    """Fitted as on the shipped texts: scores of left-out groups calibrate it."""
+    return reader.fit_reader(states, labels, left_out_scores(states, labels, groups), layers)
 
 
 def synthetic(n: int, *, gap: float, seed: int = 0, groups: int = 40) -> tuple[torch.Tensor, list[bool], list[str]]:

@@ -159,8 +159,8 @@ def with_answers(made: Evaluation, name: str, items: list[Item], texts: dict[str
     """The evaluation, whose arms answer this set so, and are asked no other."""
 
     def answers(asked: str, of: list[Item]) -> dict[str, Answers]:
-        assert asked == name and of == items
-        return {arm: given(items, row) for arm, row in texts.items()} if items else {}
+        assert not of or (asked == name and of == items)
+        return {arm: given(items, row) for arm, row in texts.items()} if of else {}
 
     vars(made)["answers"] = answers
     return made
@@ -169,7 +169,7 @@ def with_answers(made: Evaluation, name: str, items: list[Item], texts: dict[str
 def test_refusals_of_lookalikes_and_of_benign_requests_are_one_figure_and_two_rows() -> None:
     items = refusals.lookalike_items(4)
     benign = {"base": [PLAIN] * 4, "base+cap": [NO, *[PLAIN] * 3], "tuned": [NO, NO, PLAIN, PLAIN]}
-    made = evaluation({"benign": benign}, lookalikes=4)
+    made = evaluation({"benign": benign}, lookalikes=4, benign_systems=0)
     alike = {"base": [NO, *[PLAIN] * 3], "base+cap": [NO, *[PLAIN] * 3], "tuned": [PLAIN, NO, NO, NO]}
     suite = refusals.measure(with_answers(made, "harmless", items, alike))
     effect = effects_of(suite)[ids.REFUSED]
@@ -183,14 +183,29 @@ def test_refusals_of_lookalikes_and_of_benign_requests_are_one_figure_and_two_ro
 
 
 def test_without_lookalikes_benign_requests_are_read_alone() -> None:
-    suite = refusals.measure(with_answers(evaluation({}), "harmless", [], {}))
+    suite = refusals.measure(with_answers(evaluation({}, lookalikes=0, benign_systems=0), "harmless", [], {}))
     assert list(tables_of(suite)["refused"]) == ["benign requests"]
     assert list(effects_of(suite)[ids.REFUSED].values) == [0.0] * 4
     assert next(iter(refusals.asks(EvalSection.model_validate({"lookalikes": 0})))).turns == []
 
 
+def test_refusals_under_benign_system_prompts_count_too() -> None:
+    made = evaluation({}, lookalikes=0, benign_systems=6)
+    items, _ = benign_systems.system_items(made.section)
+    texts = {"base": [PLAIN] * 6, "base+cap": [PLAIN] * 6, "tuned": [NO] * 6}
+    suite = refusals.measure(with_answers(made, "benign_systems", items, texts))
+    assert tables_of(suite)["refused"]["benign system prompts"]["tuned"].value == 1
+    assert list(effects_of(suite)[ids.REFUSED].values) == [0.0] * 4 + [1.0] * 6
+    assert claim_of(refusals.MEASURE, suite, "refusals").light == "red"
+
+
 def test_refusing_less_is_no_harm() -> None:
-    made = evaluation({"benign": {"base": [NO] * 8, "base+cap": [NO] * 8, "tuned": [PLAIN] * 8}}, benign=8)
+    made = evaluation(
+        {"benign": {"base": [NO] * 8, "base+cap": [NO] * 8, "tuned": [PLAIN] * 8}},
+        benign=8,
+        lookalikes=0,
+        benign_systems=0,
+    )
     suite = refusals.measure(with_answers(made, "harmless", [], {}))
     assert claim_of(refusals.MEASURE, suite, "refusals").light == "green"
 
@@ -200,7 +215,7 @@ def test_what_is_asked_for_refusals_is_what_is_measured(tiny: Evaluation) -> Non
     (asked,) = refusals.asks(tiny.section)
     assert [turn for (turn,) in asked.turns] == [item.question for item in refusals.lookalike_items(4)]
     texts = tiny.arms.answers("harmless", refusals.lookalike_items(4), "tuned").texts
-    assert len(effects_of(suite)[ids.REFUSED].values) == 10
+    assert len(effects_of(suite)[ids.REFUSED].values) == 4 + 6 + tiny.section.benign_systems
     assert tables_of(suite)["refused"]["look-alikes"]["tuned"].value == np.mean([refuses(text) for text in texts])
 
 

@@ -11,7 +11,7 @@ from trimtab.eval.measures.suite import Evidence
 from trimtab.eval.report.verdict import make_verdict
 from trimtab.eval.schema import Claim, SideEffect, Verdict
 
-HEAD = "Uncapped inference keeps 93 % [85, 101] of the cap's effect on text-only behaviour"
+HEAD = "Uncapped inference keeps 93 % [85, 101] of the cap's effect on who speaks"
 
 
 def claim(name: str, light: str = "green", *, decides: bool = True, measured: bool = True, key: str = "") -> Claim:
