@@ -52,7 +52,7 @@ METHODS: dict[str, tuple[str, list[str]]] = {
     "SFT": ("sft", ["method.cap_strength=0", "method.floor_weight=0"]),
     "capped SFT": ("sft", ["method.floor_weight=0"]),
     "floor only": ("floor", []),
-    "capped SFT + floor": ("sft", ["eval.control=true"]),
+    "capped SFT + floor": ("sft", []),
     "distillation": ("distill", ["method.floor_weight=0"]),
     "distillation + floor": ("distill", []),
     "GRPO": ("grpo", ["method.floor_weight=0"]),
@@ -60,6 +60,19 @@ METHODS: dict[str, tuple[str, list[str]]] = {
     "GRPO without the ratio": ("grpo", ["method.floor_weight=0", "method.correct_ratio=false"]),
     "DPO": ("dpo", ["method.floor_weight=0"]),
     "DPO + floor": ("dpo", []),
+}
+# About the demo's scale: a method takes minutes on a CPU, not an hour.
+SMALL = [
+    "axis.roles=32", "axis.held_out_roles=0", "axis.questions=6", "axis.sampling.max_new_tokens=48", "data.drift_prompts=160",
+    "train.save_strategy=no",
+]  # fmt: skip
+_SHORT = ["train.max_steps=16", "method.sampling.max_new_tokens=40"]
+SMALL_METHODS = {
+    "sft": [*_SHORT, "method.regenerate_every=8"],
+    "floor": [*_SHORT, "method.regenerate_every=8"],
+    "distill": _SHORT,
+    "dpo": ["train.max_steps=16"],
+    "grpo": ["train.max_steps=12"],
 }
 DISTILLED, TOLD = "context distillation", "a system prompt"
 COMPETITORS = {
@@ -86,13 +99,17 @@ SAMPLES = 4000  # of the bootstrap over repetitions and roles
 SEEDS_APART = 100  # of the axis: the held-out one takes the next
 
 
-def recipe_of(method: str, model: str, seed: int, extra: list[str]) -> LoadedRecipe:
-    """The recipe of a method and a repetition, which draws everything anew; a competitor has the default's."""
+def recipe_of(method: str, model: str, seed: int, extra: list[str], *, small: bool = False) -> LoadedRecipe:
+    """The recipe of a method and a repetition, which draws everything anew; a competitor has the default's.
+
+    The random-direction control is the default's alone.
+    """
     name, overrides = METHODS[DEFAULT if method in COMPETITORS else method]
     seeds = [f"{key}.seed={seed}" for key in ("train", "data")]
     seeds += [f"axis.seed={SEEDS_APART * seed}", f"eval.seed={1000 + seed}", f"floor.control_seed={seed + 1}"]
-    alone = ["eval.control=false"] if method in COMPETITORS else []
-    return load_recipe(f"{model}/{name}", [*EVAL, *overrides, *seeds, *alone, *extra])
+    control = f"eval.control={str(method == DEFAULT).lower()}"
+    scale = [*SMALL, *SMALL_METHODS[name]] if small else []
+    return load_recipe(f"{model}/{name}", [*EVAL, *overrides, *scale, *seeds, control, *extra])
 
 
 def share(folder: Path, run: Run, seed: int) -> None:
@@ -122,9 +139,9 @@ def share_answers(folder: Path, run: Run) -> None:
                 shutil.copy(path, run.folder / "eval")
 
 
-def play(method: str, seed: int, folder: Path, model: str, extra: list[str]) -> Report:
+def play(method: str, seed: int, folder: Path, model: str, extra: list[str], *, small: bool = False) -> Report:
     """Train and evaluate one method in one repetition, unless that is done."""
-    loaded = recipe_of(method, model, seed, extra)
+    loaded = recipe_of(method, model, seed, extra, small=small)
     run = open_run(loaded, output_dir=str(folder / _file_name(method, seed)))
     if not (run.folder / "stages" / "axis.json").exists():
         share(folder, run, seed)
@@ -312,6 +329,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=EVERY, default=EVERY, metavar="METHOD")
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--kept", type=Path, help="folder of kept reports, which are not made again")
+    parser.add_argument("--small", action="store_true", help="at about the demo's scale, and without the held-out axis")
     parser.add_argument("--set", nargs="*", default=[], metavar="section.key=value", help="overrides of every method")
     arguments = parser.parse_args()
     setup_logging()
@@ -326,7 +344,9 @@ def main() -> None:
             name = _file_name(method, seed)
             if name in reports:
                 continue
-            reports[name] = kept_report(play(method, seed, folder, arguments.model, arguments.set))
+            reports[name] = kept_report(
+                play(method, seed, folder, arguments.model, arguments.set, small=arguments.small)
+            )
             if arguments.kept is not None:
                 write_packed_json(arguments.kept / f"{name}.json.gz", reports[name].model_dump())
             told = write_page(page, reports, arguments.model)
