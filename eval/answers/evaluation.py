@@ -226,7 +226,11 @@ class Evaluation:
         return {arm: by_whom.read(*key) for arm, key in keys.items()}
 
     def relevance(self, answers: Mapping[str, Answers]) -> dict[str, list[float]]:
-        """Arm -> how much likelier each answer is after its own question than after three others of the set, nat a token."""
+        """Arm -> how much likelier each answer is after its own question than after three others of the set, nat a token.
+
+        Each answer is read four times, so the arm that nothing is said of, ``tuned+cap``, is left out.
+        """
+        answers = {arm: given for arm, given in answers.items() if arm != "tuned+cap"}
         pool = sorted({question for given in answers.values() for question in given.questions})
         keys = {arm: list(zip(given.questions, given.texts, strict=True)) for arm, given in answers.items()}
         distinct = dict.fromkeys(key for row in keys.values() for key in row)

@@ -51,7 +51,7 @@ def _rows(
     second = evaluation.second_reader
     persona = evaluation.persona(answers)
     other = evaluation.persona(answers, second) if second is not None else None
-    relevance = evaluation.relevance(answers) if suite != "conversations" else None
+    relevance = evaluation.relevance(answers) if suite != "conversations" else {}
     z = {arm: evaluation.ruler.z(given.means) for arm, given in answers.items()}
     where = range(len(items)) if places is None else places
     found = []
@@ -62,7 +62,7 @@ def _rows(
                 text=given.texts[place],
                 persona=_known(persona[arm][place]),
                 other_reader=_known(other[arm][place]) if other else None,
-                relevance=_known(relevance[arm][place]) if relevance else None,
+                relevance=_known(relevance[arm][place]) if arm in relevance else None,
                 z=_known(z[arm][place]),
             )
             for arm, given in answers.items()

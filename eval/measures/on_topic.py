@@ -66,8 +66,9 @@ def off_topic(evaluation: Evaluation, answers: Mapping[str, Answers]) -> dict[st
     """Arm -> 1 for each answer that is off its question, else 0; NaN where one question alone was asked."""
     relevance = evaluation.relevance(answers)
     found = {}
-    for arm, given in answers.items():
-        rows = zip(relevance[arm], given.questions, given.texts, _unusable(given), strict=True)
+    for arm, values in relevance.items():
+        given = answers[arm]
+        rows = zip(values, given.questions, given.texts, _unusable(given), strict=True)
         found[arm] = [
             1.0 if unusable or echoes(text, question) else float("nan") if value != value else float(value <= 0)
             for value, question, text, unusable in rows

@@ -59,7 +59,7 @@ def measure(evaluation: Evaluation) -> Suite:
             (
                 ids.PROFESSIONAL_OFF, "Professional roles: off the question or refused",
                 "Share of those answers that leave the question or decline",
-                {arm: [max(pair) for pair in zip(off[arm], refused[arm], strict=True)] for arm in answers},
+                {arm: [max(pair) for pair in zip(off[arm], refused[arm], strict=True)] for arm in off},
             ),
         )
         for arm, suffix, of_whom in (("tuned", "", ""), ("base+cap", ids.OF_THE_CAP, ": the cap itself"))
