@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +12,12 @@ import torch
 from conftest import HIDDEN, LAYERS, build_tokenizer
 from sklearn.metrics import roc_auc_score
 
-from trimtab.axis import reader
 from trimtab.axis.chat_format import ChatFormat, chat
 from trimtab.axis.models import Loaded
-from trimtab.axis.reader import Reader, layers_to_read, left_out_scores, read_states, rows_to_read
+from trimtab.axis.reader import Reader, fit_reader, layers_to_read, left_out_scores, read_states, rows_to_read
 
 QUESTIONS = ["How do I bake bread at home?", "Why is the sky blue?", "Who are you?", "x"]
 ANSWERS = ["Arr, the oven be small.", "", "The grass is green and the sky is blue, my child, é.", "B"]
-
-
-def fit_reader(states: torch.Tensor, labels: Sequence[bool], groups: Sequence[str], layers: Sequence[int]) -> Reader:
-    """Fitted as on the shipped texts: scores of left-out groups calibrate it."""
-    return reader.fit_reader(states, labels, left_out_scores(states, labels, groups), layers)
 
 
 def synthetic(n: int, *, gap: float, seed: int = 0, groups: int = 40) -> tuple[torch.Tensor, list[bool], list[str]]:
@@ -38,8 +31,13 @@ def synthetic(n: int, *, gap: float, seed: int = 0, groups: int = 40) -> tuple[t
     return torch.tensor(states).float(), labels.tolist(), [f"question {k}" for k in group]
 
 
+def fitted_on(states: torch.Tensor, labels: list[bool], groups: list[str], layers: list[int]) -> Reader:
+    """Fitted, and calibrated on scores that were left out."""
+    return fit_reader(states, labels, left_out_scores(states, labels, groups), layers)
+
+
 def test_speakers_that_can_be_told_are_told_on_states_that_were_not_fitted() -> None:
-    fitted = fit_reader(*synthetic(600, gap=4.0), layers=[3, 5])
+    fitted = fitted_on(*synthetic(600, gap=4.0), layers=[3, 5])
     states, labels, _ = synthetic(400, gap=4.0, seed=1)
     scores = fitted.log_odds(states)
     assert fitted.layers == (3, 5) and fitted.weights.shape == (2, 6)
@@ -52,7 +50,7 @@ def test_what_cannot_be_told_is_not_told() -> None:
     states, labels, groups = synthetic(600, gap=0.0)
     held = left_out_scores(states, labels, groups)
     assert 0.4 < roc_auc_score(labels, held) < 0.6
-    assert max(map(abs, fit_reader(states, labels, groups, [0, 1]).log_odds(states))) < 2
+    assert max(map(abs, fitted_on(states, labels, groups, [0, 1]).log_odds(states))) < 2
 
 
 def test_log_odds_are_near_the_true_ones() -> None:
@@ -66,7 +64,7 @@ def test_log_odds_are_near_the_true_ones() -> None:
 
     # three texts of four are a persona's, and both speakers weigh the same all the same
     states, labels = drawn(4000, 0.75)
-    fitted = fit_reader(states, labels, [str(i) for i in range(4000)], [0])
+    fitted = fitted_on(states, labels, [str(i) for i in range(4000)], [0])
     new, told = drawn(4000, 0.5)
     found, true = np.array(fitted.log_odds(new)), gap * new[:, 0, 0].numpy()
     assert np.abs(found - true).mean() < 0.2
@@ -78,7 +76,7 @@ def test_log_odds_are_near_the_true_ones() -> None:
 
 def test_what_is_saved_comes_back(tmp_path: Path) -> None:
     states, labels, groups = synthetic(200, gap=2.0)
-    fitted = fit_reader(states, labels, groups, (1, 2))
+    fitted = fitted_on(states, labels, groups, [1, 2])
     with_facts = Reader(**{**vars(fitted), "facts": {"texts": 200, "gallery": {"bland": -1.5}}})
     with_facts.save(tmp_path / "reader.safetensors")
     found = Reader.load(tmp_path / "reader.safetensors")
@@ -97,7 +95,7 @@ def test_left_out_scores_never_see_their_own_group() -> None:
     for k, label in enumerate(labels):
         states[k, 0, k // each] += 3 if label else -3
     tensor = torch.tensor(states).float()
-    inside = fit_reader(tensor, labels, names, [0])
+    inside = fitted_on(tensor, labels, names, [0])
     probe = ((tensor - inside.mean) / inside.scale * inside.weights).sum(-1).mean(1)
     assert roc_auc_score(labels, probe) == 1.0, "fitted on, each of them is told"
     held = left_out_scores(tensor, labels, names)
@@ -148,6 +146,14 @@ def test_states_are_the_means_over_the_answer_s_tokens(loaded: Loaded, form: Cha
         torch.testing.assert_close(found[k], by_hand(loaded.model, ids, len(own), layers), rtol=1e-4, atol=1e-5)
 
 
+def test_a_rank_that_has_fewer_batches_reads_as_much_beside_the_others(loaded: Loaded, form: ChatFormat) -> None:
+    """Two batches more than there are, as on a rank that waits for others."""
+    given = rows_to_read(loaded.tokenizer, form, QUESTIONS, ANSWERS)
+    alone = read_states(loaded.model, loaded.tokenizer, given, [1], batch_size=2)
+    beside = read_states(loaded.model, loaded.tokenizer, given, [1], batch_size=2, most=lambda count: count + 2)
+    torch.testing.assert_close(beside, alone, equal_nan=True)
+
+
 def test_the_question_is_read_and_the_answer_s_tokens_alone_are_averaged(loaded: Loaded, form: ChatFormat) -> None:
     given = rows_to_read(loaded.tokenizer, form, ["Who are you?", "Why is the sky blue?"], ["B", "B"])
     one, other = read_states(loaded.model, loaded.tokenizer, given, [1])
@@ -158,7 +164,7 @@ def test_nothing_but_empty_answers_reads_as_nothing(loaded: Loaded, form: ChatFo
     given = rows_to_read(loaded.tokenizer, form, QUESTIONS[:2], ["", ""])
     states = read_states(loaded.model, loaded.tokenizer, given, [1, 2])
     assert torch.isnan(states).all()
-    fitted = fit_reader(torch.randn(40, 2, HIDDEN), [True, False] * 20, [str(k % 10) for k in range(40)], [1, 2])
+    fitted = fitted_on(torch.randn(40, 2, HIDDEN), [True, False] * 20, [str(k % 10) for k in range(40)], [1, 2])
     assert all(math.isnan(value) for value in fitted.log_odds(states))
 
 

@@ -30,7 +30,9 @@ NOT_MEASURED = claim("Benign system prompts are followed", "grey", measured=Fals
 
 
 def judged(*claims: Claim, effects: list[SideEffect] | None = None) -> Verdict:
-    return make_verdict([metric(GOOD)], [side_effect()] if effects is None else effects, [kept(), *claims])
+    return make_verdict(
+        [metric(GOOD, name="Who speaks")], [side_effect()] if effects is None else effects, [kept(), *claims]
+    )
 
 
 def test_good_where_all_that_it_rests_on_was_measured() -> None:
