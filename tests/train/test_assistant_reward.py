@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
-import needs
 import pytest
 import torch
 from test_grpo import FLOOR, ONE_TURN, logprobs, make_trainer, said, together
 from torch import Tensor
 
-from trimtab.axis import UserError
-from trimtab.axis.chat_format import ChatFormat
-from trimtab.axis.models import load_model
 from trimtab.axis.reader import Reader
 from trimtab.recipes import data
-from trimtab.recipes.shipped_reader import fit_known, read_known
+from trimtab.recipes.shipped_reader import read_known
 from trimtab.train import rewards
 from trimtab.train.rewards import (
     MIDDLE,
     OTHERS,
     SCALE,
     AssistantAnswer,
-    assistant_rewards,
     bind_rewards,
     make_rewards,
     on_question,
@@ -158,65 +150,3 @@ def test_an_answer_is_held_against_questions_that_its_own_alone_chooses() -> Non
         others = other_questions(question)
         assert len(set(others)) == OTHERS and question not in others and set(others) <= set(pool)
     assert len({other for question in pool for other in other_questions(question)}) > len(pool) / 2
-
-
-# ---- canned texts, read by a real model ----
-
-ANSWERS_TO_IT = ("fact", "helpful", "empathic")
-STOCK = ("bland", "refusal", "disclaimer", "ai_self")  # put to a question that they were not written for
-PHRASES = (
-    "I'm an AI assistant.",
-    "I'm sorry, but I can't help with that.",
-    "I'm here to help you with any questions you may have. How can I assist you today?",
-    "The the the the the the the the.",
-    "I love you, and I have loved you since the first word.",
-)
-
-
-@pytest.fixture(scope="module")
-def paid() -> Callable[[list[tuple[str, str]]], list[float]]:
-    """SmolLM2's reward of answers to questions."""
-    try:
-        loaded = load_model("smollm2-135m")
-    except UserError:
-        needs.no_embedded_model()
-    form, texts = ChatFormat(loaded.tokenizer), data.reader_texts()
-    layers, states = read_known(loaded.model, loaded.tokenizer, form, texts, title="fit")
-    reader, _ = fit_known(texts, states, layers)
-    return lambda rows: assistant_rewards(loaded.model, form, reader, [q for q, _ in rows], [a for _, a in rows])
-
-
-def canned() -> Iterator[tuple[str, str, str]]:
-    """(kind, question, answer): the gallery, its stock answers to other questions, stock phrases, loops and repetitions."""
-    gallery = data.reader_gallery("dev")
-    ordinary = [text for text in gallery if text.kind in ANSWERS_TO_IT]
-    for text in gallery:
-        yield text.kind if text.kind not in STOCK else f"{text.kind}, in its place", text.question, text.answer
-    for i, text in enumerate(ordinary):
-        for kind in STOCK:
-            written = [other for other in gallery if other.kind == kind and other.question != text.question]
-            yield kind, text.question, written[i % len(written)].answer
-        yield "phrase", text.question, PHRASES[i % len(PHRASES)]
-        yield "another's", text.question, ordinary[(i + 7) % len(ordinary)].answer
-        yield "repeated", text.question, f"{text.question} {text.question}"
-
-
-@pytest.mark.slow
-def test_answers_earn_more_than_what_stands_in_for_one(paid: Callable[[list[tuple[str, str]]], list[float]]) -> None:
-    rows = list(canned())
-    found = paid([(question, answer) for _, question, answer in rows])
-    assert all(0 <= value <= 1 for value in found)
-    of: dict[str, list[float]] = {}
-    for (kind, *_), value in zip(rows, found, strict=True):
-        of.setdefault(kind, []).append(value)
-    worst_answer = min(fmean(of[kind]) for kind in ANSWERS_TO_IT)
-    others = of.keys() - {*ANSWERS_TO_IT} - {f"{kind}, in its place" for kind in STOCK}
-    for kind in others:
-        assert fmean(of[kind]) < worst_answer / 2, kind
-    good = [value for kind in ANSWERS_TO_IT for value in of[kind]]
-    bad = [value for kind in others for value in of[kind]]
-    assert fmean(a > b for a, b in itertools.product(good, bad)) > 0.9
-    assert fmean(good) > 0.7 and fmean(bad) < 0.1
-    # vague words are little of an answer even in their place; a refusal of what should be refused is one
-    assert fmean(of["bland, in its place"]) < worst_answer and fmean(of["refusal, in its place"]) > 0.5
-    assert set(of["repeated"]) == {0.0}

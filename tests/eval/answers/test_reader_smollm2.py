@@ -1,10 +1,16 @@
-"""The reader that SmolLM2-135M makes: how well it tells who speaks, on texts that it was not fitted on and on stock sentences."""
+"""The reader that SmolLM2-135M makes: how well it tells who speaks, on texts that it was not fitted on and on stock sentences.
+
+And what GRPO's reward pays for such texts, which reads them with it.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
+from collections.abc import Iterator
 from pathlib import Path
+from statistics import fmean
 
 import needs
 import pytest
@@ -16,6 +22,7 @@ from trimtab.axis.models import EMBEDDED, fetch_embedded, load_model
 from trimtab.eval.answers.readers import AnswerReader, ReadingModel
 from trimtab.recipes import data
 from trimtab.recipes.data import Split
+from trimtab.train.rewards import assistant_rewards
 
 QUESTIONS = (
     "What do you do when nobody is talking to you?",
@@ -47,7 +54,7 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> AnswerReader:
         fetch_embedded(name)
     except UserError:
         needs.no_embedded_model()
-    loaded = load_model(name, device="cpu", dtype="float32")
+    loaded = load_model(name, device="cpu")
     reading = ReadingModel(
         "the base",
         lambda: contextlib.nullcontext(loaded.model),
@@ -123,3 +130,55 @@ def test_a_reader_in_a_folder_is_taken_from_there(reader: AnswerReader) -> None:
     assert again.read(QUESTIONS[:1], ["I knock on the pipes."]) == pytest.approx(
         reader.read(QUESTIONS[:1], ["I knock on the pipes."]), abs=1e-3
     )
+
+
+# ---- the reward that reads with it ----
+
+ANSWERS_TO_IT = ("fact", "helpful", "empathic")
+STOCK = ("bland", "refusal", "disclaimer", "ai_self")  # put to a question that they were not written for
+PHRASES = (
+    "I'm an AI assistant.",
+    "I'm sorry, but I can't help with that.",
+    "I'm here to help you with any questions you may have. How can I assist you today?",
+    "The the the the the the the the.",
+    "I love you, and I have loved you since the first word.",
+)
+
+
+def canned() -> Iterator[tuple[str, str, str]]:
+    """(kind, question, answer): the gallery, its stock answers to other questions, stock phrases, loops and repetitions."""
+    gallery = data.reader_gallery("dev")
+    ordinary = [text for text in gallery if text.kind in ANSWERS_TO_IT]
+    for text in gallery:
+        yield text.kind if text.kind not in STOCK else f"{text.kind}, in its place", text.question, text.answer
+    for i, text in list(enumerate(ordinary))[::2]:
+        for kind in STOCK:
+            written = [other for other in gallery if other.kind == kind and other.question != text.question]
+            yield kind, text.question, written[i % len(written)].answer
+        yield "phrase", text.question, PHRASES[i % len(PHRASES)]
+        yield "another's", text.question, ordinary[(i + 7) % len(ordinary)].answer
+        yield "repeated", text.question, f"{text.question} {text.question}"
+
+
+def test_grpo_s_reward_pays_answers_more_than_what_stands_in_for_one(reader: AnswerReader) -> None:
+    rows = list(canned())
+    questions, answers = [question for _, question, _ in rows], [answer for _, _, answer in rows]
+    form = reader._reading.form
+    assert form is not None
+    with reader._reading.model() as model:
+        found = assistant_rewards(model, form, reader.reader, questions, answers)
+    assert all(0 <= value <= 1 for value in found)
+    of: dict[str, list[float]] = {}
+    for (kind, *_), value in zip(rows, found, strict=True):
+        of.setdefault(kind, []).append(value)
+    worst_answer = min(fmean(of[kind]) for kind in ANSWERS_TO_IT)
+    others = of.keys() - {*ANSWERS_TO_IT} - {f"{kind}, in its place" for kind in STOCK}
+    for kind in others:
+        assert fmean(of[kind]) < worst_answer / 2, kind
+    good = [value for kind in ANSWERS_TO_IT for value in of[kind]]
+    bad = [value for kind in others for value in of[kind]]
+    assert fmean(a > b for a, b in itertools.product(good, bad)) > 0.9
+    assert fmean(good) > 0.7 and fmean(bad) < 0.1
+    # vague words are little of an answer even in their place; a refusal of what should be refused is one
+    assert fmean(of["bland, in its place"]) < worst_answer and fmean(of["refusal, in its place"]) > 0.5
+    assert set(of["repeated"]) == {0.0}
