@@ -188,7 +188,7 @@ def _probes(rows: np.ndarray[Any, Any], labels: np.ndarray[Any, Any]) -> tuple[n
     for layer in range(len(mean)):
         probe = LogisticRegression(C=PENALTY, class_weight="balanced", max_iter=3000)
         probe.fit((rows[:, layer] - mean[layer]) / scale[layer], labels)
-        weights[layer], bias[layer] = probe.coef_[0], float(probe.intercept_[0])
+        weights[layer], bias[layer] = np.asarray(probe.coef_)[0], np.asarray(probe.intercept_)[0]
     return mean, scale, weights, bias
 
 

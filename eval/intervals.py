@@ -180,7 +180,7 @@ class ClusterBootstrap:
         """
         array = np.asarray(values, dtype=float)
         present = np.isfinite(array)
-        scale = few(self._levels(present)) * self._scale(array - np.nanmean(array), present)
+        scale = few(self._levels(present)) * self._scale(array - float(np.nanmean(array)), present)
         error = float(np.nanstd(self.means(array))) * scale
         return float(norm.ppf(0.5 + LEVEL / 200) + norm.ppf(POWER)) * error
 

@@ -62,7 +62,7 @@ class AnswerReader:
         self.name = reading.name
         self._reading = reading
         self._folder = folder
-        self._split = split
+        self._split: Split = split
         self._read: dict[tuple[str, str], float] = {}
         self._reader: Reader | None = None
 

@@ -143,9 +143,13 @@ def read_blind(key: Key, labels: Sequence[Labels], reports: Mapping[str, Report]
     rows = [_row(row_id, places, labels) for row_id, places in found.items()]
     clusters = {row_id: places[0][1].cluster for row_id, places in found.items()}
     machines = [name for name in MACHINES if any(name in row.log_odds for row in rows)]
-    people = {one.reader: {row_id: side_of(label) for row_id, label in one.labels.items()} for one in labels}
-    majority = {row.id: majority_of([side_of(label) for label in row.labels.values()]) for row in rows if row.labels}
-    by_log_odds = {
+    people: dict[str, dict[str, Side]] = {
+        one.reader: {row_id: side_of(label) for row_id, label in one.labels.items()} for one in labels
+    }
+    majority: dict[str, Side] = {
+        row.id: majority_of([side_of(label) for label in row.labels.values()]) for row in rows if row.labels
+    }
+    by_log_odds: dict[str, dict[str, Side]] = {
         name: {row.id: _side(row.log_odds[name]) for row in rows if name in row.log_odds} for name in machines
     }
     readings = {name: _decided(sides) for name, sides in people.items()}
