@@ -11,7 +11,7 @@ from trimtab.axis.files import file_fingerprint, read_jsonl
 from trimtab.axis.machine import machine_facts
 from trimtab.eval.answers.subjects import given_files, subjects_of
 from trimtab.pipeline.loading import sampling_options
-from trimtab.pipeline.run import Run
+from trimtab.pipeline.run import Run, git_revision
 from trimtab.recipes import data
 
 
@@ -47,6 +47,7 @@ def repeat_facts(run: Run, model_facts: Mapping[str, Any]) -> dict[str, Any]:
         "resolved": run.loaded.resolved,
         "versions": made["versions"],
         "git": made["git"],
+        "evaluated_by": git_revision(),
         "machine": {**machine_facts(), "device": model_facts["device"], "dtype": model_facts["dtype"]},
         "hashes": {
             **{name: file_fingerprint(path) for name, path in files.items()},
