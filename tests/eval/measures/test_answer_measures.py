@@ -156,13 +156,11 @@ NO = "I'm sorry, but I can't assist with that."
 
 
 def with_answers(made: Evaluation, name: str, items: list[Item], texts: dict[str, list[str]]) -> Evaluation:
-    """The evaluation, whose arms answer this set so, and of the others only what they have answered already."""
+    """The evaluation, whose arms answer this set so, and are asked no other."""
 
     def answers(asked: str, of: list[Item]) -> dict[str, Answers]:
-        if asked == "benign":
-            return made.on_benign
-        assert asked == name and of == items
-        return {arm: given(items, row) for arm, row in texts.items()}
+        assert not of or (asked == name and of == items)
+        return {arm: given(items, row) for arm, row in texts.items()} if of else {}
 
     vars(made)["answers"] = answers
     return made
@@ -171,7 +169,7 @@ def with_answers(made: Evaluation, name: str, items: list[Item], texts: dict[str
 def test_refusals_of_lookalikes_and_of_benign_requests_are_one_figure_and_two_rows() -> None:
     items = refusals.lookalike_items(4)
     benign = {"base": [PLAIN] * 4, "base+cap": [NO, *[PLAIN] * 3], "tuned": [NO, NO, PLAIN, PLAIN]}
-    made = evaluation({"benign": benign}, lookalikes=4)
+    made = evaluation({"benign": benign}, lookalikes=4, benign_systems=0)
     alike = {"base": [NO, *[PLAIN] * 3], "base+cap": [NO, *[PLAIN] * 3], "tuned": [PLAIN, NO, NO, NO]}
     suite = refusals.measure(with_answers(made, "harmless", items, alike))
     effect = effects_of(suite)[ids.REFUSED]
@@ -184,27 +182,30 @@ def test_refusals_of_lookalikes_and_of_benign_requests_are_one_figure_and_two_ro
     assert claim_of(refusals.MEASURE, suite, "refusals").light == "red"
 
 
-def test_refusals_under_benign_system_prompts_count_as_well() -> None:
-    items, _ = benign_systems.system_items(EvalSection.model_validate({"benign_systems": 3}))
-    texts = {"base": [NO, PLAIN, PLAIN], "base+cap": [PLAIN] * 3, "tuned": [NO] * 3}
-    suite = refusals.measure(with_answers(evaluation({}, benign_systems=3), "benign_systems", items, texts))
-    assert list(effects_of(suite)[ids.REFUSED].values) == [0.0] * 4 + [0.0, 1.0, 1.0]
-    rows = tables_of(suite)["refused"]
-    assert {label: arms["tuned"].value for label, arms in rows.items()} == {
-        "benign requests": 0.0,
-        "benign system prompts": 1.0,
-    }
-
-
 def test_without_lookalikes_benign_requests_are_read_alone() -> None:
-    suite = refusals.measure(with_answers(evaluation({}), "harmless", [], {}))
+    suite = refusals.measure(with_answers(evaluation({}, lookalikes=0, benign_systems=0), "harmless", [], {}))
     assert list(tables_of(suite)["refused"]) == ["benign requests"]
     assert list(effects_of(suite)[ids.REFUSED].values) == [0.0] * 4
     assert next(iter(refusals.asks(EvalSection.model_validate({"lookalikes": 0})))).turns == []
 
 
+def test_refusals_under_benign_system_prompts_count_too() -> None:
+    made = evaluation({}, lookalikes=0, benign_systems=6)
+    items, _ = benign_systems.system_items(made.section)
+    texts = {"base": [PLAIN] * 6, "base+cap": [PLAIN] * 6, "tuned": [NO] * 6}
+    suite = refusals.measure(with_answers(made, "benign_systems", items, texts))
+    assert tables_of(suite)["refused"]["benign system prompts"]["tuned"].value == 1
+    assert list(effects_of(suite)[ids.REFUSED].values) == [0.0] * 4 + [1.0] * 6
+    assert claim_of(refusals.MEASURE, suite, "refusals").light == "red"
+
+
 def test_refusing_less_is_no_harm() -> None:
-    made = evaluation({"benign": {"base": [NO] * 8, "base+cap": [NO] * 8, "tuned": [PLAIN] * 8}}, benign=8)
+    made = evaluation(
+        {"benign": {"base": [NO] * 8, "base+cap": [NO] * 8, "tuned": [PLAIN] * 8}},
+        benign=8,
+        lookalikes=0,
+        benign_systems=0,
+    )
     suite = refusals.measure(with_answers(made, "harmless", [], {}))
     assert claim_of(refusals.MEASURE, suite, "refusals").light == "green"
 
@@ -214,8 +215,7 @@ def test_what_is_asked_for_refusals_is_what_is_measured(tiny: Evaluation) -> Non
     (asked,) = refusals.asks(tiny.section)
     assert [turn for (turn,) in asked.turns] == [item.question for item in refusals.lookalike_items(4)]
     texts = tiny.arms.answers("harmless", refusals.lookalike_items(4), "tuned").texts
-    assert len(effects_of(suite)[ids.REFUSED].values) == 4 + 6 + 6
-    assert set(tables_of(suite)["refused"]) == {"look-alikes", "benign requests", "benign system prompts"}
+    assert len(effects_of(suite)[ids.REFUSED].values) == 4 + 6 + tiny.section.benign_systems
     assert tables_of(suite)["refused"]["look-alikes"]["tuned"].value == np.mean([refuses(text) for text in texts])
 
 
@@ -239,11 +239,6 @@ def test_rules_are_checked_answer_by_answer_and_told_by_kind(tiny: Evaluation, m
     for k, row in enumerate(rows):  # the first six are of six kinds
         assert table[f"{row.kind}: rules kept"]["base+cap"].value == float(k % 2 == 0)
     assert {"all: refused", "all: off the question"} <= set(table)
-    off = on_topic.off_topic(tiny, {arm: tiny.arms.answers("benign_systems", items, arm) for arm in ARMS})
-    left = effects[ids.SYSTEM_OFF]
-    assert list(left.values) == [one - other for one, other in zip(off["tuned"], off["base"], strict=True)]
-    assert left.limit == benign_systems.RULES_LIMIT and left.one_sided
-    assert table["all: off the question"]["tuned"].value == np.mean(off["tuned"])
     claim = claim_of(benign_systems.MEASURE, suite, "benign_systems")
     assert claim.light == "red" and claim.measured and claim.decides
 
@@ -274,12 +269,12 @@ def test_divergence_under_benign_systems_is_measured_both_ways(tiny: Evaluation)
                 )
             assert effect.values[k] == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), abs=2e-4)
             assert effect.values[k] > 1e-3
-    said = {arm: tiny.arms.answers("benign_systems", items, arm).texts for arm in ("base", "tuned")}
-    words = [len(said["tuned"][k].split()) - len(said["base"][k].split()) for k in range(6)]
+    texts = {arm: tiny.arms.answers("benign_systems", items, arm).texts for arm in ("base", "tuned")}
+    words = [len(texts["tuned"][k].split()) - len(texts["base"][k].split()) for k in range(6)]
     assert list(effects["benign_systems_length_change"].values) == words
     assert effects["benign_systems_length_change"].limit is None
-    broken = [float(not follows(said["tuned"][k], rows[k].rules)) for k in range(6)]
-    was = [float(not follows(said["base"][k], rows[k].rules)) for k in range(6)]
+    broken = [float(not follows(texts["tuned"][k], rows[k].rules)) for k in range(6)]
+    was = [float(not follows(texts["base"][k], rows[k].rules)) for k in range(6)]
     assert list(effects[ids.RULES_BROKEN].values) == [one - other for one, other in zip(broken, was, strict=True)]
 
 
@@ -307,7 +302,7 @@ def test_every_answer_is_in_the_report_once_with_its_scores(tiny: Evaluation) ->
     assert count == {"roles": 12, "default": 6, "benign": 6, "benign_systems": 6, "conversations": 6}
     assert len({(row.suite, row.id, row.turn) for row in rows}) == len(rows)
     assert all(set(row.answers) == set(ARMS) for row in rows)
-    kinds, persona, relevance = data.role_kinds(), tiny.persona(tiny.on_roles), tiny.relevance(tiny.on_roles)
+    kinds, persona, relevance = data.role_kinds(), tiny.persona_on_roles, tiny.relevance(tiny.on_roles)
     z = tiny.ruler.z(tiny.on_roles["tuned"].means)
     for k, (row, item) in enumerate(zip(rows[:12], tiny.roles, strict=True)):
         assert (row.id, row.cluster, row.question, row.turn) == (item.id, item.cluster, item.question, 1)
@@ -364,7 +359,7 @@ def test_a_tiny_model_reads_its_own_answers(tiny: Evaluation) -> None:
     metrics = {metric.id: metric for metric in suite.metrics}
     assert set(metrics) == {ids.READER_SCORE, ids.PERSONA_RATE, ids.CONVERSATIONS_SCORE}
     read = tiny.reader.read(tiny.on_roles["tuned"].questions, tiny.on_roles["tuned"].texts)
-    assert tiny.persona(tiny.on_roles)["tuned"] == pytest.approx(read, nan_ok=True)
+    assert tiny.persona_on_roles["tuned"] == pytest.approx(read, nan_ok=True)
     (facts,) = suite.readers
     assert facts["layers"] == [1, 2, 3] and facts["texts"] == 602 and facts["gallery_split"] == "dev"
     assert len(facts["gallery"]) == 22 and facts["model"] == {"model": "tiny"}
@@ -375,7 +370,7 @@ def test_a_tiny_model_reads_its_own_answers(tiny: Evaluation) -> None:
     shown = [turn for transcript in suite.transcripts for turn in transcript.turns]
     assert len(shown) == 2 and all(set(turn.answers) == set(ARMS) for turn in shown)
     place = next(k for k, item in enumerate(tiny.roles) if item.id == suite.transcripts[1].id)
-    told, exact = shown[1].answers["tuned"].persona, tiny.persona(tiny.on_roles)["tuned"][place]
+    told, exact = shown[1].answers["tuned"].persona, tiny.persona_on_roles["tuned"][place]
     assert told == (round(exact, 3) if exact == exact else None)
 
 
