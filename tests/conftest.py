@@ -35,6 +35,7 @@ from trimtab.axis.hooks import cap
 from trimtab.axis.models import Loaded
 from trimtab.axis.sampling import SamplingOptions
 from trimtab.eval.answers.arms import Arms
+from trimtab.train.builds import drop_stale_locks
 
 torch.set_num_threads(1)
 
@@ -56,6 +57,12 @@ CHATML = (
 CHATML_WITHOUT_SYSTEM = (
     "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + CHATML
 )
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """A run of tests that was killed while DeepSpeed compiled must not hang the next one."""
+    if not hasattr(session.config, "workerinput"):
+        drop_stale_locks(minutes=0)
 
 
 def pytest_make_parametrize_id(val: object, argname: str) -> str | None:

@@ -28,6 +28,7 @@ from trimtab.axis.errors import UserError, disk_full, known_fault
 from trimtab.axis.logs import setup_logging
 from trimtab.recipes.loader import LoadedRecipe, load_recipe
 from trimtab.recipes.schema import ModelSection, Recipe
+from trimtab.train.builds import drop_stale_locks
 from trimtab.train.method import A, Method
 
 if TYPE_CHECKING:
@@ -215,6 +216,8 @@ def train_variant(
     arguments = make_arguments()
     check_steps(arguments)
     state = PartialState()
+    if state.is_local_main_process and os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        drop_stale_locks()
     trainer = make_trainer(arguments)
     checkpoint = last_checkpoint(variant.checkpoints)
     check_spread(variant.checkpoints / SPREAD, trainer, resumed=checkpoint is not None)
