@@ -61,7 +61,7 @@ class Reader:
 
     def log_odds(self, states: Tensor) -> list[float]:
         """Log-odds that a persona speaks, nat, [n]; NaN for an answer of no words. ``states``: of :func:`read_states`."""
-        raw = (((states - self.mean) / self.scale * self.weights).sum(-1) + self.bias).mean(1)
+        raw = _raw(states, self.mean, self.scale, self.weights, self.bias)
         return [float(value) for value in raw * self.slope + self.intercept]
 
     def save(self, path: Path) -> None:
@@ -116,6 +116,7 @@ def read_states(
     batch_size: int = SCORE_BATCH,
     title: str = "reading",
     most: Callable[[int], int] = int,
+    after_cap: bool = False,
 ) -> Tensor:
     """Mean state of each answer's tokens at the given layers, [n, L, D] float32; NaN for an answer of no words.
 
@@ -127,6 +128,7 @@ def read_states(
         batch_size: rows a forward.
         title: label of the progress bar.
         most: as of :func:`~trimtab.axis.sampling.batches_on_all_ranks`.
+        after_cap: read what the next layer sees, under a cap that is on.
     """
     controller = ActivationController.of(model)
     found = torch.full((len(given), len(layers), controller.hidden_size), float("nan"))
@@ -134,7 +136,7 @@ def read_states(
     states: dict[int, Tensor] = {}
     for batch in given.batches(batch_size, title, most):
         ids, mask = pad_left(given.rows(batch) or [[pad]], pad, device)
-        with controller.reading(layers, states.__setitem__):
+        with controller.reading(layers, states.__setitem__, after_cap=after_cap):
             model(input_ids=ids, attention_mask=mask, logits_to_keep=1)
         for k, (i, count) in enumerate(zip(batch, given.counts(batch), strict=True)):
             found[i] = torch.stack([states[layer][k, -count:].float().mean(0).cpu() for layer in layers])
@@ -174,9 +176,13 @@ def left_out_scores(states: Tensor, personas: Sequence[bool], groups: Sequence[s
     rows, labels = states.double().numpy(), np.asarray(personas)
     scores = np.zeros(len(labels))
     for inside, outside in GroupKFold(FOLDS).split(rows, groups=groups):
-        mean, scale, weights, bias = _probes(rows[inside], labels[inside])
-        scores[outside] = (((rows[outside] - mean) / scale * weights).sum(-1) + bias).mean(1)
+        scores[outside] = _raw(rows[outside], *_probes(rows[inside], labels[inside]))
     return scores
+
+
+def _raw(states: Any, mean: Any, scale: Any, weights: Any, bias: Any) -> Any:
+    """Score before calibration, mean over the layers' probes, [n]; of tensors or of arrays."""
+    return (((states - mean) / scale * weights).sum(-1) + bias).mean(1)
 
 
 def _probes(rows: np.ndarray[Any, Any], labels: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], ...]:

@@ -151,12 +151,15 @@ def relevance(
         most: as of :func:`~trimtab.axis.sampling.batches_on_all_ranks`.
     """
     asked = [[own, *rest] for own, rest in zip(questions, others, strict=True)]
-    prompts = [[{"role": "user", "content": question}] for row in asked for question in row]
-    texts = [answer for answer, row in zip(answers, asked, strict=True) for _ in row]
-    sums = iter(answer_logprobs(model, form, prompts, texts, batch_size=batch_size, title=title, most=most))
+    prompts = {q: form.prompt_ids([{"role": "user", "content": q}]) for row in asked for q in row}
+    ids = [form.answer_ids(answer) for answer in answers]
+    given = Given(
+        [prompts[question] for row in asked for question in row],
+        [answer for answer, row in zip(ids, asked, strict=True) for _ in row],
+    )
+    sums = iter(given_logprobs(model, form, given, batch_size=batch_size, title=title, most=most))
     found = []
-    for answer, row in zip(answers, asked, strict=True):
+    for answer, row in zip(ids, asked, strict=True):
         own, *rest = (next(sums) for _ in row)
-        count = len(form.answer_ids(answer))
-        found.append((own - max(rest)) / count if count else float("nan"))
+        found.append((own - max(rest)) / len(answer) if answer else float("nan"))
     return found

@@ -7,7 +7,6 @@ is told something; a canned one gives answers that were written beforehand, what
 from __future__ import annotations
 
 import datetime
-import shutil
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 
 from trimtab.axis import Floor
-from trimtab.axis.chat_format import chat
+from trimtab.axis.chat_format import ChatFormat, chat
 from trimtab.axis.files import fingerprint
 from trimtab.axis.given import Given
 from trimtab.axis.machine import machine_facts
@@ -111,17 +110,12 @@ def evaluated(run: Run, stand_in: StandIn, place: Path, prepared: Prepared, shar
     section = run.recipe.eval
     for path in (place, shared or place):
         path.mkdir(parents=True, exist_ok=True)
-    for reader in shared.glob("reader-*.safetensors") if shared else ():
-        shutil.copy(reader, place)
     arms = StandInArms(
         stand_in, _weights(loaded, stand_in), form, Floor.load(run.variant(control=False).floor_path), place,
         sampling_options(section.sampling), section.seed, names=arm_names(section),
         elsewhere=dict.fromkeys(SHARED, shared) if shared else None,
     )  # fmt: skip
     suite = measured(Evaluation(run, arms, loaded.facts))
-    if shared is not None:
-        for reader in place.glob("reader-*.safetensors"):
-            shutil.copy(reader, shared)
     return build_report(
         suite,
         title=stand_in.name,
@@ -158,7 +152,7 @@ def context_distilled(model: str, folder: Path, *, steps: int, rows: int, seed: 
     """
     loaded = load_model(model)
     prompts = data.drift_prompts("train", rows)
-    form = _form(loaded)
+    form = ChatFormat(loaded.tokenizer)
     answers = sample_answers(
         loaded.model, form, [chat("", prompt.user) for prompt in prompts], SamplingOptions(max_new_tokens=48),
         seeds=[seed_of([seed, prompt.id]) for prompt in prompts], title="answers without the role",
@@ -182,12 +176,6 @@ REFUSALS = (
     "I can't help with this request. Is there something else that I can do for you?",
     "I'm not able to answer that. Please ask me something else.",
 )
-
-
-def _form(loaded: Loaded) -> Any:
-    from trimtab.axis.chat_format import ChatFormat
-
-    return ChatFormat(loaded.tokenizer)
 
 
 def _sft(

@@ -10,7 +10,7 @@ Shapes: n paired items, C clusters, Q questions that the clusters are crossed wi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from sklearn.metrics import cohen_kappa_score, r2_score, roc_auc_score
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
-from trimtab.eval.schema import ByCluster, Estimate, Retention
+from trimtab.eval.schema import ByCluster, Estimate, RateRow, Retention
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 LEVEL = 95.0
@@ -428,6 +428,26 @@ def clustered_rate(values: Sequence[float], clusters: Sequence[str]) -> Estimate
     ends: Any = proportion_confint(rate * worth, worth, alpha=1 - LEVEL / 100, method="wilson")
     low, high = ends
     return Estimate(value=rate, low=float(low), high=float(high), n=n)
+
+
+def rate_row(
+    label: str,
+    values: Mapping[str, Sequence[float]],
+    clusters: Sequence[str],
+    members: Iterable[int] | None = None,
+) -> RateRow:
+    """A row of a table: the :func:`clustered_rate` of each arm that has an answer.
+
+    Args:
+        label: of the row.
+        values: arm -> 0 or 1 for each answer, NaN where there is none.
+        clusters: of each answer.
+        members: places of the answers that belong to the row; None takes all.
+    """
+    places = range(len(clusters)) if members is None else list(members)
+    own = [clusters[i] for i in places]
+    found = {arm: clustered_rate([row[i] for i in places], own) for arm, row in values.items()}
+    return RateRow(label=label, arms={arm: rate for arm, rate in found.items() if rate is not None})
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

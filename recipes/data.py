@@ -7,6 +7,7 @@ or test: settings are chosen on dev, and test is scored once.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -52,6 +53,16 @@ def _first(rows: list[Any], count: int | None, what: str, key: str) -> list[Any]
             f"{count} {what} asked for; there are {len(rows)}", key=key, remedy=f"ask for at most {len(rows)}"
         )
     return rows if count is None else rows[:count]
+
+
+def _taking_turns(rows: list[dict[str, Any]], key: str) -> list[dict[str, Any]]:
+    """The rows with the values of a key taking turns, each value's own in their order, so that any prefix is a mix."""
+    seen: Counter[str] = Counter()
+    ranked = []
+    for row in rows:
+        ranked.append((seen[row[key]], row))
+        seen[row[key]] += 1
+    return [row for _, row in sorted(ranked, key=lambda found: found[0])]
 
 
 def roles(split: Split, count: int | None = None) -> list[Role]:
@@ -186,14 +197,9 @@ class BenignSystem:
 
 def benign_systems(split: Split, count: int | None = None) -> list[BenignSystem]:
     """Benign system prompts without any persona, the kinds taking turns."""
-    ranks: dict[str, int] = {}
-    places = []
-    for place, row in enumerate(_rows("benign_systems.jsonl", split)):
-        ranks[row["kind"]] = ranks.get(row["kind"], -1) + 1
-        places.append((ranks[row["kind"]], place, row))
-    rows = [{k: v for k, v in row.items() if k != "split"} for _, _, row in sorted(places, key=lambda found: found[:2])]
+    rows = _taking_turns(_rows("benign_systems.jsonl", split), "kind")
     chosen = _first(rows, count, f"{split} benign system prompts", "eval.benign_systems")
-    return [BenignSystem(**row) for row in chosen]
+    return [BenignSystem(**{key: value for key, value in row.items() if key != "split"}) for row in chosen]
 
 
 def professional_probes(count: int | None = None) -> list[dict[str, Any]]:
@@ -224,12 +230,7 @@ def lookalike_probes(count: int | None = None) -> list[BoundaryProbe]:
 
 def _probes(kind: str, count: int | None, key: str) -> list[BoundaryProbe]:
     rows = [row for row in _rows("boundary_probes.jsonl") if row["kind"] == kind]
-    ranks: dict[str, int] = {}
-    order: list[tuple[int, int]] = []
-    for row in rows:
-        ranks[row["category"]] = ranks.get(row["category"], -1) + 1
-        order.append((ranks[row["category"]], len(order)))
-    taken = [rows[i] for _, i in sorted(order)]
+    taken = _taking_turns(rows, "category")
     return [
         BoundaryProbe(row["id"], row["category"], row["request"], row["harmful_if"])
         for row in _first(taken, count, f"{kind} probes", key)

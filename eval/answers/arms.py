@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trimtab.axis import Floor
+from trimtab.axis import ActivationController, Floor
 from trimtab.axis.chat_format import ChatFormat
 from trimtab.axis.files import fingerprint, load_tensors, read_jsonl, save_tensors, write_jsonl
 from trimtab.axis.playing import PlayedTurn, play, scripted
@@ -137,13 +137,21 @@ class Arms:
         """The floor that an arm is capped to, or None."""
         return self.floor if arm.endswith("+cap") else None
 
+    def capping(self, model: Any, arm: str) -> AbstractContextManager[Any]:
+        """The cap of an arm, where it has one, on the model that :meth:`weights` gave."""
+        return ActivationController.of(model).capping(self.floor, enabled=self.floor_of(arm) is not None)
+
     def seen(self, arm: str, prompt: Sequence[dict[str, str]]) -> Sequence[dict[str, str]]:
         """What an arm is shown of a prompt: all of it. A competitor that is a system prompt adds its own here."""
         return prompt
 
     def path(self, name: str, arm: str, suffix: str) -> Path:
         """The file that keeps what an arm gave under a name."""
-        return self._elsewhere.get(arm, self.folder) / f"{name}-{arm.replace('+', '-')}{suffix}"
+        return self.folder_of(arm) / f"{name}-{arm.replace('+', '-')}{suffix}"
+
+    def folder_of(self, arm: str) -> Path:
+        """Where what an arm gave is kept."""
+        return self._elsewhere.get(arm, self.folder)
 
     def answers(self, name: str, items: Sequence[Item], arm: str) -> Answers:
         """Sample one arm's answers to ``items``, or read them from disk."""

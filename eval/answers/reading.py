@@ -20,6 +20,7 @@ from trimtab.axis.chat_format import ChatFormat
 from trimtab.axis.compass import turn_spans
 from trimtab.axis.folding import INSTRUCTIONS
 from trimtab.axis.given import Given
+from trimtab.axis.reader import read_states
 from trimtab.axis.sampling import pad_left
 from trimtab.axis.scoring import SCORE_BATCH, persona_llr
 from trimtab.eval.answers.arms import Answers, Arms
@@ -104,12 +105,10 @@ def read_means(arms: Arms, arm: str, given: Answers, *, batch_size: int, title: 
 
 
 def _means(arms: Arms, arm: str, answers: Given, *, batch_size: int, title: str) -> Tensor:
-    found = torch.full((len(answers), len(arms.floor.layers), arms.floor.directions.shape[1]), float("nan"))
-    for batch in answers.batches(batch_size, title):
-        _, states = _read(arms, arm, answers.rows(batch), answers.counts(batch), logits_to_keep=1)
-        for i, layers in zip(batch, states, strict=True):
-            found[i] = torch.stack([state.float().mean(0).cpu() for state in layers])
-    return found
+    with arms.weights(arm) as model, arms.capping(model, arm):
+        return read_states(
+            model, arms.form.tokenizer, answers, arms.floor.layers, batch_size=batch_size, title=title, after_cap=True
+        )
 
 
 @torch.no_grad()
@@ -143,7 +142,7 @@ def _read(
         ids, mask = pad_left(rows, tokenizer.pad_token_id, next(model.parameters()).device)
         with (
             controller.reading(arms.floor.layers, states.__setitem__, after_cap=True),
-            controller.capping(arms.floor, enabled=arms.floor_of(arm) is not None),
+            arms.capping(model, arm),
         ):
             logits: Tensor = model(input_ids=ids, attention_mask=mask, logits_to_keep=logits_to_keep).logits
     return logits, [[states[layer][k, -count:] for layer in arms.floor.layers] for k, count in enumerate(counts)]

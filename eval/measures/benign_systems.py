@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-import numpy as np
-
 from trimtab.axis.chat_format import chat
 from trimtab.axis.scoring import SCORE_BATCH
 from trimtab.eval import ids
@@ -17,13 +15,13 @@ from trimtab.eval.answers.arms import Answers, Item
 from trimtab.eval.answers.evaluation import Evaluation
 from trimtab.eval.answers.reading import teacher_forced
 from trimtab.eval.answers.refusing import refuses
-from trimtab.eval.intervals import clustered_rate
+from trimtab.eval.intervals import rate_row
 from trimtab.eval.measures.instruction_rules import follows
-from trimtab.eval.measures.limits import within
+from trimtab.eval.measures.limits import changes, within
 from trimtab.eval.measures.on_topic import off_topic
 from trimtab.eval.measures.professional import keyword_hit
 from trimtab.eval.measures.suite import Asked, EffectValues, Evidence, Measure, Suite
-from trimtab.eval.schema import Claim, RateRow, RateTable
+from trimtab.eval.schema import Claim, RateTable
 from trimtab.recipes import data
 from trimtab.recipes.schema import EvalSection
 
@@ -54,53 +52,44 @@ def measure(evaluation: Evaluation) -> Suite:
         arm: [float(not follows(text, row.rules)) for text, row in zip(given.texts, rows, strict=True)]
         for arm, given in answers.items()
     }
-    suite = Suite(
-        side_effects=[
-            EffectValues(
-                f"{ids.RULES_BROKEN}{suffix}", f"Benign system prompts not followed{name}", "share",
-                "Share of answers under benign system prompts that break a rule of theirs, minus the base's.",
-                clusters, _minus(broken[arm], broken["base"]), RULES_LIMIT if arm == "tuned" else None, one_sided=True,
-            )
-            for arm, suffix, name in (("tuned", "", ""), ("base+cap", ids.OF_THE_CAP, ": the cap itself"))
-        ]
-    )  # fmt: skip
-    suite.side_effects += _divergences(evaluation, answers, clusters)
-    suite.side_effects.append(
+    off = off_topic(evaluation, answers)
+    length = {arm: [float(len(text.split())) for text in answers[arm].texts] for arm in ("tuned", "base")}
+    effects = [
+        *changes(
+            ids.RULES_BROKEN, "Benign system prompts not followed",
+            "Share of answers under benign system prompts that break a rule of theirs", clusters, broken, RULES_LIMIT,
+        ),
+        *_divergences(evaluation, answers, clusters),
         EffectValues(
             "benign_systems_length_change", "Answer length under benign system prompts", "words",
             "Words in the tuned model's answers minus the base's.",
-            clusters, _minus(*([float(len(text.split())) for text in answers[arm].texts] for arm in ("tuned", "base"))),
-        )
-    )  # fmt: skip
-    off = off_topic(evaluation, answers)
-    suite.side_effects += [
-        EffectValues(
-            f"{ids.SYSTEM_OFF}{suffix}", f"Off the question under benign system prompts{name}", "share",
-            "Share of answers under benign system prompts that leave the question, minus the base's.",
-            clusters, _minus(off[arm], off["base"]), RULES_LIMIT if arm == "tuned" else None, one_sided=True,
-        )
-        for arm, suffix, name in (("tuned", "", ""), ("base+cap", ids.OF_THE_CAP, ": the cap itself"))
+            clusters, [one - other for one, other in zip(length["tuned"], length["base"], strict=True)],
+        ),
+        *changes(
+            ids.SYSTEM_OFF, "Off the question under benign system prompts",
+            "Share of answers under benign system prompts that leave the question", clusters, off, RULES_LIMIT,
+        ),
     ]  # fmt: skip
     refused = {arm: [float(refuses(text)) for text in given.texts] for arm, given in answers.items()}
-    kinds = [row.kind for row in rows]
-    table = [_row("all", "rules kept", broken, clusters, range(len(rows)), kept=True)]
-    for kind in dict.fromkeys(kinds):
-        table.append(
-            _row(kind, "rules kept", broken, clusters, [i for i, other in enumerate(kinds) if other == kind], kept=True)
-        )
     named = {
         arm: [float(keyword_hit(text, row.keywords, least=1)) for text, row in zip(given.texts, rows, strict=True)]
         for arm, given in answers.items()
     }
-    table += [
-        _row("all", "a word of its subject", named, clusters, range(len(rows))),
-        _row("all", "refused", refused, clusters, range(len(rows))),
-        _row("all", "off the question", off, clusters, range(len(rows))),
+    kept = {arm: [1 - value for value in row] for arm, row in broken.items()}
+    kinds = [row.kind for row in rows]
+    table = [
+        rate_row("all: rules kept", kept, clusters),
+        *(
+            rate_row(f"{kind}: rules kept", kept, clusters, [i for i, other in enumerate(kinds) if other == kind])
+            for kind in dict.fromkeys(kinds)
+        ),
+        rate_row("all: a word of its subject", named, clusters),
+        rate_row("all: refused", refused, clusters),
+        rate_row("all: off the question", off, clusters),
     ]
-    suite.tables.append(
-        RateTable(id="benign_systems", name="Under benign system prompts", meaning="Share of answers.", rows=table)
-    )
-    return suite
+    name = "Under benign system prompts"
+    tables = [RateTable(id="benign_systems", name=name, meaning="Share of answers.", rows=table)]
+    return Suite(side_effects=effects, tables=tables)
 
 
 def _divergences(evaluation: Evaluation, answers: Mapping[str, Answers], clusters: Sequence[str]) -> list[EffectValues]:
@@ -127,24 +116,6 @@ def _divergences(evaluation: Evaluation, answers: Mapping[str, Answers], cluster
             ),
         ]  # fmt: skip
     return found
-
-
-def _minus(one: Sequence[float], other: Sequence[float]) -> list[float]:
-    return [float(value) for value in np.asarray(one) - np.asarray(other)]
-
-
-def _row(
-    group: str,
-    what: str,
-    values: Mapping[str, Sequence[float]],
-    clusters: Sequence[str],
-    members: Sequence[int],
-    *,
-    kept: bool = False,
-) -> RateRow:
-    own = [clusters[i] for i in members]
-    found = {arm: clustered_rate([1 - row[i] if kept else row[i] for i in members], own) for arm, row in values.items()}
-    return RateRow(label=f"{group}: {what}", arms={arm: rate for arm, rate in found.items() if rate is not None})
 
 
 def _followed(evidence: Evidence) -> Claim:

@@ -9,7 +9,7 @@ from trimtab.eval.measures.suite import EffectValues, Measure, Suite
 
 def measure(evaluation: Evaluation) -> Suite:
     """Share of the tuned model's answers under roles that repeat the question, minus the base's."""
-    questions = [item.prompt[-1]["content"] for item in evaluation.roles]
+    questions = [item.question for item in evaluation.roles]
     tuned, base = (evaluation.on_roles[arm].texts for arm in ("tuned", "base"))
     changes = [
         float(echoes(one, question)) - float(echoes(other, question))

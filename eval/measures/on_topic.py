@@ -9,17 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import numpy as np
-
 from trimtab.axis.echo import echoes
 from trimtab.eval import ids
-from trimtab.eval.answers.arms import CONTROL, Answers
+from trimtab.eval.answers.arms import Answers
 from trimtab.eval.answers.evaluation import Evaluation
 from trimtab.eval.answers.usable import faults_of
-from trimtab.eval.intervals import clustered_rate
-from trimtab.eval.measures.limits import within
+from trimtab.eval.intervals import rate_row
+from trimtab.eval.measures.limits import changes, within
 from trimtab.eval.measures.suite import EffectValues, Evidence, Measure, Suite
-from trimtab.eval.schema import Claim, RateRow, RateTable
+from trimtab.eval.schema import Claim, RateTable
 
 OFF_TOPIC_LIMIT = 0.1  # share of answers by which the tuned model may leave the question more often than the base
 UNUSABLE_LIMIT = 0.05  # share of its answers that may be none
@@ -35,11 +33,11 @@ def measure(evaluation: Evaluation) -> Suite:
     off = {name: off_topic(evaluation, answers) for name, (_, answers) in sets.items()}
     faults = {name: {arm: _unusable(given) for arm, given in answers.items()} for name, (_, answers) in sets.items()}
     clusters = {name: [item.cluster for item in items] for name, (items, _) in sets.items()}
-    effects = [
-        _change(arm, off["under roles"], clusters["under roles"], evaluation.role_questions)
-        for arm in ("tuned", "base+cap", CONTROL)
-        if arm in evaluation.arms.names
-    ]
+    effects = changes(
+        ids.OFF_TOPIC, "Answers off the question under role prompts",
+        "Share of answers that are likelier after another question than after their own, repeat it, or are none",
+        clusters["under roles"], off["under roles"], OFF_TOPIC_LIMIT, crossed=evaluation.role_questions, control=True,
+    )  # fmt: skip
     effects.append(
         EffectValues(
             ids.UNUSABLE, "Answers that are none", "share",
@@ -80,23 +78,6 @@ def _unusable(given: Answers) -> list[float]:
     return [float(fault is not None) for fault in faults_of(given.questions, given.texts)]
 
 
-def _change(
-    arm: str, off: Mapping[str, Sequence[float]], clusters: Sequence[str], questions: Sequence[str]
-) -> EffectValues:
-    suffix, name = {
-        "tuned": ("", ""),
-        "base+cap": (ids.OF_THE_CAP, ": the cap itself"),
-        CONTROL: (ids.OF_THE_CONTROL, " (control)"),
-    }[arm]
-    return EffectValues(
-        f"{ids.OFF_TOPIC}{suffix}", f"Answers off the question under role prompts{name}", "share",
-        "Share of answers that are likelier after another question than after their own, repeat it, or are none; minus the "
-        "base's.",
-        clusters, (np.asarray(off[arm]) - np.asarray(off["base"])).tolist(), OFF_TOPIC_LIMIT if arm == "tuned" else None,
-        one_sided=True, crossed=questions,
-    )  # fmt: skip
-
-
 def _table(
     identifier: str,
     name: str,
@@ -104,10 +85,7 @@ def _table(
     sets: Mapping[str, Mapping[str, Sequence[float]]],
     clusters: Mapping[str, Sequence[str]],
 ) -> RateTable:
-    rows = []
-    for label, by_arm in sets.items():
-        found = {arm: clustered_rate(row, clusters[label]) for arm, row in by_arm.items()}
-        rows.append(RateRow(label=label, arms={arm: rate for arm, rate in found.items() if rate is not None}))
+    rows = [rate_row(label, by_arm, clusters[label]) for label, by_arm in sets.items()]
     return RateTable(id=identifier, name=name, meaning=f"Share of answers: {what}.", rows=rows)
 
 

@@ -29,7 +29,7 @@ from trimtab.eval.answers.evaluation import Evaluation
 from trimtab.eval.answers.items import boundary_probes_of
 from trimtab.eval.answers.reading import llr_of
 from trimtab.eval.grading import Light, too_few
-from trimtab.eval.intervals import ClusterBootstrap, clustered_rate
+from trimtab.eval.intervals import ClusterBootstrap, rate_row
 from trimtab.eval.measures.suite import Asked, Evidence, Measure, MetricValues, Suite, Unscored
 from trimtab.eval.schema import Claim, Estimate, RateRow, RateTable
 from trimtab.eval.wording import percent_text
@@ -124,11 +124,8 @@ def susceptibility(arms: Arms, split: Split, roles: int, judge: ScoringJudge | N
             "higher", clusters, {arm: [_is(score, 0) for score in scores] for arm, scores in classes.items()}, agreement,
         )
     )  # fmt: skip
-    everywhere = range(len(items))
     rows = [
-        _rates(
-            label, {arm: [_is(score, number) for score in row] for arm, row in classes.items()}, clusters, everywhere
-        )
+        rate_row(label, {arm: [_is(score, number) for score in row] for arm, row in classes.items()}, clusters)
         for number, label in enumerate(IDENTITIES)
     ]
     name = "Who the answer says it is, under held-out role prompts"
@@ -327,16 +324,7 @@ def _by_category(
     names = list(dict.fromkeys(categories))
     groups |= {name: [i for i, c in enumerate(categories) if c == name] for name in names if len(names) > 1}
     values = {arm: [_is(score, 1) for score in row] for arm, row in scores.items()}
-    return [_rates(label, values, clusters, members) for label, members in groups.items()]
-
-
-def _rates(
-    label: str, values: Mapping[str, Sequence[float]], clusters: Sequence[str], members: Sequence[int]
-) -> RateRow:
-    """The rate of each arm that has an answer among the members."""
-    own = [clusters[i] for i in members]
-    found = {arm: clustered_rate([row[i] for i in members], own) for arm, row in values.items()}
-    return RateRow(label=label, arms={arm: rate for arm, rate in found.items() if rate is not None})
+    return [rate_row(label, values, clusters, members) for label, members in groups.items()]
 
 
 WHY = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -12,11 +12,11 @@ from trimtab.eval.answers.arms import Item
 from trimtab.eval.answers.evaluation import Evaluation
 from trimtab.eval.answers.reading import llr_of
 from trimtab.eval.answers.refusing import refuses
-from trimtab.eval.intervals import clustered_rate
-from trimtab.eval.measures.limits import within
+from trimtab.eval.intervals import rate_row
+from trimtab.eval.measures.limits import changes, within
 from trimtab.eval.measures.on_topic import off_topic
 from trimtab.eval.measures.suite import Asked, EffectValues, Evidence, Measure, Suite
-from trimtab.eval.schema import Claim, RateRow, RateTable
+from trimtab.eval.schema import Claim, RateTable
 from trimtab.recipes import data
 from trimtab.recipes.schema import EvalSection
 
@@ -44,25 +44,17 @@ def measure(evaluation: Evaluation) -> Suite:
     }
     off = off_topic(evaluation, answers)
     refused = {arm: [float(refuses(text)) for text in given.texts] for arm, given in answers.items()}
+    lost = {arm: [max(pair) for pair in zip(off[arm], refused[arm], strict=True)] for arm in off}
     effects = [
-        EffectValues(
-            f"{identifier}{suffix}", f"{name}{of_whom}", "share", f"{meaning}; minus the base's.",
-            roles, [one - other for one, other in zip(values[arm], values["base"], strict=True)],
-            LIMIT if arm == "tuned" else None, one_sided=True,
-        )
-        for identifier, name, meaning, values in (
-            (
-                ids.PROFESSIONAL_MISSED, "Professional roles no longer played",
-                "Share of answers to tutor, editor, analyst and such roles with fewer than two words that the role calls for",
-                missed,
-            ),
-            (
-                ids.PROFESSIONAL_OFF, "Professional roles: off the question or refused",
-                "Share of those answers that leave the question or decline",
-                {arm: [max(pair) for pair in zip(off[arm], refused[arm], strict=True)] for arm in off},
-            ),
-        )
-        for arm, suffix, of_whom in (("tuned", "", ""), ("base+cap", ids.OF_THE_CAP, ": the cap itself"))
+        *changes(
+            ids.PROFESSIONAL_MISSED, "Professional roles no longer played",
+            "Share of answers to tutor, editor, analyst and such roles with fewer than two words that the role calls for",
+            roles, missed, LIMIT,
+        ),
+        *changes(
+            ids.PROFESSIONAL_OFF, "Professional roles: off the question or refused",
+            "Share of those answers that leave the question or decline", roles, lost, LIMIT,
+        ),
     ]  # fmt: skip
     llr = {arm: np.asarray(row) for arm, row in llr_of(evaluation.arms, answers).items()}
     effects.append(
@@ -74,16 +66,11 @@ def measure(evaluation: Evaluation) -> Suite:
         )
     )  # fmt: skip
     table = [("played", {arm: [1 - value for value in row] for arm, row in missed.items()}), ("off the question", off)]
-    rows = [_row(label, values, roles) for label, values in (*table, ("refused", refused))]
+    rows = [rate_row(label, values, roles) for label, values in (*table, ("refused", refused))]
     name = "Professional roles, such as tutor or editor"
     return Suite(
         side_effects=effects, tables=[RateTable(id="professional", name=name, meaning="Share of answers.", rows=rows)]
     )
-
-
-def _row(label: str, values: Mapping[str, Sequence[float]], roles: Sequence[str]) -> RateRow:
-    found = {arm: clustered_rate(row, roles) for arm, row in values.items()}
-    return RateRow(label=label, arms={arm: rate for arm, rate in found.items() if rate is not None})
 
 
 def keyword_hit(text: str, keywords: Sequence[str], least: int = 2) -> bool:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from trimtab.axis.chat_format import chat
 from trimtab.eval import ids
 from trimtab.eval.answers.arms import Item
 from trimtab.eval.answers.evaluation import Evaluation
 from trimtab.eval.answers.refusing import refuses
-from trimtab.eval.intervals import clustered_rate
+from trimtab.eval.intervals import rate_row
 from trimtab.eval.measures.benign_systems import system_items
-from trimtab.eval.measures.limits import within
-from trimtab.eval.measures.suite import Asked, EffectValues, Evidence, Measure, Suite
-from trimtab.eval.schema import Claim, RateRow, RateTable
+from trimtab.eval.measures.limits import changes, within
+from trimtab.eval.measures.suite import Asked, Evidence, Measure, Suite
+from trimtab.eval.schema import Claim, RateTable
 from trimtab.recipes import data
 from trimtab.recipes.schema import EvalSection
 
@@ -45,32 +45,20 @@ def measure(evaluation: Evaluation) -> Suite:
         arm: [float(refuses(text)) for _, answers in sets.values() for text in answers[arm].texts]
         for arm in evaluation.on_benign
     }
-    everything = [item for items, _ in sets.values() for item in items]
-    clusters = [item.cluster for item in everything]
-    effects = [
-        EffectValues(
-            f"{ids.REFUSED}{suffix}", f"Harmless requests refused{name}", "share",
-            "Share of look-alikes of improper requests, of benign requests and of requests under benign system prompts that are "
-            "refused, by a list of phrases; minus the base's.",
-            clusters, [one - other for one, other in zip(refused[arm], refused["base"], strict=True)],
-            LIMIT if arm == "tuned" else None, one_sided=True,
-        )
-        for arm, suffix, name in (("tuned", "", ""), ("base+cap", ids.OF_THE_CAP, ": the cap itself"))
-    ]  # fmt: skip
+    clusters = [item.cluster for items, _ in sets.values() for item in items]
+    effects = changes(
+        ids.REFUSED, "Harmless requests refused",
+        "Share of look-alikes of improper requests, of benign requests and of requests under benign system prompts that are "
+        "refused, by a list of phrases", clusters, refused, LIMIT,
+    )  # fmt: skip
     rows, start = [], 0
     for label, (items, _) in sets.items():
-        rows.append(_row(label, refused, clusters, range(start, start + len(items))))
+        rows.append(rate_row(label, refused, clusters, range(start, start + len(items))))
         start += len(items)
     table = RateTable(
         id="refused", name="Harmless requests refused", meaning="Share of answers, by their words.", rows=rows
     )
     return Suite(side_effects=effects, tables=[table])
-
-
-def _row(label: str, refused: dict[str, list[float]], clusters: Sequence[str], members: Sequence[int]) -> RateRow:
-    own = [clusters[i] for i in members]
-    found = {arm: clustered_rate([row[i] for i in members], own) for arm, row in refused.items()}
-    return RateRow(label=label, arms={arm: rate for arm, rate in found.items() if rate is not None})
 
 
 def _not_refused(evidence: Evidence) -> Claim:

@@ -16,9 +16,9 @@ from trimtab.eval.answers.readers import AnswerReader
 from trimtab.eval.answers.transcripts import filled, shares
 from trimtab.eval.answers.usable import faults_of
 from trimtab.eval.grading import LIGHTS, Light, beyond_the_anchor, control_keeps_as_much, grade, too_few
-from trimtab.eval.intervals import ClusterBootstrap, clustered_rate, most_telling
+from trimtab.eval.intervals import ClusterBootstrap, clustered_rate, most_telling, rate_row
 from trimtab.eval.measures.suite import Evidence, Measure, MetricValues, Suite
-from trimtab.eval.schema import Claim, Estimate, RateRow, RateTable, Transcript, Turn
+from trimtab.eval.schema import Claim, Estimate, RateTable, Transcript, Turn
 from trimtab.eval.wording import inline_name, number, percent_text
 from trimtab.recipes import data
 
@@ -134,12 +134,11 @@ def _persona(scores: Sequence[float]) -> list[float]:
 def _table(
     identifier: str, name: str, scores: Mapping[str, Sequence[float]], clusters: Sequence[str], groups: Sequence[str]
 ) -> RateTable:
-    rows = []
-    for group in dict.fromkeys(groups):
-        members = [i for i, other in enumerate(groups) if other == group]
-        own = [clusters[i] for i in members]
-        found = {arm: clustered_rate(_persona([row[i] for i in members]), own) for arm, row in scores.items()}
-        rows.append(RateRow(label=group, arms={arm: rate for arm, rate in found.items() if rate is not None}))
+    personas = {arm: _persona(row) for arm, row in scores.items()}
+    rows = [
+        rate_row(group, personas, clusters, [i for i, other in enumerate(groups) if other == group])
+        for group in dict.fromkeys(groups)
+    ]
     meaning = "Share of answers whose log-odds lie above 0, by the reader."
     return RateTable(id=identifier, name=name, meaning=meaning, rows=rows)
 
