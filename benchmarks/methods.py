@@ -129,13 +129,14 @@ def share(folder: Path, run: Run, seed: int) -> None:
 
 
 def share_answers(folder: Path, run: Run) -> None:
-    """Give a run the readers, and what the base answered, with and without the cap, in other runs under the same floor."""
+    """Give a run the readers, their scores, and what the base answered, with and without the cap, under the same floor."""
     (run.folder / "eval").mkdir(exist_ok=True)
     floor = file_fingerprint(run.folder / "floor.safetensors")
-    for pattern in ("*-base.*", "*-base-cap.*", "reader-*"):
+    of_texts = ("reader-*", "read-*", "relevance-*")  # whoever said them, under whatever floor
+    for pattern in ("*-base.*", "*-base-cap.*", *of_texts):
         for path in sorted(folder.glob(f"*/eval/{pattern}")):
             alike = file_fingerprint(path.parents[1] / "floor.safetensors") == floor
-            if (alike or pattern == "reader-*") and not (run.folder / "eval" / path.name).exists():
+            if (alike or pattern in of_texts) and not (run.folder / "eval" / path.name).exists():
                 shutil.copy(path, run.folder / "eval")
 
 

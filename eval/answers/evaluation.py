@@ -12,13 +12,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from trimtab.axis import ActivationController, Axis
+from trimtab.axis import Axis
 from trimtab.axis.extraction import extract
 from trimtab.axis.files import fingerprint
 from trimtab.axis.models import Loaded
 from trimtab.axis.scoring import SCORE_BATCH, relevance
 from trimtab.eval.answers.arms import Answers, Arms, Item, durability_arm
 from trimtab.eval.answers.items import benign_items, conversation_items, conversations_of, default_items, role_items
+from trimtab.eval.answers.kept_scores import KeptScores
 from trimtab.eval.answers.readers import AnswerReader, ReadingModel, second_reader
 from trimtab.eval.answers.reading import Forced, llr_of, read_means, teacher_forced
 from trimtab.eval.answers.ruler import Ruler
@@ -48,7 +49,6 @@ class Evaluation:
         self.floor = arms.floor
         self.model_facts = dict(model_facts)
         self._made: dict[Callable[[Evaluation], Any], Any] = {}
-        self._relevance: dict[tuple[str, str], float] = {}
 
     def resample(self, clusters: Sequence[str]) -> ClusterBootstrap:
         """The bootstrap of this evaluation over these clusters."""
@@ -88,7 +88,7 @@ class Evaluation:
     @cached_property
     def role_questions(self) -> list[str]:
         """The question of each of them: roles share it, so it is resampled with them."""
-        return [item.prompt[-1]["content"] for item in self.roles]
+        return [item.question for item in self.roles]
 
     @cached_property
     def on_roles(self) -> dict[str, Answers]:
@@ -176,8 +176,7 @@ class Evaluation:
         of_size = fingerprint([size, source.sampling.model_dump()])[:8]  # the evaluation may be repeated with another
         path = arms.path(f"axis_reextracted-{of_size}", arm, ".safetensors")
         if not path.exists():
-            capped = arms.floor_of(arm) is not None
-            with arms.weights(arm) as model, ActivationController.of(model).capping(arms.floor, enabled=capped):
+            with arms.weights(arm) as model, arms.capping(model, arm):
                 extract(
                     Loaded(model, arms.form.tokenizer, self.model_facts),
                     arms.form,
@@ -205,13 +204,13 @@ class Evaluation:
         """Reads who speaks in an answer: the base, which knows no role's prompt."""
         form, weights = self.arms.form, self.arms.weights
         reading = ReadingModel("the base", lambda: weights("base"), form.tokenizer, form, self.model_facts)
-        return AnswerReader(reading, self.arms.folder, self.section.split)
+        return AnswerReader(reading, self.arms.folder_of("base"), self.section.split)
 
     @cached_property
     def second_reader(self) -> AnswerReader | None:
         """A model of another family that reads the same answers; None where the recipe names none."""
         name = self.section.second_reader
-        return None if name is None else second_reader(name, self.arms.folder, self.section.split)
+        return None if name is None else second_reader(name, self.arms.folder_of("base"), self.section.split)
 
     def persona(self, answers: Mapping[str, Answers], reader: AnswerReader | None = None) -> dict[str, list[float]]:
         """Arm -> log-odds that a persona speaks in each of its answers, nat; NaN for an empty one.
@@ -232,18 +231,23 @@ class Evaluation:
         """
         answers = {arm: given for arm, given in answers.items() if arm != "tuned+cap"}
         pool = sorted({question for given in answers.values() for question in given.questions})
-        keys = {arm: list(zip(given.questions, given.texts, strict=True)) for arm, given in answers.items()}
-        distinct = dict.fromkeys(key for row in keys.values() for key in row)
-        new = [key for key in distinct if key not in self._relevance] if len(pool) > 1 else []
-        if new:
-            places = [pool.index(question) for question, _ in new]
-            others = [
-                [pool[(place + 1 + k) % len(pool)] for k in range(min(OTHERS, len(pool) - 1))] for place in places
-            ]
-            with self.arms.weights("base") as model:
-                found = relevance(model, self.arms.form, [q for q, _ in new], [text for _, text in new], others)
-            self._relevance |= dict(zip(new, found, strict=True))
-        return {arm: [self._relevance.get(key, float("nan")) for key in row] for arm, row in keys.items()}
+        count = min(OTHERS, len(pool) - 1)
+        others = {q: tuple(pool[(i + 1 + k) % len(pool)] for k in range(count)) for i, q in enumerate(pool)}
+        found = {}
+        for arm, given in answers.items():
+            asked = [(q, text, others[q]) for q, text in zip(given.questions, given.texts, strict=True)]
+            found[arm] = self._relevance.of(asked) if count > 0 else [float("nan")] * len(asked)
+        return found
+
+    @cached_property
+    def _relevance(self) -> KeptScores[tuple[str, str, tuple[str, ...]]]:
+        path = self.arms.folder_of("base") / f"relevance-{fingerprint(self.model_facts)[:12]}.jsonl"
+        return KeptScores(path, self._relevance_of)
+
+    def _relevance_of(self, asked: Sequence[tuple[str, str, tuple[str, ...]]]) -> list[float]:
+        questions, texts, others = zip(*asked, strict=True)
+        with self.arms.weights("base") as model:
+            return relevance(model, self.arms.form, questions, texts, others)
 
     @cached_property
     def persona_on_roles(self) -> dict[str, list[float]]:

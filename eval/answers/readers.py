@@ -11,6 +11,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from trimtab.axis.errors import UserError
 from trimtab.axis.files import fingerprint
 from trimtab.axis.models import load_model
 from trimtab.axis.reader import Reader, read_states, rows_to_read
+from trimtab.eval.answers.kept_scores import KeptScores
 from trimtab.eval.intervals import ClusterBootstrap
 from trimtab.eval.schema import Estimate
 from trimtab.recipes import data
@@ -50,11 +52,11 @@ class ReadingModel:
 
 
 class AnswerReader:
-    """A reader at work: it reads the same question and answer once.
+    """A reader at work: it reads the same question and answer once, and keeps what it read in the folder.
 
     Args:
         reading: the model.
-        folder: where the fitted reader is kept.
+        folder: where the fitted reader and its scores are kept.
         split: of the texts that it is tried on.
     """
 
@@ -63,18 +65,28 @@ class AnswerReader:
         self._reading = reading
         self._folder = folder
         self._split: Split = split
-        self._read: dict[tuple[str, str], float] = {}
         self._reader: Reader | None = None
+
+    @cached_property
+    def _texts(self) -> tuple[list[KnownText], list[KnownText]]:
+        """What it is fitted on, and what it is tried on."""
+        return data.reader_texts(), data.reader_gallery(self._split)
+
+    @cached_property
+    def _identity(self) -> str:
+        return fingerprint([[asdict(text) for texts in self._texts for text in texts], self._reading.facts])[:12]
+
+    @cached_property
+    def _scores(self) -> KeptScores[tuple[str, str]]:
+        return KeptScores(self._folder / f"read-{self._identity}.jsonl", self._read)
 
     @property
     def reader(self) -> Reader:
         """The fitted reader, fitted at its first use and kept in the folder."""
         if self._reader is None:
-            known, gallery = data.reader_texts(), data.reader_gallery(self._split)
-            identity = fingerprint([[asdict(text) for text in (*known, *gallery)], self._reading.facts])[:12]
-            path = self._folder / f"reader-{identity}.safetensors"
+            path = self._folder / f"reader-{self._identity}.safetensors"
             if not path.exists():
-                self._fit(known, gallery).save(path)
+                self._fit(*self._texts).save(path)
             self._reader = Reader.load(path)
         return self._reader
 
@@ -100,15 +112,18 @@ class AnswerReader:
             questions: the user's last message before each answer.
             answers: the answers.
         """
-        keys = list(zip(questions, answers, strict=True))
-        new = [key for key in dict.fromkeys(keys) if key not in self._read and key[1].strip()]
-        if new:
+        return self._scores.of(list(zip(questions, answers, strict=True)))
+
+    def _read(self, asked: Sequence[tuple[str, str]]) -> list[float]:
+        found = dict.fromkeys(asked, float("nan"))
+        said = [key for key in asked if key[1].strip()]
+        if said:
             reader, reading = self.reader, self._reading
-            given = rows_to_read(reading.tokenizer, reading.form, [q for q, _ in new], [a for _, a in new])
+            given = rows_to_read(reading.tokenizer, reading.form, [q for q, _ in said], [text for _, text in said])
             with reading.model() as model:
                 states = read_states(model, reading.tokenizer, given, reader.layers, title=f"{self.name} reads")
-            self._read |= dict(zip(new, reader.log_odds(states), strict=True))
-        return [self._read.get(key, float("nan")) for key in keys]
+            found |= dict(zip(said, reader.log_odds(states), strict=True))
+        return list(found.values())
 
     def _fit(self, known: Sequence[KnownText], gallery: Sequence[KnownText]) -> Reader:
         reading, title = self._reading, f"{self.name}: fitting the reader"
