@@ -33,7 +33,7 @@ from trimtab.eval import ids
 from trimtab.eval.intervals import most_telling
 from trimtab.eval.report.compare import load_runs
 from trimtab.eval.report.page import load_report
-from trimtab.eval.report.pooling import Pooled, stand
+from trimtab.eval.report.pooling import Pooled, Standing, stand
 from trimtab.eval.schema import Report
 from trimtab.eval.stages import eval_stage, report_stage
 from trimtab.pipeline.instrument import floor_stage
@@ -204,13 +204,20 @@ def _file_name(method: str, seed: int) -> str:
     return f"{method.replace(' ', '-')}-{seed}"
 
 
-def table(reports: dict[str, Report]) -> str:
-    """The tables in Markdown: retention, gaps to the default, effects_table; seeds pooled, each seed's value in brackets."""
-    methods = by_method(reports)
-    together = stand(
-        {f"{method}/{k}": run for method, runs in methods.items() for k, run in enumerate(runs)}, samples=SAMPLES, seed=0,
-        settings={method: [f"{method}/{k}" for k in range(len(runs))] for method, runs in methods.items()},
-    )  # fmt: skip
+def standing_of(methods: dict[str, list[Report]]) -> Standing:
+    """All methods against the default, repetitions pooled."""
+    named = {method: {f"{method}/{k}": run for k, run in enumerate(runs)} for method, runs in methods.items()}
+    runs = {name: run for found in named.values() for name, run in found.items()}
+    return stand(runs, samples=SAMPLES, seed=0, settings={method: list(found) for method, found in named.items()})
+
+
+def table(methods: dict[str, list[Report]], together: Standing) -> str:
+    """The tables in Markdown: retention, gaps to the default, side effects; each repetition's value in brackets.
+
+    Args:
+        methods: as :func:`by_method` gives them.
+        together: as :func:`standing_of` pools them.
+    """
     order = [method for method in [*METHODS, *COMPETITORS] if method in methods]
 
     def cell(pooled: Pooled | None, digits: int) -> str:
@@ -338,8 +345,6 @@ def main() -> None:
     reports: dict[str, Report] = {}
     if arguments.kept is not None and (files := sorted(arguments.kept.glob("*.json.gz"))):
         reports = load_runs(files)
-    page = folder / "methods.md" if arguments.kept is None else arguments.kept / "README.md"
-    told: str | None = None  # the bootstrap behind it takes as long as many a run
     for seed in arguments.seeds:
         for method in arguments.methods:
             name = _file_name(method, seed)
@@ -350,14 +355,15 @@ def main() -> None:
             )
             if arguments.kept is not None:
                 write_packed_json(arguments.kept / f"{name}.json.gz", reports[name].model_dump())
-            told = write_page(page, reports, arguments.model)
-    if reports:
-        print(told or write_page(page, reports, arguments.model))
+    if reports:  # at the end alone: the bootstrap over all of them takes as long as many a run
+        page = folder / "methods.md" if arguments.kept is None else arguments.kept / "README.md"
+        print(write_page(page, reports, arguments.model))
 
 
 def write_page(page: Path, reports: dict[str, Report], model: str) -> str:
     """Write the table with what each method is; returns the table."""
-    told, known = table(reports), by_method(reports)
+    known = by_method(reports)
+    told = table(known, standing_of(known))
     recipes = {method: " ".join((f"`{model}/{name}`", *changes)) for method, (name, changes) in METHODS.items()}
     methods = [f"- {method}: {what}" for method, what in {**recipes, **COMPETITORS}.items() if method in known]
     head = f"# Every training method, {model}\n\nWritten by `benchmarks/methods.py`.\n\n"

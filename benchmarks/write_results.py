@@ -15,13 +15,13 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from known_bad import table as bad_table
-from methods import DEFAULT, EVERY, SAMPLES, by_method, table
+from methods import DEFAULT, EVERY, by_method, standing_of, table
 
 from trimtab.axis.files import read_json, write_text
 from trimtab.eval import ids
 from trimtab.eval.intervals import clustered_rate
 from trimtab.eval.report.compare import load_runs
-from trimtab.eval.report.pooling import Standing, stand
+from trimtab.eval.report.pooling import Standing
 from trimtab.eval.schema import AnswerRow, Estimate, Report
 from trimtab.eval.wording import number
 
@@ -42,21 +42,22 @@ def written() -> dict[Path, str]:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     before, _, rest = readme.partition(BEGIN)
     after = rest.partition(END)[2]
-    inside = rendered("readme_results.md.j2")
+    figures = Figures()
+    inside = rendered("readme_results.md.j2", figures)
     return {
-        ROOT / "docs" / "results.md": rendered("results.md.j2"),
+        ROOT / "docs" / "results.md": rendered("results.md.j2", figures),
         ROOT / "README.md": f"{before}{BEGIN}\n\n{inside.strip()}\n\n{END}{after}",
     }
 
 
-def rendered(template: str) -> str:
+def rendered(template: str, figures: Figures) -> str:
     """A template with the kept figures."""
     environment = Environment(
         loader=FileSystemLoader(ROOT / "docs"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
         keep_trailing_newline=True,
     )  # fmt: skip
     environment.filters["wrapped"] = wrapped
-    return environment.get_template(template).render(figures=Figures())
+    return environment.get_template(template).render(figures=figures)
 
 
 def wrapped(text: str) -> str:
@@ -87,9 +88,7 @@ class Figures:
     @functools.cached_property
     def standing(self) -> Standing:
         """All of them pooled over repetitions, against the default."""
-        names = {f"{method}/{k}": run for method, runs in self.runs.items() for k, run in enumerate(runs)}
-        settings = {method: [f"{method}/{k}" for k in range(len(runs))] for method, runs in self.runs.items()}
-        return stand(names, samples=SAMPLES, seed=0, settings=settings)
+        return standing_of(self.runs)
 
     def some(self) -> Report:
         """A run of the default."""
@@ -195,7 +194,7 @@ class Figures:
 
     def tables(self) -> str:
         """All tables of methods."""
-        return table({f"{m.replace(' ', '-')}-{k}": run for m, runs in self.runs.items() for k, run in enumerate(runs)})
+        return table(self.runs, self.standing)
 
     def bad(self) -> str:
         """The gallery of bad models."""
