@@ -25,6 +25,9 @@ EVERY, MAJORITY = "every reader", "majority"
 # The report's own readers, and where an answer has their log-odds that a persona speaks.
 MACHINES = {"the report's reader": "persona", "the report's second reader": "other_reader"}
 NO_LABEL = "no label"
+SHARE = (
+    "Share of answers that read as a persona. Behind the plus: `other`, and rows without a label, which are left out."
+)
 Side = Literal["assistant", "persona", "other", "undecided"]
 
 
@@ -104,7 +107,7 @@ class LabelFile(Part):
 
 
 class BlindReading(Part):
-    """All that a blind reading gave."""
+    """All that a blind reading gave. ``together``: the rates over all runs, where there are several; a role is one cluster."""
 
     format: Literal["trimtab blind reading 1"] = "trimtab blind reading 1"
     suite: str
@@ -115,6 +118,7 @@ class BlindReading(Part):
     readers: list[LabelFile]
     agreements: list[Agreement]
     runs: list[RunReading]
+    together: list[Rates]
     rows: list[ReadRow]
 
 
@@ -185,6 +189,7 @@ def read_blind(key: Key, labels: Sequence[Labels], reports: Mapping[str, Report]
             ),
         ],
         runs=[_run(run, [place for place in places if place.source.run == run], labels, readings) for run in reports],
+        together=_rates(places, _arms(places), readings) if len(reports) > 1 else [],
         rows=rows,
     )
 
@@ -281,7 +286,7 @@ def _counted(counts: Mapping[str, int]) -> dict[str, int]:
 def _run(
     run: str, places: Sequence[_Place], labels: Sequence[Labels], readings: Mapping[str, Mapping[str, float]]
 ) -> RunReading:
-    arms = [arm for arm in READ_ARMS if any(place.source.arm == arm for place in places)]
+    arms = _arms(places)
     by_arm = {arm: [place.row for place in places if place.source.arm == arm] for arm in arms}
     kinds = sorted({place.kind for place in places})
     return RunReading(
@@ -297,9 +302,13 @@ def _run(
     )
 
 
+def _arms(places: Sequence[_Place]) -> list[str]:
+    return [arm for arm in READ_ARMS if any(place.source.arm == arm for place in places)]
+
+
 def _rates(places: Sequence[_Place], arms: Sequence[str], readings: Mapping[str, Mapping[str, float]]) -> list[Rates]:
     """Rates and retention over the items of these places, clustered by role."""
-    items = {(place.source.item, place.source.turn): place.cluster for place in places}
+    items = {(place.source.run, place.source.item, place.source.turn): place.cluster for place in places}
     index = {item: number for number, item in enumerate(items)}
     clusters = list(items.values())
     resample = ClusterBootstrap(clusters, SAMPLES, SEED)
@@ -309,7 +318,7 @@ def _rates(places: Sequence[_Place], arms: Sequence[str], readings: Mapping[str,
         drawn: Counter[str] = Counter()
         for place in places:
             source = place.source
-            values[source.arm][index[source.item, source.turn]] = reading.get(place.row, np.nan)
+            values[source.arm][index[source.run, source.item, source.turn]] = reading.get(place.row, np.nan)
             drawn[source.arm] += 1
         rates = {arm: clustered_rate(values[arm].tolist(), clusters) for arm in arms}
         retention = {
@@ -342,10 +351,17 @@ def blind_markdown(reading: BlindReading) -> str:
         parts += ["## Agreement", "Cohen's kappa. `other` is left out where a reader of the report is compared."]
         head = ("between", "and", "answers", "left out", f"kappa, {len(IDENTITIES)} classes", "kappa, Assistant or not")
         parts.append(_table(head, map(_agreement_cells, reading.agreements)))
+    if reading.together:
+        parts += [
+            "## All runs together",
+            SHARE,
+            _why_undefined(reading.together),
+            _rates_table([("", reading.together)]),
+        ]
     for run in reading.runs:
         parts += [
             f"## {run.run}",
-            "Share of answers that read as a persona. Behind the plus: `other`, and rows without a label, which are left out.",
+            SHARE,
             _why_undefined(run.rates),
             _rates_table([("", run.rates)]),
         ]

@@ -375,3 +375,21 @@ def test_a_majority_has_more_votes_than_any_other() -> None:
     assert majority_of(["persona", "persona", "other"]) == "persona"
     assert majority_of(["persona", "assistant"]) == "undecided"
     assert majority_of(["other"]) == "other"
+
+
+def test_all_runs_together_count_each_run_s_own_answer_to_an_item() -> None:
+    """A persona in 6 of 12 answers of the one tuned model, in 10 of the other's, which says what the base says."""
+    one, other = report(), report()
+    for row in other.answers:
+        row.answers["tuned"] = row.answers["base"]
+    reports = {"one": one, "other": other}
+    sheet, key = draw_sheet(reports, per_arm=12)
+    reading = read_blind(key, [Labels("ann", "", "", {row.id: label_of(row.answer) for row in sheet}, [])], reports)
+    together = of(reading.together, "ann")
+    assert together.arms["tuned"].value == pytest.approx(16 / 24) and together.arms["tuned"].n == 24
+    # the cap takes 6 of 12 away in each run; tuning 4 in one of them
+    assert together.retention.estimate is not None
+    assert together.retention.estimate.value == pytest.approx(4 / 12)
+    assert "## All runs together" in blind_markdown(reading)
+    alone = read_blind(draw_sheet({"one": one}, per_arm=12)[1], [], {"one": one})
+    assert alone.together == [] and "together" not in blind_markdown(alone)
