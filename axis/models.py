@@ -373,7 +373,18 @@ def load_weights(name: str, dtype: torch.dtype, revision: str | None = None, **m
             key="model.name",
             remedy="fetch or save the model again, and see that its config.json belongs to its weights",
         )
+    if (head := model.get_output_embeddings()) is not None:
+        head.register_forward_pre_hook(_whole_on_a_cpu)
     return model
+
+
+def _whole_on_a_cpu(_: Any, given: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """Hand the head of a model states that lie in one piece.
+
+    Where only the last tokens' logits are asked for, its input is a slice. On a CPU torch then multiplies row by row, with a copy
+    of a frozen head for each: on SmolLM2 two thirds of a forward of 16 rows of 150 tokens, and 0.9 GB.
+    """
+    return tuple(x.contiguous() if x.device.type == "cpu" else x for x in given)
 
 
 def load_model(

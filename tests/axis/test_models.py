@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import copy
 import json
 import os
 import shutil
@@ -139,3 +140,20 @@ def test_other_slips(folder: Path) -> None:
         path.unlink()
     with pytest.raises(UserError, match=r"the tokenizer of .* can't be loaded"):
         load_tokenizer(str(folder))
+
+
+def test_the_logits_of_the_last_token_alone_do_not_copy_a_frozen_head(folder: Path) -> None:
+    """As where an adapter was merged into a copy: each row of a slice would be multiplied by a head of its own."""
+    model = copy.deepcopy(load_model(str(folder), dtype="float32", device="cpu").model).requires_grad_(False)
+    ids = torch.arange(24).reshape(4, 6)
+    vocabulary = model.get_output_embeddings().weight.shape[0]
+    with (
+        torch.no_grad(),
+        torch.profiler.profile(record_shapes=True, activities=[torch.profiler.ProfilerActivity.CPU]) as seen,
+    ):
+        last = model(input_ids=ids, logits_to_keep=1).logits
+    batched = [
+        event for event in seen.events() if event.name == "aten::bmm" and [4, 32, vocabulary] in event.input_shapes
+    ]
+    assert not batched
+    assert torch.allclose(last, model(input_ids=ids).logits[:, -1:], atol=1e-5)
