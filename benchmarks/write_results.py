@@ -17,9 +17,11 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from known_bad import table as bad_table
 from methods import DEFAULT, EVERY, by_method, standing_of, table
 
-from trimtab.axis.files import read_json, write_text
+from trimtab.axis.files import write_text
 from trimtab.eval import ids
+from trimtab.eval.answers.sheets import read_key, read_labels
 from trimtab.eval.intervals import clustered_rate
+from trimtab.eval.report.blind import BlindReading, rates_table, read_blind
 from trimtab.eval.report.compare import load_runs
 from trimtab.eval.report.pooling import Standing
 from trimtab.eval.schema import AnswerRow, Estimate, Report
@@ -27,6 +29,7 @@ from trimtab.eval.wording import number
 
 ROOT = Path(__file__).resolve().parent.parent
 MEASURED = ROOT / "docs" / "measured"
+BLIND = MEASURED / "blind"
 BEGIN, END = "<!-- results: written by benchmarks/write_results.py -->", "<!-- end of results -->"
 WORST = 10
 
@@ -202,10 +205,22 @@ class Figures:
         return bad_table({name.replace("-", " "): report for name, report in reports.items()})
 
     @functools.cached_property
-    def blind(self) -> dict[str, Any]:
-        """What blind readers found."""
-        found: dict[str, Any] = read_json(MEASURED / "blind" / "figures.json")
-        return found
+    def blind(self) -> BlindReading:
+        """What blind readers found, from their kept labels."""
+        key = read_key(BLIND / "sheet.csv.key.json")
+        drawn = {source.run for row in key.rows for source in row.sources}
+        reports = load_runs(sorted(MEASURED / f"{name}.json.gz" for name in drawn))
+        return read_blind(key, read_labels(sorted(BLIND.glob("reader_*.csv")), key), reports)
+
+    def blind_rates(self) -> str:
+        """Rates and retention by each reading, all runs together."""
+        return rates_table(self.blind.together or self.blind.runs[0].rates)
+
+    def blind_agreement(self) -> str:
+        """Cohen's kappa of each pair of readings."""
+        head = "| between | and | answers | kappa |\n|---|---|---|---|"
+        rows = (f"| {p.one} | {p.other} | {p.n} | {_text(p.assistant, 2)} |" for p in self.blind.agreements)
+        return "\n".join([head, *rows])
 
     def machine(self) -> str:
         """What the runs were made on."""

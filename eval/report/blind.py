@@ -356,17 +356,17 @@ def blind_markdown(reading: BlindReading) -> str:
             "## All runs together",
             SHARE,
             _why_undefined(reading.together),
-            _rates_table([("", reading.together)]),
+            rates_table(reading.together),
         ]
     for run in reading.runs:
         parts += [
             f"## {run.run}",
             SHARE,
             _why_undefined(run.rates),
-            _rates_table([("", run.rates)]),
+            rates_table(run.rates),
         ]
         if len(run.kinds) > 1:
-            parts += ["By kind:", _rates_table(list(run.kinds.items()))]
+            parts += ["By kind:", _grouped(list(run.kinds.items()))]
         labels = (*IDENTITIES, NO_LABEL)
         counts = (
             (reader, wording.ARM_NAMES[arm], *(row.get(label, 0) for label in labels))
@@ -383,7 +383,12 @@ def _agreement_cells(pair: Agreement) -> tuple[Any, ...]:
     return (pair.one, pair.other, pair.n, left_out or 0, *kappas)
 
 
-def _rates_table(groups: Sequence[tuple[str, Sequence[Rates]]]) -> str:
+def rates_table(rates: Sequence[Rates]) -> str:
+    """Rates and retention by each reading, as a Markdown table."""
+    return _grouped([("", rates)])
+
+
+def _grouped(groups: Sequence[tuple[str, Sequence[Rates]]]) -> str:
     """A table of rates; its first column is the group's name, where groups have one."""
     arms = [arm for arm in READ_ARMS if any(arm in {**row.arms, **row.left_out} for _, rows in groups for row in rows)]
     control = "control" in arms
