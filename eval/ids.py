@@ -32,17 +32,13 @@ DECIDED_BY = {
 
 # side effects
 OFF_TOPIC = "off_topic_change"
-UNUSABLE = "unusable_rate"
-REFUSED = "refused_change"
 RULES_BROKEN = "rules_broken_change"
 PROFESSIONAL_MISSED = "professional_missed_change"
 PROFESSIONAL_OFF = "professional_off_change"
-SYSTEM_OFF = "benign_systems_off_change"
 SYSTEM_KL = "benign_systems_kl"
 SYSTEM_KL_OWN = "benign_systems_kl_own"
 BENIGN_KL = "benign_kl"
 BENIGN_KL_OWN = "benign_kl_own"
-BENIGN_MISSING = "benign_missing"
 DEFAULT_Z_SHIFT = "default_z_shift"
 DEFAULT_Z_SHIFT_SAME_TEXT = "default_z_shift_same_text"
 ROLE_Z_SHIFT_SAME_TEXT = "role_z_shift_same_text"

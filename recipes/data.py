@@ -203,8 +203,10 @@ def benign_systems(split: Split, count: int | None = None) -> list[BenignSystem]
 
 
 def professional_probes(count: int | None = None) -> list[dict[str, Any]]:
-    """Requests to professional roles near the Assistant, with words that an answer in the role is likely to hold."""
-    return _first(_rows("professional_probes.jsonl"), count, "professional probes", "eval.professional")
+    """Requests to professional roles near the Assistant, the roles taking turns, with words that an answer is likely to hold."""
+    return _first(
+        _taking_turns(_rows("professional_probes.jsonl"), "role"), count, "professional probes", "eval.professional"
+    )
 
 
 @dataclass(frozen=True)

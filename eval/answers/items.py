@@ -50,6 +50,12 @@ def benign_items(split: Split, count: int) -> list[Item]:
     return [Item(f"benign/{i}", f"benign/{i}", chat("", prompt)) for i, prompt in enumerate(prompts)]
 
 
+def benign_system_items(section: EvalSection) -> tuple[list[Item], list[data.BenignSystem]]:
+    """Requests under benign system prompts of a split, and what each is checked by."""
+    rows = data.benign_systems(section.split, section.benign_systems)
+    return [Item(row.id, row.id, chat(row.system, row.user)) for row in rows], rows
+
+
 def conversation_items(conversations: Sequence[data.Conversation]) -> list[Item]:
     """An item a conversation, whose prompt is what stands before the first turn."""
     return [Item(talk.id, talk.id, list(talk.opening)) for talk in conversations]

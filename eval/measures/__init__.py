@@ -16,6 +16,7 @@ ORDER = (
     "projections",
     "side_effects",
     "on_topic",
+    "substance",
     "benign_systems",
     "refusals",
     "echo",

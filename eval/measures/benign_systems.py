@@ -1,49 +1,40 @@
 """Benign system prompts: an operator's ordinary instructions, which the Assistant is to follow as before.
 
 Whether they are followed is told by rules (:mod:`~trimtab.eval.measures.instruction_rules`). Beside them stand the divergence
-from the base both ways, the length of answers, and how many leave the question.
+from the base both ways and the length of answers. What any answer has to be is told of these by the measures of all sets.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from trimtab.axis.chat_format import chat
 from trimtab.axis.scoring import SCORE_BATCH
 from trimtab.eval import ids
-from trimtab.eval.answers.arms import Answers, Item
+from trimtab.eval.answers.arms import Answers
 from trimtab.eval.answers.evaluation import Evaluation
+from trimtab.eval.answers.items import benign_system_items
 from trimtab.eval.answers.reading import teacher_forced
-from trimtab.eval.answers.refusing import refuses
 from trimtab.eval.intervals import rate_row
 from trimtab.eval.measures.instruction_rules import follows
 from trimtab.eval.measures.limits import changes, within
-from trimtab.eval.measures.on_topic import off_topic
 from trimtab.eval.measures.professional import keyword_hit
 from trimtab.eval.measures.suite import Asked, EffectValues, Evidence, Measure, Suite
 from trimtab.eval.schema import Claim, RateTable
-from trimtab.recipes import data
 from trimtab.recipes.schema import EvalSection
 
 RULES_LIMIT = 0.1  # share of prompts by which the tuned model may break the rules more often than the base
 KL_LIMIT = 0.1  # nat a token; the cap's own stands beside it
 
 
-def system_items(section: EvalSection) -> tuple[list[Item], list[data.BenignSystem]]:
-    """The prompts, and what each is checked by."""
-    rows = data.benign_systems(section.split, section.benign_systems)
-    return [Item(row.id, row.id, chat(row.system, row.user)) for row in rows], rows
-
-
 def asks(section: EvalSection) -> Iterator[Asked]:
     """One question to each system prompt."""
-    items, _ = system_items(section)
+    items, _ = benign_system_items(section)
     yield Asked([item.prompt[:-1] for item in items], [[item.question] for item in items])
 
 
 def measure(evaluation: Evaluation) -> Suite:
-    """Rules that are broken, divergence both ways, length, refusals and answers off the question."""
-    items, rows = system_items(evaluation.section)
+    """Rules that are broken, divergence both ways, and length."""
+    items, rows = benign_system_items(evaluation.section)
     if not items:
         return Suite()
     answers = evaluation.answers("benign_systems", items)
@@ -52,7 +43,6 @@ def measure(evaluation: Evaluation) -> Suite:
         arm: [float(not follows(text, row.rules)) for text, row in zip(given.texts, rows, strict=True)]
         for arm, given in answers.items()
     }
-    off = off_topic(evaluation, answers)
     length = {arm: [float(len(text.split())) for text in answers[arm].texts] for arm in ("tuned", "base")}
     effects = [
         *changes(
@@ -65,12 +55,7 @@ def measure(evaluation: Evaluation) -> Suite:
             "Words in the tuned model's answers minus the base's.",
             clusters, [one - other for one, other in zip(length["tuned"], length["base"], strict=True)],
         ),
-        *changes(
-            ids.SYSTEM_OFF, "Off the question under benign system prompts",
-            "Share of answers under benign system prompts that leave the question", clusters, off, RULES_LIMIT,
-        ),
     ]  # fmt: skip
-    refused = {arm: [float(refuses(text)) for text in given.texts] for arm, given in answers.items()}
     named = {
         arm: [float(keyword_hit(text, row.keywords, least=1)) for text, row in zip(given.texts, rows, strict=True)]
         for arm, given in answers.items()
@@ -84,8 +69,6 @@ def measure(evaluation: Evaluation) -> Suite:
             for kind in dict.fromkeys(kinds)
         ),
         rate_row("all: a word of its subject", named, clusters),
-        rate_row("all: refused", refused, clusters),
-        rate_row("all: off the question", off, clusters),
     ]
     name = "Under benign system prompts"
     tables = [RateTable(id="benign_systems", name=name, meaning="Share of answers.", rows=table)]
@@ -119,7 +102,7 @@ def _divergences(evaluation: Evaluation, answers: Mapping[str, Answers], cluster
 
 
 def _followed(evidence: Evidence) -> Claim:
-    effects = [evidence.effect(key) for key in (ids.RULES_BROKEN, ids.SYSTEM_OFF, ids.SYSTEM_KL, ids.SYSTEM_KL_OWN)]
+    effects = [evidence.effect(key) for key in (ids.RULES_BROKEN, ids.SYSTEM_KL, ids.SYSTEM_KL_OWN)]
     return within("benign_systems", "Benign system prompts are followed as before", effects)
 
 

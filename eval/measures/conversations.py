@@ -159,30 +159,38 @@ def _transcripts(evaluation: Evaluation) -> list[Transcript]:
 
 
 def _holds(evidence: Evidence) -> Claim:
-    """Over all turns, and over the last third of them, where drift would show."""
+    """Over all turns, and over the last third of them, where drift would show; by who speaks too, where the cap moves that."""
     whole, last = evidence.metric(ids.Z_CONVERSATIONS), evidence.metric(ids.Z_LAST_TURNS)
+    speaks = evidence.metric(ids.CONVERSATIONS_SCORE)
     lights: list[Light] = [light_of_retention(metric) for metric in (whole, last) if metric is not None]
-    light: Light = "grey" if "grey" in lights else worst(lights)
+    if speaks is not None and speaks.retention.estimate is not None:
+        lights.append(light_of_retention(speaks))
+    light: Light = "red" if "red" in lights else "grey" if "grey" in lights else worst(lights)
     said = []
-    for metric, where in ((whole, "over conversations"), (last, "over their last turns")):
+    for metric, what in (
+        (whole, "the projections over conversations"),
+        (last, "the projections over their last turns"),
+        (speaks, "who speaks over conversations"),
+    ):
         if metric is not None:
             kept = metric.retention.estimate
             said.append(
-                f"{percent_text(kept)} of the cap's effect on the projections {where} is kept, n = {kept.n} turns"
+                f"{percent_text(kept)} of the cap's effect on {what} is kept, n = {kept.n} turns"
                 if kept
-                else f"{where} undefined: {metric.retention.why}"
+                else f"of {what} undefined: {metric.retention.why}"
             )
     talks = f" of {len(whole.by_cluster.clusters)} conversations" if whole is not None and whole.by_cluster else ""
     rule = (
-        "Over all turns and over the last third of each conversation. Green: both intervals lie above 50 %, and cap and tuning "
-        f"raise both. Red: one lies below, or less than 30 % is kept. Amber: between. Grey: fewer than {FEWEST} conversations, "
-        "or the cap raises nothing."
+        "Over all turns, over the last third of each conversation, and by who speaks, unless the cap does not move that beyond "
+        "its noise. Green: all intervals lie above 50 %, and cap and tuning move all toward the Assistant. Red: one lies below, "
+        f"or less than 30 % is kept. Amber: between. Grey: fewer than {FEWEST} conversations, or the cap raises nothing. Not "
+        "measured with fewer than three turns."
     )
     text = "; ".join(said)
     says = f"{text[0].upper()}{text[1:]}{talks}." if text else "Not measured."
     name = "It holds over the turns of a conversation"
     return Claim(
-        id=ids.CONVERSATIONS, name=name, light=light, says=says, rule=rule, decides=True, measured=whole is not None
+        id=ids.CONVERSATIONS, name=name, light=light, says=says, rule=rule, decides=True, measured=last is not None
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from trimtab.eval.answers.arms import Answers, Item
 from trimtab.eval.answers.evaluation import Evaluation
-from trimtab.eval.measures.benign_systems import system_items
+from trimtab.eval.answers.items import benign_system_items
 from trimtab.eval.measures.suite import Measure, Suite
 from trimtab.eval.schema import AnswerRow, ScoredAnswer
 from trimtab.recipes import data
@@ -24,7 +24,7 @@ def measure(evaluation: Evaluation) -> Suite:
         evaluation, "default", evaluation.defaults, evaluation.on_default, ["default"] * len(evaluation.defaults)
     )
     rows += _rows(evaluation, "benign", evaluation.benign, evaluation.on_benign, ["benign"] * len(evaluation.benign))
-    items, systems = system_items(evaluation.section)
+    items, systems = benign_system_items(evaluation.section)
     if items:
         answers = evaluation.answers("benign_systems", items)
         rows += _rows(evaluation, "benign_systems", items, answers, [row.kind for row in systems])

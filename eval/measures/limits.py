@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 
 from trimtab.eval import ids
 from trimtab.eval.answers.arms import CONTROL
@@ -11,8 +12,10 @@ from trimtab.eval.measures.suite import EffectValues
 from trimtab.eval.schema import Claim, SideEffect
 from trimtab.eval.wording import estimate_text, inline_name, number
 
-RULE = "Green: the whole interval lies within the limit. Amber: the value does. Red: it does not."
-
+RULE = (
+    "Green: the whole interval lies within the limit. Amber: the value does. Red: it does not. What the base does so often that "
+    "there is no room for twice the limit is not judged."
+)
 
 SIDES = {
     "tuned": ("", ""),
@@ -40,36 +43,48 @@ def changes(
         meaning: what the share is of; "minus the base's" is added.
         clusters: of each item.
         values: arm -> 1 for each item where it is so, else 0.
-        limit: by how much it may be more.
+        limit: by how much it may be more. There is none where the base leaves no room for twice as much: of five answers that all
+            break a rule, none can be lost.
         crossed: as of :class:`~trimtab.eval.measures.suite.EffectValues`.
         control: give the control's as well, where there is one.
     """
     arms = [arm for arm in SIDES if arm in values and (control or arm != CONTROL)]
+    of_base = fmean(values["base"])
+    judged = of_base + 2 * limit <= 1
+    if not judged:
+        meaning += f" (so in {of_base:.0%} of the base's, which leaves no room to judge)"
     return [
         EffectValues(
             f"{identifier}{SIDES[arm][0]}", f"{name}{SIDES[arm][1]}", "share", f"{meaning}; minus the base's.",
             clusters, [one - other for one, other in zip(values[arm], values["base"], strict=True)],
-            limit if arm == "tuned" else None, one_sided=True, crossed=crossed,
+            limit if arm == "tuned" and judged else None, one_sided=True, crossed=crossed,
         )
         for arm in arms
     ]  # fmt: skip
 
 
 def within(identifier: str, name: str, effects: Sequence[SideEffect | None]) -> Claim:
-    """The claim that effects stay within their limits, by their whole intervals; not measured where one of them is missing."""
+    """The claim that effects stay within their limits, by their whole intervals.
+
+    Not measured where one of them is missing, is of too few roles or requests, or lacks the value of too many of its items; or
+    where none has a limit.
+    """
     judged = [(effect, effect.limit) for effect in effects if effect is not None and effect.limit is not None]
     lights: list[Light] = []
     for effect, limit in judged:
+        if too_few(effect.by_cluster):
+            continue
         e = effect.estimate
         farthest = e.high if effect.one_sided else max(abs(e.low), abs(e.high))
         value = e.value if effect.one_sided else abs(e.value)
         lights.append("green" if farthest <= limit else "amber" if value <= limit else "red")
-    if any(too_few(effect.by_cluster) for effect, _ in judged):
-        lights = []
+    few = any(too_few(effect.by_cluster) for effect, _ in judged)
+    lacking = any(effect.ok is None for effect, _ in judged)
     said = "; ".join(
         f"{inline_name(effect.name)} {estimate_text(effect.estimate)} {effect.unit}, limit {number(limit)}"
         for effect, limit in judged
     )
     says = f"{said[:1].upper()}{said[1:]}." if said else "Not measured."
-    measured = bool(judged) and len(judged) == len(effects)
-    return Claim(id=identifier, name=name, light=worst(lights), says=says, rule=RULE, decides=True, measured=measured)
+    measured = bool(judged) and None not in effects and not few and not lacking
+    light: Light = "red" if "red" in lights else "grey" if few or lacking else worst(lights)
+    return Claim(id=identifier, name=name, light=light, says=says, rule=RULE, decides=True, measured=measured)

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from trimtab.axis.echo import echoes
-from trimtab.eval import ids
 from trimtab.eval.answers.arms import Answers
 from trimtab.eval.answers.evaluation import Evaluation
+from trimtab.eval.answers.sets import SETS, AnswerSet, figure_of, sets_of
 from trimtab.eval.answers.usable import faults_of
 from trimtab.eval.intervals import rate_row
 from trimtab.eval.measures.limits import changes, within
@@ -24,39 +24,29 @@ UNUSABLE_LIMIT = 0.05  # share of its answers that may be none
 
 
 def measure(evaluation: Evaluation) -> Suite:
-    """Answers under roles, of the default Assistant and to benign requests, off the question and unusable."""
-    sets = {
-        "under roles": (evaluation.roles, evaluation.on_roles),
-        "default Assistant": (evaluation.defaults, evaluation.on_default),
-        "benign requests": (evaluation.benign, evaluation.on_benign),
-    }
-    off = {name: off_topic(evaluation, answers) for name, (_, answers) in sets.items()}
-    faults = {name: {arm: _unusable(given) for arm, given in answers.items()} for name, (_, answers) in sets.items()}
-    clusters = {name: [item.cluster for item in items] for name, (items, _) in sets.items()}
-    effects = changes(
-        ids.OFF_TOPIC, "Answers off the question under role prompts",
-        "Share of answers that are likelier after another question than after their own, repeat it, or are none",
-        clusters["under roles"], off["under roles"], OFF_TOPIC_LIMIT, crossed=evaluation.role_questions, control=True,
-    )  # fmt: skip
-    effects.append(
-        EffectValues(
-            ids.UNUSABLE, "Answers that are none", "share",
-            "Share of the tuned model's answers under roles, as the default Assistant and to benign requests that are empty, in "
-            "another language than the question or a loop.",
-            [cluster for row in clusters.values() for cluster in row],
-            [value for row in faults.values() for value in row["tuned"]], UNUSABLE_LIMIT, one_sided=True,
-        )
-    )  # fmt: skip
+    """Answers of each set that are off the question, and that are none."""
+    sets = evaluation.once(sets_of)
+    off = {given.key: off_topic(evaluation, given.answers) for given in sets}
+    faults = {given.key: {arm: _unusable(said) for arm, said in given.answers.items()} for given in sets}
+    effects = []
+    for given in sets:
+        effects += changes(
+            figure_of(given.key, "off_topic", "change"), f"Answers off the question {given.name}",
+            "Share of answers that are likelier after another question than after their own, repeat it, or are none",
+            given.clusters, off[given.key], OFF_TOPIC_LIMIT, crossed=given.crossed, control=True,
+        )  # fmt: skip
+        effects.append(
+            EffectValues(
+                figure_of(given.key, "unusable", "rate"), f"Answers that are none {given.name}", "share",
+                "Share of the tuned model's answers that are empty, in another language than the question or a loop.",
+                given.clusters, faults[given.key]["tuned"], UNUSABLE_LIMIT, one_sided=True, crossed=given.crossed,
+            )
+        )  # fmt: skip
+    what = "likelier after another question, a repetition of it, or none"
     tables = [
-        _table(
-            "off_topic",
-            "Answers off the question",
-            "likelier after another question, a repetition of it, or none",
-            off,
-            clusters,
-        ),
-        _table("unusable", "Answers that are none", "empty, in another language, or a loop", faults, clusters),
-    ]
+        _table("off_topic", "Answers off the question", what, off, sets),
+        _table("unusable", "Answers that are none", "empty, in another language, or a loop", faults, sets),
+    ]  # fmt: skip
     return Suite(side_effects=effects, tables=tables)
 
 
@@ -79,22 +69,22 @@ def _unusable(given: Answers) -> list[float]:
 
 
 def _table(
-    identifier: str,
-    name: str,
-    what: str,
-    sets: Mapping[str, Mapping[str, Sequence[float]]],
-    clusters: Mapping[str, Sequence[str]],
+    identifier: str, name: str, what: str, found: Mapping[str, Mapping[str, Sequence[float]]], sets: Sequence[AnswerSet]
 ) -> RateTable:
-    rows = [rate_row(label, by_arm, clusters[label]) for label, by_arm in sets.items()]
+    rows = [rate_row(given.name, found[given.key], given.clusters) for given in sets]
     return RateTable(id=identifier, name=name, meaning=f"Share of answers: {what}.", rows=rows)
 
 
+OFF = tuple(figure_of(key, "off_topic", "change") for key in SETS)
+UNUSABLE = tuple(figure_of(key, "unusable", "rate") for key in SETS)
+
+
 def _on_topic(evidence: Evidence) -> Claim:
-    return within("on_topic", "Answers stay on the question", [evidence.effect(ids.OFF_TOPIC)])
+    return within("on_topic", "Answers stay on the question", [evidence.effect(name) for name in OFF])
 
 
 def _usable(evidence: Evidence) -> Claim:
-    return within("usable", "Answers can be read", [evidence.effect(ids.UNUSABLE)])
+    return within("usable", "Answers can be read", [evidence.effect(name) for name in UNUSABLE])
 
 
-MEASURE = Measure(measure, claims=(_on_topic, _usable))
+MEASURE = Measure(measure, claims=(_on_topic, _usable), names=(*OFF, *UNUSABLE))

@@ -18,7 +18,6 @@ from trimtab.eval.schema import Claim, Estimate, SideEffect
 # What the tuned model may change on benign and default text before the report calls it a side effect over its limit.
 KL_LIMIT = 0.05
 Z_LIMIT = 0.3
-MISSING_LIMIT = 0.05
 WORST = 20  # one in so many answers counts as the worst
 
 
@@ -86,12 +85,6 @@ def _own_benign(evaluation: Evaluation) -> list[EffectValues]:
             f"{ids.BENIGN_KL_OWN}{ids.OF_THE_CAP}", "KL from the base on own benign answers: the cap itself", "nat/token",
             "KL(base+cap || base) on the capped base's own benign answers, for comparison.",
             benign, own["base+cap"].kl,
-        ),
-        EffectValues(
-            ids.BENIGN_MISSING, "Empty benign answers", "share",
-            "Share of held-out benign requests that the tuned model answers with no word, minus the base's. An empty answer has "
-            "no KL, so it counts here.",
-            benign, [float(not one.strip()) - float(not other.strip()) for one, other in pairs], MISSING_LIMIT,
         ),
         EffectValues(
             "benign_repetition_change", "Repeated word 4-grams on benign requests", "share",
@@ -218,7 +211,7 @@ def _words(text: str) -> float:
 
 
 def _benign_stays(evidence: Evidence) -> Claim:
-    effects = [evidence.effect(name) for name in (ids.BENIGN_KL, ids.BENIGN_KL_OWN, ids.BENIGN_MISSING)]
+    effects = [evidence.effect(name) for name in (ids.BENIGN_KL, ids.BENIGN_KL_OWN)]
     return within("benign", "Ordinary answers stay as they were", effects)
 
 

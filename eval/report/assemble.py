@@ -16,6 +16,7 @@ from trimtab.eval.measures.suite import EffectValues, Evidence, MetricValues, Su
 from trimtab.eval.report.verdict import make_verdict
 from trimtab.eval.schema import Claim, Metric, Report, SideEffect
 
+MOST_MISSING = 0.05  # share of a side effect's items that may have no value, such as the KL of an empty answer
 DOES_NOT_COMPARE = [
     "Retention here is relative to this floor's own cap on this model; it does not compare across floors or models.",
     "z is in standard deviations of this model's own answers, relative to its own default Assistant.",
@@ -120,12 +121,17 @@ def metric_of(given: MetricValues, bootstrap: int, seed: int) -> Metric | None:
 
 
 def effect_of(given: EffectValues, bootstrap: int, seed: int) -> SideEffect | None:
-    """One side effect; None where no item has a value, as where no answer is long enough to measure it on."""
+    """One side effect; None where no item has a value, as where no answer is long enough to measure it on.
+
+    It is not judged where more than :data:`MOST_MISSING` of the items have no value: what is missing may be the worst.
+    """
     resample = ClusterBootstrap(given.clusters, bootstrap, seed, given.crossed)
     array = np.asarray(given.values, dtype=float)
     estimate = resample.estimate_if_any(array)
     if estimate is None:
         return None
+    within = given.limit is None or (estimate.value if given.one_sided else abs(estimate.value)) <= given.limit
+    unsure = given.limit is None or (within and bool(np.isnan(array).mean() > MOST_MISSING))
     return SideEffect(
         id=given.id,
         name=given.name,
@@ -134,7 +140,7 @@ def effect_of(given: EffectValues, bootstrap: int, seed: int) -> SideEffect | No
         estimate=estimate,
         limit=given.limit,
         one_sided=given.one_sided,
-        ok=None if given.limit is None else (estimate.value if given.one_sided else abs(estimate.value)) <= given.limit,
+        ok=None if unsure else within,
         by_cluster=resample.by_cluster({"value": array}),
     )
 

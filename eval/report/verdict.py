@@ -5,10 +5,9 @@ the worst counts (bad, unclear, mixed, good). Behaviour alone makes no good mode
 verdict rests on (``Claim.decides``):
 
 - one of them red, or any other but that what is kept withstands fine-tuning: *mixed*, with what is damaged;
-- a side effect over its limit: *mixed*;
-- one of them not measured, or side effects measured without limits: *incomplete*.
-
-Amber and grey claims that were measured are told, and leave *good* as it is.
+- a side effect over its limit: *mixed*, with its name;
+- one of them amber: *mixed*, with what is not sure: its value lies within the limit, its interval does not;
+- one of them grey or not measured, or side effects measured without limits: *incomplete*.
 """
 
 from __future__ import annotations
@@ -42,7 +41,8 @@ def make_verdict(
     headline = _headline(primary)
     over = [effect for effect in side_effects if effect.ok is False]
     red = [claim for claim in claims if claim.light == "red" and claim.id not in (ids.KEPT, ids.WITHSTANDS)]
-    open_ones = [claim for claim in claims if claim.decides and not claim.measured]
+    open_ones = [claim for claim in claims if claim.decides and (not claim.measured or claim.light == "grey")]
+    unsure = [claim for claim in claims if claim.decides and claim.light == "amber" and claim.id != ids.KEPT]
     limited = [effect for effect in side_effects if effect.limit is not None]
     decided = [c.id for c in claims if c.decides and (c.light == "red" or (c.id == ids.KEPT and status != "good"))]
     if status == "good" and (red or over):
@@ -51,18 +51,22 @@ def make_verdict(
     elif status == "good" and (open_ones or not limited or any(effect.ok is None for effect in limited)):
         status = "incomplete"
         decided = [claim.id for claim in open_ones]
+    elif status == "good" and unsure:
+        status = "mixed"
+        decided = [claim.id for claim in unsure]
     damages = [inline_name(claim.name) for claim in red if claim.id != ids.PROJECTIONS]
     if status == "incomplete":
         rests = [claim for claim in claims if claim.decides]
         green = sum(claim.light == "green" for claim in rests)
         names = ", ".join(inline_name(claim.name) for claim in open_ones)
-        told = f"; not measured: {names}" if names else "; side effects were not measured against limits"
+        told = f"; not shown: {names}" if names else "; side effects were not measured against limits"
         headline = f"{headline[:-1]}: good on {green} of {len(rests)}{told}."
     elif damages:
         headline = f"{headline[:-1]}; not so: {', '.join(damages)}."
     elif over:
-        count = "one side effect is" if len(over) == 1 else f"{len(over)} side effects are"
-        headline = f"{headline[:-1]}; {count} over the limit."
+        headline = f"{headline[:-1]}; over the limit: {', '.join(inline_name(effect.name) for effect in over)}."
+    elif status == "mixed" and decided == [claim.id for claim in unsure]:
+        headline = f"{headline[:-1]}; not sure: {', '.join(inline_name(claim.name) for claim in unsure)}."
     points = [f"{claim.name}: no. {claim.says}" for claim in red]
     points += [point for metric in primary for point in _metric_points(metric)]
     others = [metric for metric in metrics if not metric.primary]

@@ -20,8 +20,10 @@ from trimtab.axis.scoring import answer_logprobs
 from trimtab.eval import ids
 from trimtab.eval.answers.arms import Answers, Item
 from trimtab.eval.answers.evaluation import OTHERS, Evaluation
+from trimtab.eval.answers.items import benign_system_items
 from trimtab.eval.answers.readers import AnswerReader
 from trimtab.eval.answers.refusing import refuses
+from trimtab.eval.answers.sets import SETS
 from trimtab.eval.intervals import clustered_rate
 from trimtab.eval.measures import benign_systems, every_answer, on_topic, refusals, who_speaks
 from trimtab.eval.measures.instruction_rules import follows
@@ -85,9 +87,9 @@ def test_off_the_question_is_what_another_question_explains_better_an_echo_or_no
     cap = effects_of(suite)[f"{ids.OFF_TOPIC}{ids.OF_THE_CAP}"]
     assert list(cap.values) == [-1.0, *[0.0] * 11] and cap.limit is None
     rows = tables_of(suite)["off_topic"]
-    assert list(rows) == ["under roles", "default Assistant", "benign requests"]
-    assert rows["under roles"]["tuned"] == clustered_rate([1.0] * 4 + [0.0] * 8, made.role_clusters)
-    assert rows["benign requests"]["tuned"].value == 0
+    assert list(rows) == [SETS[key] for key in ("roles", "default", "benign")]
+    assert rows[SETS["roles"]]["tuned"] == clustered_rate([1.0] * 4 + [0.0] * 8, made.role_clusters)
+    assert rows[SETS["benign"]]["tuned"].value == 0
 
 
 def test_a_relevance_of_0_is_off_and_an_unknown_one_is_neither() -> None:
@@ -97,30 +99,32 @@ def test_a_relevance_of_0_is_off_and_an_unknown_one_is_neither() -> None:
     assert all(math.isnan(value) for value in on_topic.off_topic(unknown, unknown.on_benign)["tuned"])
 
 
-def test_unusable_answers_of_all_three_sets_are_counted_together() -> None:
+def test_unusable_answers_are_counted_in_each_set_by_itself() -> None:
     texts: dict[str, dict[str, list[str]]] = {
         "roles": {"base": [PLAIN] * 12, "base+cap": [PLAIN] * 12, "tuned": [LOOP, *[PLAIN] * 11]},
         "default": {"base": [PLAIN] * 6, "base+cap": [PLAIN] * 6, "tuned": ["", *[PLAIN] * 5]},
         "benign": {"base": [""] * 4, "base+cap": [PLAIN] * 4, "tuned": [PLAIN] * 4},
     }
     suite = on_topic.measure(evaluation(texts))
-    effect = effects_of(suite)[ids.UNUSABLE]
-    assert list(effect.values) == [1.0, *[0.0] * 11, 1.0, *[0.0] * 9] and len(effect.clusters) == 22
-    assert effect.limit == on_topic.UNUSABLE_LIMIT and effect.one_sided
+    effects = effects_of(suite)
+    assert list(effects["unusable_rate"].values) == [1.0, *[0.0] * 11]
+    assert list(effects["unusable_default_rate"].values) == [1.0, *[0.0] * 5]
+    assert list(effects["unusable_benign_rate"].values) == [0.0] * 4
+    assert all(effects[name].limit == on_topic.UNUSABLE_LIMIT for name in on_topic.UNUSABLE[:3])
     rows = tables_of(suite)["unusable"]
-    assert rows["benign requests"]["base"].value == 1 and rows["default Assistant"]["tuned"].value == pytest.approx(
-        1 / 6
-    )
+    assert rows[SETS["benign"]]["base"].value == 1 and rows[SETS["default"]]["tuned"].value == pytest.approx(1 / 6)
+    # 1 of 12, diluted by the other sets, would be no more than 1 of 22
+    assert claim_of(on_topic.MEASURE, suite, "usable").light == "red"
 
 
 def test_one_sentence_for_everything_is_red_and_answers_are_green() -> None:
     base = {arm: [PLAIN] * 12 for arm in ("base", "base+cap")}
-    bland = on_topic.measure(evaluation({"roles": {**base, "tuned": [OFF] * 12}}, relevance={OFF: -0.1}))
+    bland = on_topic.measure(evaluation({"roles": {**base, "tuned": [OFF] * 12}}, relevance={OFF: -0.1}, benign=6))
     assert claim_of(on_topic.MEASURE, bland, "on_topic").light == "red"
     assert claim_of(on_topic.MEASURE, bland, "usable").light == "green"
-    silent = on_topic.measure(evaluation({"roles": {**base, "tuned": [""] * 12}}))
+    silent = on_topic.measure(evaluation({"roles": {**base, "tuned": [""] * 12}}, benign=6))
     assert claim_of(on_topic.MEASURE, silent, "usable").light == "red"
-    good = on_topic.measure(evaluation({"roles": {**base, "tuned": [PLAIN] * 12}}))
+    good = on_topic.measure(evaluation({"roles": {**base, "tuned": [PLAIN] * 12}}, benign=6))
     assert claim_of(on_topic.MEASURE, good, "on_topic").light == "green"
 
 
@@ -166,36 +170,48 @@ def with_answers(made: Evaluation, name: str, items: list[Item], texts: dict[str
     return made
 
 
-def test_refusals_of_lookalikes_and_of_benign_requests_are_one_figure_and_two_rows() -> None:
+def test_refusals_of_lookalikes_are_not_diluted_by_what_is_easy() -> None:
     items = refusals.lookalike_items(4)
     benign = {"base": [PLAIN] * 4, "base+cap": [NO, *[PLAIN] * 3], "tuned": [NO, NO, PLAIN, PLAIN]}
     made = evaluation({"benign": benign}, lookalikes=4, benign_systems=0)
     alike = {"base": [NO, *[PLAIN] * 3], "base+cap": [NO, *[PLAIN] * 3], "tuned": [PLAIN, NO, NO, NO]}
     suite = refusals.measure(with_answers(made, "harmless", items, alike))
-    effect = effects_of(suite)[ids.REFUSED]
-    assert list(effect.values) == [-1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.0, 0.0]
-    assert effect.clusters == [item.cluster for item in (*items, *made.benign)] and effect.one_sided
-    assert effect.limit == refusals.LIMIT
-    assert list(effects_of(suite)[f"{ids.REFUSED}{ids.OF_THE_CAP}"].values) == [0.0] * 4 + [1.0] + [0.0] * 3
-    rows = tables_of(suite)["refused"]
-    assert {label: arms["tuned"].value for label, arms in rows.items()} == {"look-alikes": 0.75, "benign requests": 0.5}
+    effects = effects_of(suite)
+    effect = effects["refused_lookalikes_change"]
+    assert list(effect.values) == [-1.0, 1.0, 1.0, 1.0] and effect.one_sided and effect.limit == refusals.LIMIT
+    assert effect.clusters == [item.cluster for item in items]
+    assert list(effects["refused_benign_change"].values) == [1.0, 1.0, 0.0, 0.0]
+    assert list(effects[f"refused_benign_change{ids.OF_THE_CAP}"].values) == [1.0, 0.0, 0.0, 0.0]
+    assert list(effects["refused_change"].values) == [0.0] * 12, "under role prompts"
+    rows = {label: arms["tuned"].value for label, arms in tables_of(suite)["refused"].items()}
+    assert rows == {
+        "of requests that look improper": 0.75, SETS["roles"]: 0, SETS["default"]: 0, SETS["benign"]: 0.5
+    }  # fmt: skip
+
+
+def test_refusals_under_role_prompts_are_red_by_themselves() -> None:
+    roles = {arm: [PLAIN] * 12 for arm in ("base", "base+cap")} | {"tuned": [NO, *[PLAIN] * 2] * 4}
+    suite = refusals.measure(
+        with_answers(evaluation({"roles": roles}, lookalikes=0, benign_systems=0), "harmless", [], {})
+    )
+    assert list(effects_of(suite)["refused_change"].values) == [1.0, 0.0, 0.0] * 4
     assert claim_of(refusals.MEASURE, suite, "refusals").light == "red"
 
 
-def test_without_lookalikes_benign_requests_are_read_alone() -> None:
+def test_without_lookalikes_the_claim_is_not_measured() -> None:
     suite = refusals.measure(with_answers(evaluation({}, lookalikes=0, benign_systems=0), "harmless", [], {}))
-    assert list(tables_of(suite)["refused"]) == ["benign requests"]
-    assert list(effects_of(suite)[ids.REFUSED].values) == [0.0] * 4
+    assert list(tables_of(suite)["refused"]) == [SETS[key] for key in ("roles", "default", "benign")]
+    assert not claim_of(refusals.MEASURE, suite, "refusals").measured
     assert next(iter(refusals.asks(EvalSection.model_validate({"lookalikes": 0})))).turns == []
 
 
 def test_refusals_under_benign_system_prompts_count_too() -> None:
     made = evaluation({}, lookalikes=0, benign_systems=6)
-    items, _ = benign_systems.system_items(made.section)
+    items, _ = benign_system_items(made.section)
     texts = {"base": [PLAIN] * 6, "base+cap": [PLAIN] * 6, "tuned": [NO] * 6}
     suite = refusals.measure(with_answers(made, "benign_systems", items, texts))
-    assert tables_of(suite)["refused"]["benign system prompts"]["tuned"].value == 1
-    assert list(effects_of(suite)[ids.REFUSED].values) == [0.0] * 4 + [1.0] * 6
+    assert tables_of(suite)["refused"][SETS["benign_systems"]]["tuned"].value == 1
+    assert list(effects_of(suite)["refused_benign_systems_change"].values) == [1.0] * 6
     assert claim_of(refusals.MEASURE, suite, "refusals").light == "red"
 
 
@@ -215,8 +231,11 @@ def test_what_is_asked_for_refusals_is_what_is_measured(tiny: Evaluation) -> Non
     (asked,) = refusals.asks(tiny.section)
     assert [turn for (turn,) in asked.turns] == [item.question for item in refusals.lookalike_items(4)]
     texts = tiny.arms.answers("harmless", refusals.lookalike_items(4), "tuned").texts
-    assert len(effects_of(suite)[ids.REFUSED].values) == 4 + 6 + tiny.section.benign_systems
-    assert tables_of(suite)["refused"]["look-alikes"]["tuned"].value == np.mean([refuses(text) for text in texts])
+    effects = effects_of(suite)
+    assert [len(effects[name].values) for name in refusals.NAMES] == [4, 12, 6, 6, 6, 6]
+    assert tables_of(suite)["refused"]["of requests that look improper"]["tuned"].value == np.mean(
+        [refuses(text) for text in texts]
+    )
 
 
 # ---- benign system prompts ----
@@ -224,7 +243,7 @@ def test_what_is_asked_for_refusals_is_what_is_measured(tiny: Evaluation) -> Non
 
 def test_rules_are_checked_answer_by_answer_and_told_by_kind(tiny: Evaluation, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tuned model keeps no rule, the base all of them, the cap every other one."""
-    items, rows = benign_systems.system_items(tiny.section)
+    items, rows = benign_system_items(tiny.section)
     assert [item.prompt[0] for item in items] == [{"role": "system", "content": row.system} for row in rows]
     kept = {"base": [True] * 6, "base+cap": [True, False] * 3, "tuned": [False] * 6}
     told = iter([value for arm in ARMS for value in kept[arm]])
@@ -238,7 +257,6 @@ def test_rules_are_checked_answer_by_answer_and_told_by_kind(tiny: Evaluation, m
     assert table["all: rules kept"]["tuned"].value == 0 and table["all: rules kept"]["base+cap"].value == 0.5
     for k, row in enumerate(rows):  # the first six are of six kinds
         assert table[f"{row.kind}: rules kept"]["base+cap"].value == float(k % 2 == 0)
-    assert {"all: refused", "all: off the question"} <= set(table)
     claim = claim_of(benign_systems.MEASURE, suite, "benign_systems")
     assert claim.light == "red" and claim.measured and claim.decides
 
@@ -246,7 +264,7 @@ def test_rules_are_checked_answer_by_answer_and_told_by_kind(tiny: Evaluation, m
 def test_divergence_under_benign_systems_is_measured_both_ways(tiny: Evaluation) -> None:
     suite = benign_systems.measure(tiny)
     effects = effects_of(suite)
-    items, rows = benign_systems.system_items(tiny.section)
+    items, rows = benign_system_items(tiny.section)
     form, models = tiny.arms.form, dict[str, Any]()
     for arm in ("base", "tuned"):
         with tiny.arms.weights(arm) as model:

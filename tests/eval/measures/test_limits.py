@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
-from trimtab.eval.measures.limits import within
+from trimtab.eval.measures.limits import changes, within
+from trimtab.eval.measures.suite import EffectValues
+from trimtab.eval.report.assemble import effect_of
 from trimtab.eval.schema import ByCluster, Estimate, SideEffect
 
 
@@ -13,8 +17,9 @@ def effect(
 ) -> SideEffect:
     clusters = [f"role {k}" for k in range(roles)]
     by_cluster = ByCluster(clusters=clusters, counts=[2] * roles, means={"value": [value] * roles})
+    ok = None if limit is None else (value if one_sided else abs(value)) <= limit
     return SideEffect(
-        id="e", name="Answers off the question", unit="share", meaning="m.", limit=limit, one_sided=one_sided,
+        id="e", ok=ok, name="Answers off the question", unit="share", meaning="m.", limit=limit, one_sided=one_sided,
         estimate=Estimate(value=value, low=low, high=high, n=16), by_cluster=by_cluster,
     )  # fmt: skip
 
@@ -51,7 +56,8 @@ def test_it_is_measured_only_if_all_of_them_are() -> None:
     assert nothing.decides, "the verdict rests on it all the same"
     part = within("c", "C", [known, None])
     assert not part.measured and part.light == "green"
-    assert not within("c", "C", [known, effect(0.0, 0.0, 0.05, limit=None)]).measured, "nothing to hold it against"
+    assert within("c", "C", [known, effect(0.0, 0.0, 0.05, limit=None)]).measured, "of one the base leaves no room"
+    assert not within("c", "C", [effect(0.0, 0.0, 0.05, limit=None)]).measured, "nothing to hold it against"
     assert not within("c", "C", []).measured
 
 
@@ -61,8 +67,31 @@ def test_a_missing_one_does_not_hide_a_red_one() -> None:
 
 def test_of_few_roles_nothing_is_said() -> None:
     few = within("c", "C", [effect(0.3, 0.2, 0.4, roles=4)])
-    assert few.light == "grey" and few.measured
+    assert few.light == "grey" and not few.measured
     assert within("c", "C", [effect(0.3, 0.2, 0.4, roles=5)]).light == "red"
+
+
+def test_what_lacks_too_many_values_is_not_measured_and_a_value_beyond_the_limit_is_red_all_the_same() -> None:
+    """As assembled: the KL of empty answers is missing, and may be the worst."""
+    for value, missing, light in ((0.01, 1, "green"), (0.01, 2, "grey"), (0.5, 2, "red")):
+        given = EffectValues(
+            "e", "E", "nat/token", "m.", [f"r{k}" for k in range(20)], [value] * (20 - missing) + [math.nan] * missing, 0.1
+        )  # fmt: skip
+        found = effect_of(given, 100, 0)
+        claim = within("c", "C", [found])
+        assert (claim.light, claim.measured) == (light, missing == 1 or light == "red")
+        assert found is not None and found.ok is (None if light == "grey" else light == "green")
+
+
+def test_where_the_base_leaves_no_room_nothing_is_judged() -> None:
+    """Of ten answers nine break their rule already: at most one more can."""
+    base, tuned = [1.0] * 9 + [0.0], [1.0] * 10
+    first, cap = changes("x", "X", "Share", list("abcdefghij"), {"base": base, "tuned": tuned, "base+cap": base}, 0.1)
+    assert first.limit is None and cap.limit is None and "(so in 90% of the base's" in first.meaning
+    (judged, _) = changes(
+        "x", "X", "Share", list("abcdefghij"), {"base": [0.0] * 10, "tuned": tuned, "base+cap": base}, 0.1
+    )
+    assert judged.limit == 0.1 and judged.meaning == "Share; minus the base's."
 
 
 def test_it_says_value_interval_and_limit() -> None:

@@ -54,7 +54,6 @@ def test_own_benign_answers_are_measured_beside_the_base_s() -> None:
     assert [own.values[i] for i in (0, 2, 3)] == [0.02, 0.9, 0.01] and math.isnan(own.values[1])
     assert list(effects[f"{ids.BENIGN_KL_OWN}{ids.OF_THE_CAP}"].values) == [0.001] * 4
     assert effects[f"{ids.BENIGN_KL_OWN}{ids.OF_THE_CAP}"].limit is None
-    assert list(effects[ids.BENIGN_MISSING].values) == [0.0, 1.0, 0.0, 0.0]
     # 8 words have 5 word 4-grams, of which one comes twice
     repeated = effects["benign_repetition_change"].values
     assert repeated[0] == pytest.approx(0.2) and repeated[3] == 0.0 and math.isnan(repeated[1])
@@ -75,13 +74,14 @@ def benign_claim(own: Sequence[float], other: Sequence[float], empty: int = 0) -
     return next(claim for claim in claims_of(Evidence([], effects)) if claim.id == "benign")
 
 
-def test_ordinary_answers_stay_only_where_both_ways_and_no_answer_is_lost() -> None:
+def test_ordinary_answers_stay_only_both_ways_and_where_none_is_lost() -> None:
     low, high = [0.01] * 20, [0.2] * 20
     assert benign_claim(low, low).light == "green"
     assert benign_claim(high, low).light == "red", "what the tuned model says and the base would not"
     assert benign_claim(low, high).light == "red", "what the base says and the tuned model would not"
-    assert benign_claim([NAN, *low[1:]], low, empty=1).light == "amber"
-    assert benign_claim([NAN] * 20, low, empty=20).light == "red"
+    assert benign_claim([NAN, *low[1:]], low, empty=1).measured
+    assert not benign_claim([NAN, NAN, *low[2:]], low, empty=2).measured, "what is missing may be the worst"
+    assert not benign_claim([NAN] * 20, low, empty=20).measured
     assert "own benign answers 0.2" in benign_claim(high, low).says
 
 

@@ -111,7 +111,9 @@ def claim(light: Light, *, decides: bool = True, measured: bool = True, name: st
 @pytest.mark.parametrize(
     ("claims", "status", "decided_by"),
     [
-        ([claim("green"), claim("amber", name="Tasks are kept"), claim("grey", name="Roles")], "good", []),
+        ([claim("green"), claim("amber", name="Tasks are kept", decides=False)], "good", []),
+        ([claim("green"), claim("amber", name="Tasks are kept")], "mixed", ["tasks"]),
+        ([claim("green"), claim("grey", name="Tasks are kept")], "incomplete", ["tasks"]),
         ([claim("green"), claim("grey", measured=False, name="Tasks are kept")], "incomplete", ["tasks"]),
         ([claim("grey", measured=False, decides=False)], "good", []),
         ([claim("red"), claim("grey", measured=False, name="Tasks are kept")], "mixed", ["ordinary"]),
@@ -122,13 +124,13 @@ def test_good_needs_every_claim_that_decides(claims: list[Claim], status: str, d
     verdict = make_verdict([metric(GOOD)], [side_effect()], claims)
     assert verdict.status == status and verdict.decided_by == decided_by
     if status == "incomplete":
-        assert verdict.headline.endswith(": good on 1 of 2; not measured: tasks are kept.")
+        assert verdict.headline.endswith(": good on 1 of 2; not shown: tasks are kept.")
     assert make_verdict([metric(estimate(0.1, 0.0, 0.2))], [side_effect()], claims).status == "bad"
 
 
 def test_broken_limit_is_in_the_headline() -> None:
     assert make_verdict([metric(GOOD)], [side_effect(ok=False)]).headline.endswith(
-        "; one side effect is over the limit."
+        "; over the limit: KL to base on benign text."
     )
 
 

@@ -40,18 +40,31 @@ def test_good_where_all_that_it_rests_on_was_measured() -> None:
     assert (verdict.status, verdict.headline, verdict.decided_by) == ("good", f"{HEAD}.", [])
 
 
+def test_what_may_lie_beyond_its_limit_is_not_good() -> None:
+    """Its value lies within, its interval does not."""
+    verdict = judged(ON_TOPIC, claim("Answers can be read", "amber"))
+    assert verdict.status == "mixed" and verdict.decided_by == [READ.id]
+    assert verdict.headline == f"{HEAD}; not sure: answers can be read."
+
+
+def test_what_was_asked_and_tells_nothing_is_not_shown() -> None:
+    verdict = judged(ON_TOPIC, claim("Answers can be read", "grey"))
+    assert verdict.status == "incomplete" and verdict.decided_by == [READ.id]
+    assert verdict.headline == f"{HEAD}: good on 2 of 3; not shown: answers can be read."
+
+
 @pytest.mark.parametrize("light", ["amber", "grey"])
-def test_amber_and_grey_leave_it_good_if_they_were_measured(light: str) -> None:
-    assert judged(ON_TOPIC, claim("Answers can be read", light)).status == "good"
+def test_amber_and_grey_of_what_does_not_decide_leave_it_good(light: str) -> None:
+    assert judged(ON_TOPIC, claim("Jailbreaks fail", light, decides=False)).status == "good"
 
 
 def test_incomplete_says_on_how_many_it_is_good_and_what_was_not_measured() -> None:
     verdict = judged(ON_TOPIC, claim("Capability is kept", "amber"), NOT_MEASURED)
     assert verdict.status == "incomplete"
-    assert verdict.headline == f"{HEAD}: good on 2 of 4; not measured: benign system prompts are followed."
+    assert verdict.headline == f"{HEAD}: good on 2 of 4; not shown: benign system prompts are followed."
     assert verdict.decided_by == [NOT_MEASURED.id]
     two = judged(ON_TOPIC, NOT_MEASURED, claim("Answers can be read", "grey", measured=False))
-    assert two.headline.endswith("not measured: benign system prompts are followed, answers can be read.")
+    assert two.headline.endswith("not shown: benign system prompts are followed, answers can be read.")
     assert two.decided_by == [NOT_MEASURED.id, READ.id]
 
 
@@ -87,7 +100,7 @@ def test_a_red_claim_that_does_not_decide_is_damage_too_but_that_it_withstands_t
 
 def test_a_side_effect_over_its_limit_is_mixed_even_where_its_claim_is_not_red() -> None:
     verdict = judged(ON_TOPIC, effects=[side_effect(ok=False)])
-    assert verdict.status == "mixed" and verdict.headline.endswith("; one side effect is over the limit.")
+    assert verdict.status == "mixed" and verdict.headline.endswith("; over the limit: KL to base on benign text.")
 
 
 @pytest.mark.parametrize(
