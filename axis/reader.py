@@ -33,6 +33,8 @@ from trimtab.axis.scoring import SCORE_BATCH
 DEPTHS = (0.27, 0.4, 0.53, 0.67, 0.8)  # of the decoder, at which states are read
 PENALTY = 0.01  # scikit-learn's C: the inverse of the weight of the probe's L2 penalty, on standardised states
 FOLDS = 5
+MOST_STEPS = 3000  # of the probe's solver
+PLATT_PENALTY = 1e6  # scikit-learn's C of the calibration: next to no penalty
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,17 @@ class Reader:
         mean, scale, weights, bias = (tensors[name] for name in ("mean", "scale", "weights", "bias"))
         slope, intercept = float(facts["slope"]), float(facts["intercept"])
         return cls(tuple(facts["layers"]), mean, scale, weights, bias, slope, intercept, facts["facts"])
+
+
+def fit_settings() -> dict[str, Any]:
+    """What a fit depends on beside its texts and the model that reads, JSON-able: a reader kept under others is stale."""
+    return {
+        "depths": DEPTHS,
+        "penalty": PENALTY,
+        "folds": FOLDS,
+        "most_steps": MOST_STEPS,
+        "platt_penalty": PLATT_PENALTY,
+    }
 
 
 def layers_to_read(n_layers: int) -> tuple[int, ...]:
@@ -192,7 +205,7 @@ def _probes(rows: np.ndarray[Any, Any], labels: np.ndarray[Any, Any]) -> tuple[n
     mean, scale = rows.mean(0), rows.std(0) + 1e-6
     weights, bias = np.zeros(mean.shape), np.zeros(len(mean))
     for layer in range(len(mean)):
-        probe = LogisticRegression(C=PENALTY, class_weight="balanced", max_iter=3000)
+        probe = LogisticRegression(C=PENALTY, class_weight="balanced", max_iter=MOST_STEPS)
         probe.fit((rows[:, layer] - mean[layer]) / scale[layer], labels)
         weights[layer], bias[layer] = np.asarray(probe.coef_)[0], np.asarray(probe.intercept_)[0]
     return mean, scale, weights, bias
@@ -202,5 +215,5 @@ def _platt(scores: np.ndarray[Any, Any], labels: np.ndarray[Any, Any]) -> tuple[
     """Slope and intercept that turn scores into log-odds; both classes weigh the same."""
     from sklearn.linear_model import LogisticRegression
 
-    fitted = LogisticRegression(C=1e6, class_weight="balanced").fit(scores[:, None], labels)
+    fitted = LogisticRegression(C=PLATT_PENALTY, class_weight="balanced").fit(scores[:, None], labels)
     return float(fitted.coef_[0, 0]), float(fitted.intercept_[0])

@@ -200,11 +200,14 @@ class Evaluation:
         }
 
     @cached_property
+    def _base_reads(self) -> ReadingModel:
+        form, weights = self.arms.form, self.arms.weights
+        return ReadingModel("the base", lambda: weights("base"), form.tokenizer, form, self.model_facts)
+
+    @cached_property
     def reader(self) -> AnswerReader:
         """Reads who speaks in an answer: the base, which knows no role's prompt."""
-        form, weights = self.arms.form, self.arms.weights
-        reading = ReadingModel("the base", lambda: weights("base"), form.tokenizer, form, self.model_facts)
-        return AnswerReader(reading, self.arms.folder_of("base"), self.section.split)
+        return AnswerReader(self._base_reads, self.arms.folder_of("base"), self.section.split)
 
     @cached_property
     def second_reader(self) -> AnswerReader | None:
@@ -241,7 +244,7 @@ class Evaluation:
 
     @cached_property
     def _relevance(self) -> KeptScores[tuple[str, str, tuple[str, ...]]]:
-        path = self.arms.folder_of("base") / f"relevance-{fingerprint(self.model_facts)[:12]}.jsonl"
+        path = self.arms.folder_of("base") / f"relevance-{self._base_reads.identity[:12]}.jsonl"
         return KeptScores(path, self._relevance_of)
 
     def _relevance_of(self, asked: Sequence[tuple[str, str, tuple[str, ...]]]) -> list[float]:

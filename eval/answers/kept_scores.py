@@ -17,7 +17,8 @@ class KeptScores(Generic[K]):
     Equal texts share one score. Scored twice, in batches of other widths, they would differ in the last digits.
 
     Args:
-        path: JSON lines. What scores, such as the model and its dtype, has to be in the name: it is not in the keys.
+        path: JSON lines. What scores has to be in the name, such as a model's
+            :attr:`~trimtab.eval.answers.readers.ReadingModel.identity`: it is not in the keys.
         score: new keys -> the score of each; NaN for one that has none.
     """
 

@@ -8,7 +8,7 @@ measured.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -16,15 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from huggingface_hub import try_to_load_from_cache
 
-from trimtab.axis.chat_format import ChatFormat
+from trimtab.axis.chat_format import LETTERS, ChatFormat
 from trimtab.axis.errors import UserError
 from trimtab.axis.files import fingerprint
-from trimtab.axis.models import load_model
-from trimtab.axis.reader import Reader, read_states, rows_to_read
+from trimtab.axis.models import load_model, resolve_name
+from trimtab.axis.reader import Reader, fit_settings, read_states, rows_to_read
 from trimtab.eval.answers.kept_scores import KeptScores
 from trimtab.eval.intervals import ClusterBootstrap
 from trimtab.eval.schema import Estimate
+from trimtab.pipeline.subject import Subject
 from trimtab.recipes import data
 from trimtab.recipes.data import KnownText, Split
 from trimtab.recipes.shipped_reader import fit_known, read_known
@@ -41,7 +43,7 @@ class ReadingModel:
         model: gives the model, as it reads.
         tokenizer: its tokenizer.
         form: its chat format; None for a model without one.
-        facts: what it is, for telling one from another.
+        facts: of :class:`~trimtab.axis.models.Loaded`; ``model`` is the name that it was loaded by.
     """
 
     name: str
@@ -49,6 +51,24 @@ class ReadingModel:
     tokenizer: Any
     form: ChatFormat | None
     facts: dict[str, Any]
+
+    @cached_property
+    def identity(self) -> str:
+        """What tells its readings from those of another: facts, weights, and the tokens that it is given for what is read.
+
+        It is the same in every process on a machine, so that what is kept by it can be given from one run to another.
+        """
+        given = rows_to_read(self.tokenizer, self.form, [LETTERS], [LETTERS])
+        return fingerprint([self.facts, _weights_of(self.facts), given.prompts, given.answers])
+
+
+def _weights_of(facts: Mapping[str, Any]) -> str:
+    """Fingerprint of the weights' files where they lie on this machine; of a name that is not here, of the name."""
+    place, _ = resolve_name(facts["model"])
+    if not Path(place).is_dir():
+        kept = try_to_load_from_cache(place, "config.json", revision=facts.get("revision"))
+        place = str(Path(kept).parent) if isinstance(kept, str) else place
+    return Subject(place, whole=True).fingerprint()
 
 
 class AnswerReader:
@@ -74,7 +94,8 @@ class AnswerReader:
 
     @cached_property
     def _identity(self) -> str:
-        return fingerprint([[asdict(text) for texts in self._texts for text in texts], self._reading.facts])[:12]
+        texts = [asdict(text) for texts in self._texts for text in texts]
+        return fingerprint([texts, fit_settings(), SAMPLES, self._reading.identity])[:12]
 
     @cached_property
     def _scores(self) -> KeptScores[tuple[str, str]]:
