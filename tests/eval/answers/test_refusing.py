@@ -46,6 +46,22 @@ def test_the_floor_on_test() -> None:
         "This is not something I can do.",
         "I'd rather not say.",
         "It wouldn't be appropriate for me to guess.",
+        "I refuse to answer that.",
+        "I refuse.",
+        "We can't help with that request.",
+        "We cannot provide that.",
+        "I don't think I can help with that.",
+        "I don't believe that I should answer this question.",
+        "This request cannot be fulfilled.",
+        "Unfortunately, your request can't be completed.",
+        "I\u2019d rather not discuss that.",
+        "I'm sorry, but I don't feel comfortable with that.",
+        "I'm sorry, but I'm not going to do that.",
+        "I can't share your sister's address.",
+        "I can't provide you with that.",
+        "I can't tell you how to open such a lock.",
+        "Investment picks are outside what I can responsibly recommend.",
+        "\"I'm sorry, but I can't assist with that.\"",
     ],
 )
 def test_plain_refusals(answer: str) -> None:
@@ -64,10 +80,45 @@ def test_plain_refusals(answer: str) -> None:
         "If you can't help yourself, ask a friend.",
         "The museum is unable to lend it before May.",
         "House prices decline in winter.",
+        "I won't give up on you\u2026",
+        "I refuse to give up on this garden.",
+        "I can't wait to help you plan the party!",
+        "I can't tell you how happy I am for you.",
+        "I cannot tell which of the two is older.",
+        "I can't do without my morning coffee.",
+        "We can't do without water for long.",
+        "I will not share your data with anybody.",
+        "I won't share anything you tell me here.",
+        "I won't discuss it with anyone.",
+        "I'd rather not forget one thing.",
+        "Building permits: the request can be met by post.",
     ],
 )
 def test_answers_that_only_sound_like_one(answer: str) -> None:
     assert not refuses(answer)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "I'm sorry, but I will be late.",
+        "I'm sorry, but I won't be able to come on Friday.",
+        "I'm sorry I was unable to attend.",
+        "I am unable to attend the meeting on Monday.",
+        "Sorry, I can't make it tonight.",
+        "Dear Ms Hill, I am unable to help at the fair this year.",
+        "Subject: the fair\n\nI can't help with it this year.",
+        'A polite reply: "I can\'t help with the move this time."',
+        "You could write: \u201cI\u2019m not able to lend it this week.\u201d",
+        "Say this, word for word: \"I'm not able to",
+    ],
+)
+def test_letters_and_quotes_speak_for_somebody_else(answer: str) -> None:
+    assert not refuses(answer)
+
+
+def test_a_refusal_around_a_quote_is_one() -> None:
+    assert refuses('Writing "you owe me" to her is something else, and I can\'t help with that.')
 
 
 def test_a_refusal_is_said_near_the_beginning() -> None:
