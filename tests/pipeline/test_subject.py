@@ -222,6 +222,16 @@ def test_the_test_split_is_scored_once(run: Run, base: Path, tmp_path: Path, mon
     assert [row["weights"] == rows[0]["weights"] for row in rows] == [True, False, True]
     assert len({row["eval"] for row in rows}) == 3  # other weights are another section too
     assert {(row["created"], row["git"], row["status"]) for row in rows} == {(found.created, git_revision(), "mixed")}
+    beside, broken = tmp_path / "beside", tmp_path / "broken"
+    for place in (beside, broken):
+        place.mkdir()
+    shutil.copy(folder / "test_scored.jsonl", beside)
+    (broken / "test_scored.jsonl").write_text("no JSON\n", encoding="utf-8")
+    third = scored("test", base)
+    assert third.repeat["test_scored"] == 3 and len(third.warnings) == 3
+    assert "scored on the test split in beside too" in third.warnings[2]
+    fresh = scored("test", save_model(tmp_path / "fresh"))
+    assert (fresh.repeat["test_scored"], fresh.warnings) == (1, ["w"])
 
 
 @pytest.mark.slow
