@@ -73,7 +73,8 @@ def read_command(
     if key is None:
         raise UserError("the labels come without a key", key="--key", remedy="give the .key.json beside the sheet")
     held = read_key(key)
-    reading = read_blind(held, read_labels(labels, held), load_runs(runs))
+    reports = load_runs(runs)
+    reading = read_blind(held, read_labels(labels, held, reports), reports)
     if json is not None:
         write_json(json, reading.model_dump())
     print(blind_markdown(reading), end="")

@@ -259,23 +259,31 @@ def read_key(path: Path) -> Key:
         ) from error
 
 
-def read_labels(paths: Sequence[Path], key: Key) -> list[Labels]:
+def read_labels(paths: Sequence[Path], key: Key, reports: Mapping[str, Report] | None = None) -> list[Labels]:
     """Read the labelled sheets, a file a reader. Rows without a label are kept in mind as missing.
 
+    Args:
+        paths: of the files.
+        key: of the sheet.
+        reports: that the sheet was drawn from, to hold the questions and answers in the files against, where these have them.
+
     Raises:
-        UserError: with the faults of all files: unknown ids and labels, ids that stand twice, files without any label.
+        UserError: if two files are the same; or with the faults of all files: unknown ids and labels, ids that stand twice,
+            texts that are not the sheet's, files without any label.
     """
     resolved = [path.expanduser().resolve() for path in paths]
     twice = [path for path, count in Counter(resolved).items() if count > 1]
     if twice:
         raise UserError("this file is given twice", file=twice[0], key="--labels", remedy="give one file a reader")
+    _refuse_copies(resolved)
     stems = [path.stem for path in resolved]
     names = [path.stem if stems.count(path.stem) == 1 else "/".join(path.parts[-2:]) for path in resolved]
+    texts = {} if reports is None else texts_of(key, reports)
     found: list[Labels] = []
     faults: list[UserError] = []
     for name, path in zip(names, resolved, strict=True):
         try:
-            found.append(_labels_of(name, path, key))
+            found.append(_labels_of(name, path, key, texts))
         except UserError as error:
             faults.append(error)
     if len(faults) == 1:
@@ -289,21 +297,51 @@ def read_labels(paths: Sequence[Path], key: Key) -> list[Labels]:
     return found
 
 
-def _labels_of(reader: str, path: Path, key: Key) -> Labels:
+def _refuse_copies(paths: Sequence[Path]) -> None:
+    """Refuse a file that is another one's copy: one reader would count as two who agree on everything."""
+    by_content: dict[str, Path] = {}
+    for path in paths:
+        if not path.is_file():
+            continue  # reading it says what is wrong
+        first = by_content.setdefault(file_fingerprint(path), path)
+        if first != path:
+            raise UserError(
+                f"this is the same as {first}, byte for byte",
+                file=path,
+                key="--labels",
+                remedy="give one file a reader; two who do agree on every row are told apart by a word under note",
+            )
+
+
+def texts_of(key: Key, reports: Mapping[str, Report]) -> dict[str, tuple[str, str]]:
+    """Sheet id -> question and answer; raises as :func:`answers_of`."""
+    found = {row_id: places[0] for row_id, places in answers_of(key, reports).items()}
+    return {row_id: (row.question, row.answers[source.arm].text) for row_id, (source, row) in found.items()}
+
+
+def _labels_of(reader: str, path: Path, key: Key, texts: Mapping[str, tuple[str, str]]) -> Labels:
     known = {row.id for row in key.rows}
     seen: dict[str, str] = {}
 
     def make(row: Row) -> tuple[str, str]:
-        if not isinstance(row.value, dict) or not {"id", "label"} <= row.value.keys():
-            raise RowFault("it has no id and label", "give the sheet's columns id and label")
-        row_id, label = (str(row.value[name] or "").strip() for name in ("id", "label"))
+        cells = _cells(row.value)
+        if not any(cells.values()):  # spreadsheets write such rows below the last one
+            return "", ""
+        row_id, label = cells["id"].lower(), cells["label"]
         if row_id not in known:
-            raise RowFault(f"the sheet has no id {row_id!r}", "give the labels and the key of one and the same sheet")
+            raise RowFault(
+                f"the sheet has no id {cells['id']!r}", "give the labels and the key of one and the same sheet"
+            )
         if row_id in seen:
             raise RowFault(f"{row_id} stands at {seen[row_id]} too", "leave one row of each id")
         seen[row_id] = row.place
         if label.lower() not in ("", *IDENTITIES):
             raise RowFault(f"{row_id}: {label!r} is no label", f"the labels are {', '.join(IDENTITIES)}")
+        if label and row_id in texts and (other := _others(cells, texts[row_id])):
+            raise RowFault(
+                f"{row_id}: its {' and '.join(other)} is not the sheet's",
+                "see that each label stands at its own answer; question and answer may be left out of the file",
+            )
         return row_id, label.lower()
 
     labels = {row_id: label for row_id, label in read_rows(path, make, key="--labels") if label}
@@ -313,6 +351,30 @@ def _labels_of(reader: str, path: Path, key: Key) -> Labels:
     if missing:
         log.warning("%s: %d of %d rows have no label: %s", path, len(missing), len(known), _some(missing))
     return Labels(reader, path.name, file_fingerprint(path), labels, missing)
+
+
+def _cells(value: object) -> dict[str, str]:
+    """The cells of a row by the lower-case names of their columns, without blanks around them."""
+    if not isinstance(value, dict) or not {"id", "label"} <= {str(name).strip().lower() for name in value}:
+        raise RowFault("it has no id and label", "give the sheet's columns id and label")
+    cells: dict[str, str] = {}
+    for name, cell in value.items():
+        column = str(name).strip().lower()
+        if column in cells:
+            raise RowFault(f"two columns are called {column}", "rename one of them")
+        cells[column] = "" if cell is None else str(cell).strip()
+    return cells
+
+
+def _others(cells: Mapping[str, str], text: tuple[str, str]) -> list[str]:
+    """Which of question and answer stand in the row and are not the sheet's."""
+    pairs = zip(("question", "answer"), text, strict=True)
+    return [name for name, own in pairs if name in cells and _as_read(cells[name]) != _as_read(own)]
+
+
+def _as_read(text: str) -> str:
+    """A text without what spreadsheets change in it: white space, and an apostrophe before what may be a formula."""
+    return " ".join(text.strip().removeprefix("'").split())
 
 
 def _some(words: Sequence[str]) -> str:

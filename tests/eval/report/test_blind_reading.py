@@ -16,7 +16,7 @@ from trimtab.axis.errors import UserError
 from trimtab.axis.files import read_jsonl, write_jsonl
 from trimtab.axis.judge import IDENTITIES
 from trimtab.cli.main import main
-from trimtab.eval.answers.sheets import CLASSES, Labels, draw_sheet, read_key, read_labels, write_sheet
+from trimtab.eval.answers.sheets import CLASSES, Key, Labels, draw_sheet, read_key, read_labels, write_sheet
 from trimtab.eval.report.blind import EVERY, Agreement, Rates, blind_markdown, majority_of, read_blind
 from trimtab.eval.report.page import write_report
 from trimtab.eval.schema import AnswerRow, Report, ScoredAnswer
@@ -230,6 +230,102 @@ def test_rows_without_a_label_are_counted_and_a_file_of_none_is_refused(
     write_sheet(tmp_path / "blank.csv", rows, key)
     with pytest.raises(UserError, match="no row of it has a label"):
         read_labels([tmp_path / "blank.csv"], key)
+
+
+def filled(path: Path, rows: list[dict[str, str]], columns: str = "id,question,answer,label,note") -> Path:
+    """A labelled sheet as CSV; the columns are filled in the order of the sheet's."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(columns.split(","))
+        writer.writerows([row[name] for name in ("id", "question", "answer", "label", "note")] for row in rows)
+    return path
+
+
+@pytest.fixture
+def sheet_rows(tmp_path: Path) -> tuple[Key, list[dict[str, str]]]:
+    """The key of a sheet of all answers, and its rows, labelled, as a spreadsheet shows them."""
+    rows, key = draw_sheet({"a": report()}, per_arm=12)
+    write_sheet(tmp_path / "blind.csv", rows, key)
+    with (tmp_path / "blind.csv").open(encoding="utf-8-sig", newline="") as file:
+        shown = list(csv.DictReader(file))
+    return key, [row | {"label": label_of(row["answer"])} for row in shown]
+
+
+def test_one_reader_given_as_two_is_refused(
+    run: Path, tmp_path: Path, sheet_rows: tuple[Key, list[dict[str, str]]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    key, rows = sheet_rows
+    ann, ben = filled(tmp_path / "ann.csv", rows), filled(tmp_path / "ben.csv", rows)
+    words = ["read", str(run), "--key", str(tmp_path / "blind.csv.key.json"), "--labels"]
+    assert main([*words, str(ann), str(ben)]) == 2
+    told = capsys.readouterr().err
+    assert f"this is the same as {ann}, byte for byte" in told and str(ben) in told and "one file a reader" in told
+    rows[0]["note"] = "by Ben"
+    assert len(read_labels([ann, filled(ben, rows)], key)) == 2
+
+
+def test_labels_at_changed_texts_are_refused_by_their_rows(
+    tmp_path: Path, run: Path, sheet_rows: tuple[Key, list[dict[str, str]]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, rows = sheet_rows
+    sheet = tmp_path / "new.csv"
+    assert main(["read", str(run), "--sheet", str(sheet), "--per-arm", "12"]) == 0
+    words = ["read", str(run), "--key", f"{sheet}.key.json", "--labels"]
+    assert main([*words, str(filled(tmp_path / "ann.csv", rows))]) == 0
+    capsys.readouterr()
+    # as when one column is sorted by itself
+    rows[2]["answer"], rows[3]["answer"] = rows[3]["answer"], rows[2]["answer"]
+    rows[5]["question"] += " Really?"
+    rows[6]["answer"], rows[6]["label"] = "", ""  # not labelled, so nothing is wrong with it
+    ann = filled(tmp_path / "ann.csv", rows)
+    assert main([*words, str(ann)]) == 2
+    told = capsys.readouterr().err
+    assert f"line 4: {rows[2]['id']}: its answer is not the sheet's" in told and "3 rows can't be used" in told
+    assert f"line 7: {rows[5]['id']}: its question is not the sheet's" in told
+    assert "may be left out of the file" in told
+    assert main([*words, str(labelled(tmp_path / "blind.csv", tmp_path / "bare.csv"))]) == 0
+
+
+def test_what_spreadsheets_do_to_texts_is_no_change(
+    tmp_path: Path, sheet_rows: tuple[Key, list[dict[str, str]]]
+) -> None:
+    whole = report()
+    for row in whole.answers:
+        for answer in row.answers.values():
+            answer.text = f" {answer.text}\n\n  =1 and\u00a0more \n"
+    rows, key = draw_sheet({"a": whole}, per_arm=12)
+    write_sheet(tmp_path / "other.csv", rows, key)
+    with (tmp_path / "other.csv").open(encoding="utf-8-sig", newline="") as file:
+        shown = [row | {"label": "human"} for row in csv.DictReader(file)]
+    changes: list[Callable[[str], str]] = [
+        str, str.strip, lambda text: text.replace("\n", "\r\n"), lambda text: " ".join(text.split()),
+        lambda text: "'" + text.strip(),
+    ]  # fmt: skip
+    for number, change in enumerate(changes):
+        changed = [row | {"answer": change(row["answer"])} for row in shown]
+        (found,) = read_labels([filled(tmp_path / f"{number}.csv", changed)], key, {"a": whole})
+        assert not found.missing
+    _, rows_of_formulas = sheet_rows  # whose answers begin with a minus, and an apostrophe before it
+    _, plain = draw_sheet({"a": report()}, per_arm=12)
+    bare = [row | {"answer": row["answer"].removeprefix("'")} for row in rows_of_formulas]
+    assert bare != rows_of_formulas
+    assert not read_labels([filled(tmp_path / "bare.csv", bare)], plain, {"a": report()})[0].missing
+
+
+def test_headers_and_ids_in_capitals_and_empty_rows_are_read(
+    tmp_path: Path, sheet_rows: tuple[Key, list[dict[str, str]]]
+) -> None:
+    key, rows = sheet_rows
+    blank = dict.fromkeys(rows[0], "")
+    capitals = [row | {"id": row["id"].upper()} for row in rows]
+    path = filled(tmp_path / "ann.csv", [*capitals, blank, blank | {"note": " "}], "ID, Question ,ANSWER,Label,Note")
+    assert path.read_text(encoding="utf-8").splitlines()[-2:] == [",,,,", ",,,, "]
+    (found,) = read_labels([path], key, {"a": report()})
+    assert found.labels == {row["id"]: row["label"] for row in rows} and not found.missing
+    with pytest.raises(UserError, match="two columns are called label"):
+        read_labels([filled(path, rows, "id,question,answer,label,Label")], key)
+    with pytest.raises(UserError, match="the sheet has no id ''"):
+        read_labels([filled(path, [*rows, blank | {"label": "human"}])], key)
 
 
 def test_labels_are_not_set_against_other_answers() -> None:
