@@ -408,7 +408,7 @@ def _grouped(groups: Sequence[tuple[str, Sequence[Rates]]]) -> str:
 def _why_undefined(rates: Sequence[Rates]) -> str:
     """Why retention is undefined, by whose reading; "" where it is not."""
     return "\n".join(
-        f"- {row.read_by}: retention of {arm} is undefined: {kept.why}"
+        f"- {row.read_by}: retention of {arm} is undefined: {wording.real_minus(kept.why)}"
         for row in rates
         for arm, kept in (("the tuned model", row.retention), ("the control", row.control_retention))
         if kept is not None and kept.estimate is None

@@ -465,6 +465,9 @@ def test_what_is_undefined_says_why() -> None:
     assert "- ann: retention of the tuned model is undefined: the cap itself moves it by +0 [0, 0]" in page
     assert page.count("retention of the control is undefined") == 2  # by ann and by the report's reader
     assert [(pair.one, pair.other) for pair in reading.agreements] == [("ann", "the report's reader")]
+    for row in reading.runs[0].rates:
+        row.retention.why = "the cap itself moves it by -0.01 [-0.2, 0.1]"
+    assert "the cap itself moves it by −0.01 [−0.2, 0.1]" in blind_markdown(reading)
 
 
 def test_a_majority_has_more_votes_than_any_other() -> None:
