@@ -38,6 +38,11 @@ def real_minus(text: str) -> str:
     return re.sub(r"(?<![\w.])-(?=\d)", "\u2212", text)
 
 
+def prose(text: str) -> str:
+    """A sentence as a page shows it: real minus signs, and no line break within ``93 %``."""
+    return real_minus(text).replace(" %", "\u00a0%")
+
+
 def decimals_for(estimate: Estimate) -> int | None:
     """Digits after the point that show two digits of the interval's width; None where the interval has no width."""
     width = estimate.high - estimate.low

@@ -9,7 +9,7 @@ import yaml
 
 from trimtab.eval.report.read_answers import rate_sentence
 from trimtab.eval.schema import ARMS, Metric, Report, Retention
-from trimtab.eval.wording import ARM_NAMES, STATUS_DOTS, estimate_text, number, percent_text
+from trimtab.eval.wording import ARM_NAMES, STATUS_DOTS, estimate_text, number, percent_text, real_minus
 
 REQUIRED_FACTS = ("base_model", "license")
 TAGS = ["activation-capping", "assistant-axis", "persona-drift", "lora", "trimtab"]
@@ -47,7 +47,7 @@ def model_card(report: Report, *, adapter_facts: Mapping[str, Any], trained_here
             if trained_here
             else "Weights from elsewhere, measured without any hook against their base under the Assistant-axis cap."
         ),
-        f"**{report.verdict.headline}** (verdict: {STATUS_DOTS[report.verdict.status]} {report.verdict.status})",
+        f"**{real_minus(report.verdict.headline)}** (verdict: {STATUS_DOTS[report.verdict.status]} {report.verdict.status})",
         _decided(report),
         rate_sentence(report.metrics) or "",
         _bullets(report.verdict.points),
@@ -79,7 +79,7 @@ def model_card(report: Report, *, adapter_facts: Mapping[str, Any], trained_here
 
 def _decided(report: Report) -> str:
     names = [claim.name for claim in report.claims if claim.id in report.verdict.decided_by]
-    return f"Decided by: {'; '.join(names)}." if names else ""
+    return real_minus(f"Decided by: {'; '.join(names)}.") if names else ""
 
 
 def _metrics_table(metrics: list[Metric]) -> str:
@@ -129,12 +129,12 @@ model = PeftModel.from_pretrained(model, "path/to/this/folder")  # or .merge_and
 
 
 def _table(rows: list[list[str]]) -> str:
-    head, *body = [[" ".join(cell.replace("|", "\\|").split()) for cell in row] for row in rows]
+    head, *body = [[" ".join(real_minus(cell).replace("|", "\\|").split()) for cell in row] for row in rows]
     return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *body])
 
 
 def _bullets(lines: list[str]) -> str:
-    return "\n".join(f"- {line}" for line in lines)
+    return "\n".join(f"- {real_minus(line)}" for line in lines)
 
 
 def _plain(value: Any) -> str:

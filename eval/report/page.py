@@ -24,6 +24,7 @@ from trimtab.eval import ids, wording
 from trimtab.eval.intervals import most_telling
 from trimtab.eval.report.plots import (
     ALL_ARMS,
+    BEYOND,
     comparison_plot,
     components_plot,
     layers_plot,
@@ -34,19 +35,19 @@ from trimtab.eval.report.plots import (
 )
 from trimtab.eval.report.read_answers import (
     CONVERSATIONS,
-    ROLES,
+    OF_READER,
     SUITES,
     WORST,
     arms_read,
     as_data,
-    groups_of,
     rate_intervals,
     rate_sentence,
     shown_answers,
     typical_pair,
+    worst_roles,
 )
 from trimtab.eval.report.terms import TERMS, term, with_terms
-from trimtab.eval.schema import AnswerRow, ArmAnswer, Durability, Report, Retention, Transcript
+from trimtab.eval.schema import ArmAnswer, Durability, Report, Retention, Transcript
 
 TEMPLATES = Path(__file__).parent / "templates"
 MOST_FAULTS = 4  # told of a file that is no report
@@ -59,7 +60,7 @@ OF_CONVERSATIONS = {
 # Drawn in plots, or said elsewhere on the page.
 PLOTTED = {
     "split_half", "cosine_reextracted_tuned", "cosine_reextracted_base", "cosine_reextracted_base+cap", "cosine_held_out",
-    "split_half_held_out", "log",
+    "split_half_held_out", "log", "command",
 }  # fmt: skip
 
 
@@ -126,13 +127,17 @@ def page_environment() -> Environment:
         points=wording.points_text,
         seed=wording.seed_text,
         telling=lambda by_cluster: None if by_cluster is None else most_telling([by_cluster]),
-        glued=lambda text: text.replace(" %", "\u00a0%"),  # no line break within "93 %"
+        prose=wording.prose,
         plus=lambda value, decimals: wording.signed(wording.number(value, decimals)),
-        explained=with_terms,
-        real_minus=wording.real_minus,
+        explained=lambda text: with_terms(wording.prose(text)),
     )
     environment.globals.update(
-        arm_names=wording.ARM_NAMES, status_signs=wording.STATUS_SIGNS, lights=wording.LIGHTS, term=term, terms=TERMS
+        arm_names=wording.ARM_NAMES,
+        status_signs=wording.STATUS_SIGNS,
+        lights=wording.LIGHTS,
+        term=term,
+        terms=TERMS,
+        beyond=BEYOND,
     )
     return environment
 
@@ -198,12 +203,9 @@ def _claims(report: Report) -> dict[str, Any]:
 
 
 def _answers(report: Report) -> dict[str, Any]:
-    """What the section of the answers that were read is drawn from."""
+    """What the section of the answers that were read is drawn from, and the tables of rates that stand elsewhere."""
     shown = shown_answers(report.answers)
-
-    def kind(row: AnswerRow) -> str:
-        return row.kind
-
+    by_reader = [table for table in report.rates if table.id in OF_READER] if report.answers else []
     return {
         "read": shown[:WORST],
         "read_data": [as_data(row) for row in shown],
@@ -211,20 +213,9 @@ def _answers(report: Report) -> dict[str, Any]:
         "level_arms": [arm for arm in arms_read(report) if arm != "tuned+cap"],  # so that a small table fits a phone
         "read_suites": [SUITES.get(suite, suite) for suite in dict.fromkeys(row.suite for row in shown)],
         "suites": SUITES,
-        "levels": [
-            (head, first, groups)
-            for head, first, groups in (
-                ("By kind of role", "kind", groups_of(report.answers, ROLES, kind)),
-                (
-                    f"The worst {WORST} roles",
-                    "role",
-                    groups_of(report.answers, ROLES, lambda row: row.cluster, worst=WORST),
-                ),
-                ("Conversations by domain", "domain", groups_of(report.answers, CONVERSATIONS, kind)),
-                ("Conversations by turn", "turn", groups_of(report.answers, CONVERSATIONS, lambda row: row.turn)),
-            )
-            if groups
-        ],
+        "worst_roles": worst_roles(report.answers),
+        "by_reader": by_reader,
+        "other_rates": [table for table in report.rates if table not in by_reader],
     }
 
 

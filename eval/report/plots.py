@@ -9,19 +9,24 @@ from __future__ import annotations
 import html
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from trimtab.eval.schema import ARMS, Metric, Rerouting, Retention, Trajectory
+from trimtab.eval.schema import ARMS, Estimate, Metric, Rerouting, Retention, Trajectory
 from trimtab.eval.wording import ARM_NAMES, number, percent_text
 
 Plot = dict[str, Any]
+Mark = tuple[float, str, Estimate]  # height in the plot, what it is of, its interval
 
 ALL_ARMS = (*ARMS, "control")
 DASHES = {"base": "dot", "base+cap": "dash", "tuned": "solid", "tuned+cap": "dashdot", "control": "dot"}
 SYMBOLS = {"base": "circle", "base+cap": "diamond", "tuned": "square", "tuned+cap": "triangle-up", "control": "x"}
 MOST_POINTS = 400  # of a training curve: more cannot be seen
 MOST_PANELS = 8
+BEYOND = "beyond"  # the name of arrows where intervals go on beyond the edge
+ARROW = 16  # their length, in pixels
+PHONE = (250.0, 370.0)  # width and height of the persona plot on a phone, in pixels
+LETTER = (7.0, 14.0)  # of a role's name in it: width and height
 
 
 def colour(arm: str) -> str:
@@ -32,79 +37,26 @@ def colour(arm: str) -> str:
 def retention_plot(metrics: Sequence[Metric]) -> Plot:
     """Retention per metric as horizontal intervals, the control's beneath, with lines at 0 and 1."""
     rows = list(reversed(metrics))
-    data = [
-        _intervals("tuned", [(i + 0.12, m.retention) for i, m in enumerate(rows)], "$tuned", "square", rows),
-        _intervals("control", [(i - 0.2, m.control_retention) for i, m in enumerate(rows)], "$control", "x", rows),
-    ]
-    ends = [
-        end
-        for metric in metrics
-        for kept in (metric.retention, metric.control_retention)
-        if kept and kept.estimate
-        for end in (kept.estimate.low, kept.estimate.high)
-    ]
-    low, high = max(-1.0, min([-0.15, *ends])) - 0.05, min(2.0, max([1.2, *ends])) + 0.05
+    tuned = _marks((i + 0.12, f"{html.escape(m.name)}<br>tuned", m.retention) for i, m in enumerate(rows))
+    control = _marks((i - 0.2, f"{html.escape(m.name)}<br>control", m.control_retention) for i, m in enumerate(rows))
     labels = [f"{_wrapped(m.name)}<br><b>{_retention_text(m.retention)}</b>" for m in rows]
-    notes = [
-        {"x": 0.5, "y": i + 0.12, "text": "undefined", "showarrow": False, "font": {"color": "$soft", "size": 12}}
-        for i, m in enumerate(rows)
-        if m.retention.estimate is None
+    layout = _retention_layout([*tuned, *control], labels, reach=(-1.0, 2.0), row=66)
+    window = layout["xaxis"]["range"]
+    layout["annotations"] = [*_beyond("tuned", tuned, window), *_beyond("control", control, window)]
+    data = [
+        *_intervals("tuned", tuned, size=11, symbol="square", thickness=3),
+        *_intervals("control", control, size=8, symbol="x", thickness=1.5),
     ]
-    for x, text in ((0, "nothing<br>kept"), (1, "hook no<br>longer needed")):
-        notes.append(
-            {"x": x, "y": 1, "yref": "paper", "yanchor": "bottom", "text": text, "showarrow": False,
-             "font": {"color": "$soft", "size": 12}}
-        )  # fmt: skip
-    layout = {
-        "height": 96 + 66 * max(1, len(rows)),
-        "margin": {"l": 10, "r": 16, "t": 46, "b": 40},
-        "xaxis": {"range": [low, high], "tickformat": ".0%", "zeroline": False},
-        "yaxis": {
-            "tickvals": list(range(len(rows))), "ticktext": labels, "range": [-0.6, len(rows) - 0.4],
-            "automargin": True, "showgrid": False, "zeroline": False, "ticks": "", "tickfont": {"size": 13},
-        },
-        "shapes": [
-            {"type": "line", "x0": x, "x1": x, "y0": 0, "y1": 1, "yref": "paper",
-             "line": {"color": "$reference", "width": 1.5, "dash": dash}}
-            for x, dash in ((0, "solid"), (1, "dash"))
-        ],
-        "annotations": notes,
-    }  # fmt: skip
-    return {"data": [trace for trace in data if trace["x"]], "layout": layout}
+    return {"data": data, "layout": layout}
 
 
 def comparison_plot(rows: Sequence[tuple[str, Retention | None]]) -> Plot:
     """Retention of one metric, a row a run."""
-    shown = [(name, kept.estimate) for name, kept in reversed(rows) if kept is not None and kept.estimate is not None]
-    ends = [end for _, e in shown for end in (e.low, e.high)]
-    data = [
-        {
-            "type": "scatter", "mode": "markers", "name": "tuned",
-            "x": [e.value for _, e in shown], "y": list(range(len(shown))),
-            "customdata": [f"{html.escape(name)}: {percent_text(e)}, n = {e.n}" for name, e in shown],
-            "hovertemplate": "%{customdata}<extra></extra>",
-            "error_x": {
-                "type": "data", "symmetric": False, "color": "$tuned", "thickness": 3, "width": 5,
-                "array": [e.high - e.value for _, e in shown], "arrayminus": [e.value - e.low for _, e in shown],
-            },
-            "marker": {"color": "$tuned", "size": 11, "symbol": "square"},
-        }
-    ]  # fmt: skip
-    layout = {
-        "height": 60 + 34 * max(1, len(shown)),
-        "margin": {"l": 10, "r": 16, "t": 8, "b": 34},
-        "xaxis": {"range": [max(-3.0, min([-0.1, *ends])) - 0.05, min(4.0, max([1.2, *ends])) + 0.05], "tickformat": ".0%"},
-        "yaxis": {
-            "tickvals": list(range(len(shown))), "ticktext": [_wrapped(name) for name, _ in shown],
-            "range": [-0.6, len(shown) - 0.4], "automargin": True, "showgrid": False, "zeroline": False,
-        },
-        "shapes": [
-            {"type": "line", "x0": x, "x1": x, "y0": 0, "y1": 1, "yref": "paper",
-             "line": {"color": "$reference", "width": 1.5, "dash": dash}}
-            for x, dash in ((0, "solid"), (1, "dash"))
-        ],
-    }  # fmt: skip
-    return {"data": data, "layout": layout}
+    shown = [(name, kept) for name, kept in reversed(rows) if kept is not None and kept.estimate is not None]
+    marks = _marks((i, html.escape(name), kept) for i, (name, kept) in enumerate(shown))
+    layout = _retention_layout(marks, [_wrapped(name) for name, _ in shown], reach=(-3.0, 4.0), row=34)
+    layout["annotations"] = _beyond("tuned", marks, layout["xaxis"]["range"])
+    return {"data": _intervals("tuned", marks, size=11, symbol="square", thickness=3), "layout": layout}
 
 
 def trajectory_plots(trajectories: Sequence[Trajectory], default_z: float | None) -> list[tuple[str, Plot]]:
@@ -141,7 +93,8 @@ def persona_plot(space: Mapping[str, Any]) -> Plot | None:
     if len(names) < 3 or len(points[0]) < 2:
         return None
     roles = [(str(name), point) for name, point in zip(names, points, strict=True) if name != "default"]
-    named = _outermost(roles)
+    defaults = [point for name, point in zip(names, points, strict=True) if name == "default"]
+    named = _named(roles, defaults[0] if defaults else None)
     variance = [*space.get("variance", []), 0.0, 0.0]
     common = {"type": "scatter", "hovertemplate": "%{customdata}<br>%{hovertext}<extra></extra>"}
     data: list[dict[str, Any]] = [
@@ -152,7 +105,6 @@ def persona_plot(space: Mapping[str, Any]) -> Plot | None:
          "textposition": "top center", "textfont": {"size": 11, "color": "$soft"},
          "marker": {"size": 9, "color": "$role", "line": {"color": "$page", "width": 1}}},
     ]  # fmt: skip
-    defaults = [point for name, point in zip(names, points, strict=True) if name == "default"]
     if defaults:
         data.append(
             {**common, "name": "default Assistant", "mode": "markers+text",
@@ -165,8 +117,14 @@ def persona_plot(space: Mapping[str, Any]) -> Plot | None:
     layout = {
         "height": 430,
         "margin": {"l": 52, "r": 40, "t": 12, "b": 46},
-        "xaxis": {"title": {"text": f"PC1 ({variance[0]:.0%} of variance)"}, **_padded([p[0] for p in points])},
-        "yaxis": {"title": {"text": f"PC2 ({variance[1]:.0%} of variance)"}, **_padded([p[1] for p in points])},
+        "xaxis": {
+            "title": {"text": f"PC1 ({number(100 * variance[0], 0)} % of variance)"},
+            **_padded([p[0] for p in points]),
+        },
+        "yaxis": {
+            "title": {"text": f"PC2 ({number(100 * variance[1], 0)} % of variance)"},
+            **_padded([p[1] for p in points]),
+        },
         "hovermode": "closest",
         "zoomable": True,
     }
@@ -221,7 +179,7 @@ def components_plot(rerouting: Rerouting | None) -> Plot | None:
         return None
     data = [
         {
-            "type": "bar", "name": name, "x": [f"PC{c.number}" for c in rerouting.components],
+            "type": "bar", "name": name, "x": [c.number for c in rerouting.components],
             "y": [e.value for e in effects], "marker": {"color": colour(arm)},
             "error_y": {
                 "type": "data", "symmetric": False, "color": "$soft", "thickness": 1.2, "width": 3,
@@ -235,11 +193,11 @@ def components_plot(rerouting: Rerouting | None) -> Plot | None:
         )
     ]  # fmt: skip
     layout = {
-        "height": 290,
-        "margin": {"l": 52, "r": 10, "t": 8, "b": 34},
+        "height": 302,
+        "margin": {"l": 52, "r": 10, "t": 8, "b": 46},
         "barmode": "group",
         "bargap": 0.35,
-        "xaxis": {"showgrid": False},
+        "xaxis": {"title": {"text": "persona component"}, "dtick": 1, "tickangle": 0, "showgrid": False},
         "yaxis": {"title": {"text": "sigma"}, "zeroline": True},
         "hovermode": "x unified",
     }
@@ -271,25 +229,77 @@ def training_plots(log: Sequence[Mapping[str, Any]]) -> list[tuple[str, Plot]]:
     return panels[:MOST_PANELS]
 
 
-def _intervals(
-    name: str, rows: Sequence[tuple[float, Retention | None]], ink: str, symbol: str, metrics: Sequence[Metric]
-) -> dict[str, Any]:
-    found = [
-        (y, retention.estimate, metric)
-        for (y, retention), metric in zip(rows, metrics, strict=True)
-        if retention is not None and retention.estimate is not None
-    ]
+def _marks(rows: Iterable[tuple[float, str, Retention | None]]) -> list[Mark]:
+    """Those rows whose retention is defined."""
+    return [(y, what, kept.estimate) for y, what, kept in rows if kept is not None and kept.estimate is not None]
+
+
+def _retention_layout(marks: Sequence[Mark], labels: Sequence[str], *, reach: tuple[float, float], row: int) -> Plot:
+    """The layout of rows of retention, from the bottom up.
+
+    Args:
+        marks: what is drawn.
+        labels: of the rows.
+        reach: least and most retention that the plot may be widened to; one far out must not squeeze the rest.
+        row: height of a row in pixels.
+    """
+    ends = [end for _, _, e in marks for end in (e.low, e.high)]
+    low, high = max(reach[0], min([-0.15, *ends])) - 0.05, min(reach[1], max([1.2, *ends])) + 0.05
     return {
-        "type": "scatter", "mode": "markers", "name": name,
-        "x": [e.value for _, e, _ in found], "y": [y for y, _, _ in found],
-        "customdata": [f"{html.escape(m.name)}<br>{name}: {percent_text(e)}, n = {e.n}" for _, e, m in found],
+        "height": 52 + row * max(1, len(labels)),
+        "margin": {"l": 10, "r": 16, "t": 8, "b": 36},
+        "xaxis": {"range": [low, high], "tickformat": ".0%", "zeroline": False},
+        "yaxis": {
+            "tickvals": list(range(len(labels))), "ticktext": list(labels), "range": [-0.6, len(labels) - 0.4],
+            "automargin": True, "showgrid": False, "zeroline": False, "ticks": "", "tickfont": {"size": 13},
+        },
+        "shapes": [
+            {"type": "line", "x0": x, "x1": x, "y0": 0, "y1": 1, "yref": "paper",
+             "line": {"color": "$reference", "width": 1.5, "dash": dash}}
+            for x, dash in ((0, "solid"), (1, "dash"))
+        ],
+    }  # fmt: skip
+
+
+def _intervals(arm: str, marks: Sequence[Mark], *, size: int, symbol: str, thickness: float) -> list[dict[str, Any]]:
+    """The trace of values with their intervals; none where there are none.
+
+    Args:
+        arm: whose they are.
+        marks: what is drawn.
+        size: of a value's mark, in pixels.
+        symbol: of a value's mark.
+        thickness: of an interval's line, in pixels.
+    """
+    trace = {
+        "type": "scatter", "mode": "markers", "name": arm,
+        "x": [e.value for _, _, e in marks], "y": [y for y, _, _ in marks],
+        "customdata": [f"{what}: {percent_text(e)}, n = {e.n}" for _, what, e in marks],
         "hovertemplate": "%{customdata}<extra></extra>",
         "error_x": {
-            "type": "data", "symmetric": False, "color": ink, "thickness": 3 if name == "tuned" else 1.5, "width": 5,
-            "array": [e.high - e.value for _, e, _ in found], "arrayminus": [e.value - e.low for _, e, _ in found],
+            "type": "data", "symmetric": False, "color": colour(arm), "thickness": thickness, "width": 5,
+            "array": [e.high - e.value for _, _, e in marks], "arrayminus": [e.value - e.low for _, _, e in marks],
         },
-        "marker": {"color": ink, "size": 11 if name == "tuned" else 8, "symbol": symbol},
+        "marker": {"color": colour(arm), "size": size, "symbol": symbol},
     }  # fmt: skip
+    return [trace] if marks else []
+
+
+def _beyond(arm: str, marks: Sequence[Mark], window: tuple[float, float]) -> list[dict[str, Any]]:
+    """An arrow to the plot's edge for each end of an interval that lies beyond it: cut off, it would look like an end.
+
+    Args:
+        arm: whose intervals they are.
+        marks: what is drawn.
+        window: least and most retention that the plot shows.
+    """
+    ends = [(0, ARROW, y) for y, _, e in marks if e.low < window[0]]
+    ends += [(1, -ARROW, y) for y, _, e in marks if e.high > window[1]]
+    return [
+        {"name": BEYOND, "x": side, "xref": "paper", "y": y, "ax": tail, "ay": 0, "text": "", "showarrow": True,
+         "arrowhead": 2, "arrowsize": 1, "arrowwidth": 2, "arrowcolor": colour(arm)}
+        for side, tail, y in ends
+    ]  # fmt: skip
 
 
 def _retention_text(retention: Retention) -> str:
@@ -331,11 +341,43 @@ def _level(z: float) -> dict[str, Any]:
     return {"type": "line", "x0": 0, "x1": 1, "xref": "paper", "y0": z, "y1": z, "layer": "below", "line": line}
 
 
-def _outermost(roles: Sequence[tuple[str, Sequence[float]]]) -> set[int]:
-    """Indices of the roles at the ends of both components: naming all of them would be a blot."""
+def _named(roles: Sequence[tuple[str, Sequence[float]]], default: Sequence[float] | None) -> set[int]:
+    """Indices of the roles at the ends of both components, but for those whose name would lie on another's.
+
+    The names' boxes are reckoned for a phone's width: on a wider page they are farther apart.
+
+    Args:
+        roles: names and [PC1, PC2, ...].
+        default: where the default Assistant lies, whose name stands beneath its mark; None if it is not there.
+    """
+    points = [point for _, point in roles] + ([default] if default is not None else [])
+    (left, right), (bottom, top) = (_padded([point[axis] for point in points])["range"] for axis in (0, 1))
+
+    def box(point: Sequence[float], name: str, *, above: bool) -> tuple[float, float, float, float]:
+        lines = _wrapped(name).split("<br>")
+        x, y = (point[0] - left) / (right - left) * PHONE[0], (point[1] - bottom) / (top - bottom) * PHONE[1]
+        width, height = LETTER[0] * max(map(len, lines)), LETTER[1] * len(lines)
+        foot = y + 6 if above else y - 10 - height
+        return x - width / 2, x + width / 2, foot, foot + height
+
+    taken = [box(default, "default Assistant", above=False)] if default is not None else []
+    named = set()
+    for index in _outermost(roles):
+        name, point = roles[index]
+        own = box(point, name, above=True)
+        if all(own[0] >= b[1] or own[1] <= b[0] or own[2] >= b[3] or own[3] <= b[2] for b in taken):
+            taken.append(own)
+            named.add(index)
+    return named
+
+
+def _outermost(roles: Sequence[tuple[str, Sequence[float]]]) -> list[int]:
+    """Indices of the roles at the ends of both components, the outermost first: naming all of them would be a blot."""
     first = sorted(range(len(roles)), key=lambda i: roles[i][1][0])
     second = sorted(range(len(roles)), key=lambda i: roles[i][1][1])
-    return {*first[:4], *first[-4:], *second[:2], *second[-2:]}
+    ends = [(first[k], first[-1 - k]) for k in range(min(4, len(roles)))]
+    ends[1:1] = [(second[k], second[-1 - k]) for k in range(min(2, len(roles)))]
+    return list(dict.fromkeys(index for pair in ends for index in pair))
 
 
 def _padded(values: Sequence[float]) -> dict[str, Any]:

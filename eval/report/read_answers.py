@@ -1,9 +1,9 @@
-"""What the page shows of the answers that were read: a typical pair, the persona rate, means by kind, and the table of all."""
+"""What the page shows of the answers that were read: a typical pair, the persona rate, the worst roles, and the table of all."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from statistics import fmean, median
@@ -22,6 +22,7 @@ SUITES = {
     "benign": "benign request",
     "benign_systems": "benign system prompt",
 }
+OF_READER = {"by_kind", "by_domain", "by_turn"}  # tables of rates that stand beside the answers
 WORST = 10  # rows that stand on the page without JavaScript, and roles that are named
 ROWS_SHOWN = 400  # and characters: they keep the page small; report.json holds all
 CHARACTERS_SHOWN = 1_500_000
@@ -55,10 +56,10 @@ class Level:
 
 
 @dataclass(frozen=True)
-class Group:
-    """The answers of one kind, role or turn, by arm."""
+class Role:
+    """The answers under one role, by arm."""
 
-    label: str
+    name: str
     arms: dict[str, Level]
 
 
@@ -96,27 +97,15 @@ def _persona_rates(metrics: Sequence[Metric]) -> list[tuple[str, Estimate]]:
     return [(when, arms[arm]) for arm, when in WHEN.items() if arm in arms]
 
 
-def groups_of(
-    rows: Sequence[AnswerRow], suite: str, label: Callable[[AnswerRow], Any], *, worst: int | None = None
-) -> list[Group]:
-    """The answers of a suite by kind, role or turn.
-
-    Args:
-        rows: all answers.
-        suite: which of them.
-        label: what they are put together by.
-        worst: show so many, those first whose tuned answers the reader takes for a persona most; all by label without it.
-    """
-    found: dict[Any, list[AnswerRow]] = {}
+def worst_roles(rows: Sequence[AnswerRow]) -> list[Role]:
+    """The roles whose tuned answers the reader takes for a persona most, those first; not more than ``WORST``."""
+    found: dict[str, list[AnswerRow]] = {}
     for row in rows:
-        if row.suite == suite:
-            found.setdefault(label(row), []).append(row)
-    groups = [Group(str(name), _levels(found[name])) for name in sorted(found)]
-    groups = [group for group in groups if group.arms]
-    if worst is None:
-        return groups
-    ranked = [group for group in groups if "tuned" in group.arms]
-    return sorted(ranked, key=lambda group: -group.arms["tuned"].mean)[:worst]
+        if row.suite == ROLES:
+            found.setdefault(row.cluster, []).append(row)
+    roles = [Role(name, _levels(found[name])) for name in sorted(found)]
+    read = [role for role in roles if "tuned" in role.arms]
+    return sorted(read, key=lambda role: -role.arms["tuned"].mean)[:WORST]
 
 
 def _levels(rows: Sequence[AnswerRow]) -> dict[str, Level]:

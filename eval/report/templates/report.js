@@ -61,10 +61,12 @@
   // On paper: light colours, and widths that fit an A4 or Letter page.
   addEventListener("beforeprint", () => {
     root.classList.add("paper");
+    for (const part of document.querySelectorAll(".printed:not([open])")) { part.open = true; part.dataset.wasShut = ""; }
     draw((box) => (box.closest(".panels, .pair") ? 320 : 660));
   });
   addEventListener("afterprint", () => {
     root.classList.remove("paper");
+    for (const part of document.querySelectorAll("[data-was-shut]")) { part.open = false; delete part.dataset.wasShut; }
     draw();
   });
 
@@ -102,7 +104,7 @@
   addEventListener("keydown", (event) => { if (event.key === "Escape") hush(); });
   addEventListener("scroll", hush, { passive: true });
 
-  // The answers that were read: filtered and sorted here, and drawn 25 at a time. What models said becomes text, never markup.
+  // The answers that were read: filtered and sorted here, ten at first and 25 more at a time. What models said becomes text, never markup.
   const island = document.getElementById("read-data");
   if (island) {
     const { rows, names, arms: order } = JSON.parse(island.textContent);
@@ -157,7 +159,7 @@
     let found = [];
     const more = () => {
       const at = body.childElementCount;
-      body.append(...found.slice(at, at + 25).map((row) => drawn(row, byId("arm").value)));
+      body.append(...found.slice(at, at + (at ? 25 : 10)).map((row) => drawn(row, byId("arm").value)));
       byId("more").hidden = body.childElementCount >= found.length;
       byId("shown").value = body.childElementCount + " of " + found.length;
     };

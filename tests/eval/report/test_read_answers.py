@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,15 +16,15 @@ from trimtab.eval.report import read_answers
 from trimtab.eval.report.card import model_card
 from trimtab.eval.report.page import render_html, write_report
 from trimtab.eval.report.read_answers import (
-    groups_of,
     rate_intervals,
     rate_sentence,
     shown_answers,
     typical_pair,
     worst_first,
+    worst_roles,
 )
 from trimtab.eval.report.terms import TERMS, term, with_terms
-from trimtab.eval.schema import AnswerRow, ArmAnswer, Claim, Metric, Report, Retention, ScoredAnswer
+from trimtab.eval.schema import AnswerRow, ArmAnswer, Claim, Metric, RateRow, RateTable, Report, Retention, ScoredAnswer
 from trimtab.eval.wording import STATUS_DOTS, STATUS_SIGNS, real_minus
 
 GLOSSARY = Path(__file__).parents[3] / "docs" / "glossary.md"
@@ -95,19 +96,32 @@ def test_two_answers_stand_before_the_first_figure(report: Report) -> None:
     assert "log-odds +" in top or "log-odds −" in top
 
 
-def test_means_by_kind_and_the_worst_roles() -> None:
-    rows = [row("elf", 1.0, -1.0), row("elf", 3.0, 2.0), row("imp", 1.0, 4.0), row("ox", 1.0, None, kind="animal")]
-    kinds = groups_of(rows, "roles", lambda one: one.kind)
-    assert [group.label for group in kinds] == ["animal", "mystical"]
-    tuned = kinds[1].arms["tuned"]
-    assert (tuned.n, tuned.personas) == (3, 2) and tuned.mean == pytest.approx(5 / 3)
-    assert set(kinds[0].arms) == {"base"}
-    worst = groups_of(rows, "roles", lambda one: one.cluster, worst=10)
-    assert [(group.label, group.arms["tuned"].mean) for group in worst] == [("imp", 4.0), ("elf", 0.5)]
-    assert len(groups_of(rows, "roles", lambda one: one.cluster, worst=1)) == 1
-    assert groups_of(rows, "conversations", lambda one: one.kind) == []
-    turns = [row("talk", 0.0, 0.0, suite="conversations", turn=turn) for turn in (10, 2)]
-    assert [group.label for group in groups_of(turns, "conversations", lambda one: one.turn)] == ["2", "10"]
+def test_the_worst_roles_come_first_and_those_that_were_not_read_are_left_out() -> None:
+    rows = [row("elf", 1.0, -1.0), row("elf", 3.0, 2.0), row("imp", 1.0, 4.0), row("ox", 1.0, None)]
+    rows.append(row("talk", 9.0, 9.0, suite="conversations"))
+    worst = worst_roles(rows)
+    assert [(role.name, role.arms["tuned"].mean) for role in worst] == [("imp", 4.0), ("elf", 0.5)]
+    elf = worst[1].arms["tuned"]
+    assert (elf.n, elf.personas) == (2, 1) and worst[1].arms["base"].mean == pytest.approx(2.0)
+    assert len(worst_roles([row(f"role-{number}", 0.0, 0.0) for number in range(30)])) == read_answers.WORST
+
+
+def rates(identifier: str, name: str) -> RateTable:
+    arms = {arm: estimate(0.5, 0.1) for arm in ("base", "tuned")}
+    meaning = "Share of answers; the cap's own change is -0.3."
+    return RateTable(id=identifier, name=name, meaning=meaning, rows=[RateRow(label="mystical", arms=arms)])
+
+
+def test_rates_by_kind_stand_once_beside_the_answers(report: Report) -> None:
+    by_kind, refused = rates("by_kind", "Personas by kind of role"), rates("refused", "Harmless requests refused")
+    report.rates = [by_kind, refused]
+    text = Page(render_html(report)).text
+    assert text.count(by_kind.name) == 1 and text.count("mystical 0.50") == 2  # a row of each table
+    assert text.index("The answers that were read") < text.index(by_kind.name) < text.index("Answer by answer")
+    assert text.index("Shares of answers, class by class") < text.index(refused.name)
+    report.answers = []  # then all stand together
+    text = Page(render_html(report)).text
+    assert text.index("Shares of answers, class by class") < text.index(by_kind.name) < text.index(refused.name)
 
 
 def test_the_worst_come_first_and_what_was_not_read_last() -> None:
@@ -140,7 +154,7 @@ def test_ten_answers_stand_on_the_page_without_javascript(report: Report) -> Non
     assert len(data["rows"]) == 36
     first = data["rows"][0]
     assert first["suite"] == "default Assistant" and first["answers"]["tuned"]["persona"] == 33.1
-    assert "By kind of role" in text and "The worst 10 roles" in text and "Conversations by turn" in text
+    assert "The worst 2 roles" in text  # of the six, those that were asked as roles
     assert "The answers that were read" not in Page(render_html(build_report(transcripts=1))).text
 
 
@@ -232,6 +246,21 @@ def test_one_minus_sign_on_the_page(report: Report) -> None:
         for trace in figure["data"]:
             assert ":." not in trace.get("hovertemplate", ""), "plotly writes a hyphen for a minus"
             assert not any("-" in text for text in trace.get("customdata", []) if text[:2].strip("-").isdigit())
+    hyphen = re.compile(r"(?<![\w.])-(?=\d)")
+    said = "it moves by -0.5"
+    report.verdict.headline = report.verdict.points[0] = report.warnings[0] = report.does_not_compare[0] = said
+    report.claims[0].says = report.claims[0].rule = report.claims[0].name = report.claims[2].says = said
+    report.metrics[0].meaning = report.side_effects[0].meaning = report.durability[0].meaning = said
+    report.side_effects[0].name = report.transcripts[0].note = said
+    report.rates = [rates("by_kind", said), rates("refused", said)]
+    report.repeat = {}  # commands and recipes keep theirs
+    text = Page(render_html(report)).text
+    assert text.count("it moves by −0.5") > 14 and not hyphen.findall(text)
+    facts = {"base_model": "x", "license": "mit", "margin": -0.5, "layers": [-1, 2], "name": "a-1"}
+    card = model_card(report, adapter_facts=facts)
+    assert "undefined: the cap itself moves it by −0.01" in card
+    assert "- margin: −0.5\n- layers: −1, 2\n- name: a-1" in card
+    assert card.count("it moves by −0.5") == 5 and not hyphen.findall(card.split("---\n", 2)[2])
     drift = page.figures[1]["data"][-1]
     assert drift["customdata"][0] == "−2.80" and drift["y"][0] == pytest.approx(-2.8)
 
@@ -254,8 +283,10 @@ def test_answers_are_filtered_sorted_and_drawn_in_parts(opened: Any) -> None:
         cells: list[str] = opened.locator(f"#read td[data-label='{name}']").all_text_contents()
         return cells
 
-    assert column("log-odds")[:2] == ["+33.10", "+32.10"] and len(column("words")) == 25
-    assert opened.locator("#read-shown").text_content() == "25 of 36"
+    assert column("log-odds")[:2] == ["+33.10", "+32.10"] and len(column("words")) == 10
+    assert opened.locator("#read-shown").text_content() == "10 of 36"
+    opened.click("#read-more")
+    assert len(column("words")) == 35
     opened.click("#read-more")
     assert len(column("words")) == 36 and opened.locator("#read-more").is_hidden()
     opened.select_option("#read-order", "persona up")
@@ -265,7 +296,8 @@ def test_answers_are_filtered_sorted_and_drawn_in_parts(opened: Any) -> None:
     opened.select_option("#read-order", "relevance up")
     assert column("relevance")[0] == "0.15"
     opened.select_option("#read-suite", "conversation")
-    assert set(opened.locator("#read .tag").all_text_contents()) == {"conversation"} and len(column("words")) == 12
+    assert set(opened.locator("#read .tag").all_text_contents()) == {"conversation"}
+    assert opened.locator("#read-shown").text_content() == "10 of 12"
     opened.locator("#read summary").first.click()
     opened.wait_for_selector("#read .answer")
     assert opened.locator("#read .answer").count() == 5

@@ -23,6 +23,7 @@ from trimtab.eval.report.card import model_card
 from trimtab.eval.report.facts import title_of
 from trimtab.eval.report.page import TEMPLATES, Scale, load_report, render_html, write_report
 from trimtab.eval.report.plots import (
+    comparison_plot,
     layers_plot,
     persona_plot,
     retention_plot,
@@ -399,6 +400,19 @@ def test_every_number_a_reader_needs_is_in_the_text(page: Page) -> None:
         assert words in page.text, words
 
 
+def test_what_is_long_is_folded(report: Report, page_source: str, page: Page) -> None:
+    section = page_source[page_source.index('id="repeat"') : page_source.index('id="words"')]
+    shut = re.findall(r'<details class="folded">(.*?)</details>', section, re.S)
+    assert [re.findall(r"<summary>(\w+)", part)[0] for part in shut] == ["How", "Floor", "Axis", "Training"]
+    open_part = re.sub(r"<details.*?</details>", "", section, flags=re.S)
+    assert report.repeat["command"] in open_part and "floor_weight" not in open_part
+    assert "1 without a limit" in page.text
+    effects = page_source[page_source.index('id="side-effects"') : page_source.index('id="capability"')]
+    assert effects.index("Shift of default text") < effects.index("<details") < effects.index("Perplexity of answers")
+    unlimited = report.model_copy(update={"side_effects": report.side_effects[2:]})
+    assert '<details class="folded" open><summary>1 without a limit' in render_html(unlimited)
+
+
 def test_the_page_asks_the_network_for_nothing(page: Page) -> None:
     for tag, attributes in page.tags:
         assert tag not in ("link", "img", "iframe", "object", "base", "form"), tag
@@ -452,6 +466,27 @@ def test_retention_far_out_does_not_squeeze_the_rest() -> None:
     wild[0].retention = Retention(estimate=Estimate(value=3, low=-40, high=60, n=4))
     low, high = retention_plot(wild)["layout"]["xaxis"]["range"]
     assert -1.1 <= low < 0 < 1 < high <= 2.1
+
+
+@pytest.mark.parametrize("which", ["retention", "comparison"])
+def test_an_interval_that_goes_on_beyond_the_edge_has_an_arrow_there(which: str) -> None:
+    metrics = build_report(transcripts=0).metrics[:2]
+
+    def drawn() -> dict[str, Any]:
+        rows = [(metric.name, metric.retention) for metric in metrics]
+        return retention_plot(metrics) if which == "retention" else comparison_plot(rows)
+
+    assert drawn()["layout"]["annotations"] == []
+    metrics[0].retention = Retention(estimate=Estimate(value=0.5, low=-40, high=1, n=4))
+    metrics[1].retention = Retention(estimate=Estimate(value=0.5, low=0, high=60, n=4))
+    arrows = drawn()["layout"]["annotations"]
+    heights = drawn()["data"][0]["y"]  # from the bottom up
+    assert [(arrow["x"], arrow["y"]) for arrow in arrows] == [(0, heights[1]), (1, heights[0])]
+    assert arrows[0]["ax"] > 0 > arrows[1]["ax"]  # they point outward
+    report = build_report(transcripts=1)
+    assert "goes on beyond it" not in Page(render_html(report)).text
+    report.metrics = metrics
+    assert Page(render_html(report)).text.count("goes on beyond it") == 1
 
 
 def test_trajectories_have_a_panel_a_domain_on_one_scale(report: Report) -> None:
@@ -615,6 +650,78 @@ def test_the_page_is_no_wider_than_its_window(browser: Any, report: Report, tmp_
     page.goto(path.as_uri())
     page.eval_on_selector_all("details", "all => all.forEach(one => one.open = true)")
     assert page.evaluate("document.documentElement.scrollWidth") <= width
+    page.close()
+
+
+LYING_ON_ANOTHER = """() => [...document.querySelectorAll(".plot")].flatMap((plot) => {
+  const box = plot.getBoundingClientRect();
+  const texts = [...plot.querySelectorAll("svg text")].map((node) => [node.textContent, node.getBoundingClientRect()])
+    .filter(([text, at]) => text && at.width);
+  const cut = texts.filter(([, at]) => at.left < box.left - 1 || at.right > box.right + 1).map(([text]) => "cut: " + text);
+  return cut.concat(texts.flatMap(([a, one], i) => texts.slice(i + 1).filter(([, other]) =>
+    Math.min(one.right, other.right) - Math.max(one.left, other.left) > 1
+    && Math.min(one.bottom, other.bottom) - Math.max(one.top, other.top) > 1).map(([b]) => a + " / " + b)));
+})"""
+OVER_ITS_EDGE = """() => [...document.querySelectorAll("td, th")].filter((cell) => cell.clientWidth
+  && cell.scrollWidth > cell.clientWidth + 1).map((cell) => cell.textContent.trim())"""
+
+
+def crowded() -> Report:
+    """A report whose plots and tables have the least room: intervals far out, roles of near places, long reasons."""
+    report = build_report(transcripts=1)
+    wide = Retention(estimate=Estimate(value=-0.8, low=-3.23, high=2.6, n=32))
+    why = "the cap itself moves it by +0.0845 [-0.102, 0.284], which is within its noise"
+    report.metrics[1].control_retention = wide
+    report.metrics[3].retention = report.metrics[3].control_retention = Retention(estimate=None, why=why)
+    small = Estimate(value=-0.01234, low=-0.01239, high=-0.01229, n=1320)
+    report.metrics[2].arms = dict.fromkeys(ARMS, small)
+    report.persona_space["coordinates"] = [[0.4 * index, 0.2 * index, 0.0] for index in range(len(ROLES))] + [[5, 3, 0]]
+    return report
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [390, 1280])
+def test_no_text_lies_on_another_and_no_cell_is_overfull(browser: Any, tmp_path: Path, width: int) -> None:
+    path = write_report(crowded(), tmp_path)
+    page = browser.new_page(viewport={"width": width, "height": 900})
+    page.goto(path.as_uri())
+    assert page.locator("#retention .annotation-arrow-g path").count() == 4  # two heads with their shafts
+    page.eval_on_selector_all("details", "all => all.forEach(one => one.open = true)")
+    page.wait_for_function("[...document.querySelectorAll('.plot')].every(plot => plot.querySelector('svg'))")
+    assert page.locator(".plot .textpoint text").count() > 4
+    assert page.evaluate(LYING_ON_ANOTHER) == []
+    assert page.evaluate(OVER_ITS_EDGE) == []
+    page.close()
+
+
+@pytest.mark.slow
+def test_side_effects_fit_a_phone_with_their_verdicts(browser: Any, report: Report, tmp_path: Path) -> None:
+    path = write_report(report, tmp_path)
+    page = browser.new_page(viewport={"width": 390, "height": 900})
+    page.goto(path.as_uri())
+    table = page.locator("#side-effects .scroll").first
+    assert table.evaluate("box => box.scrollWidth <= box.clientWidth")
+    assert table.locator("tbody th").first.bounding_box()["width"] > 340
+    for verdict in table.locator(".ok, .over").all():
+        box = verdict.bounding_box()
+        assert box["x"] + box["width"] <= 390
+    page.close()
+
+
+@pytest.mark.slow
+def test_on_paper_the_words_are_open_and_the_long_parts_are_told(browser: Any, report: Report, tmp_path: Path) -> None:
+    path = write_report(report, tmp_path)
+    page = browser.new_page(viewport={"width": 690, "height": 900})  # A4 within its margins
+    page.goto(path.as_uri())
+    words = page.locator("#words dl")
+    assert words.is_hidden()
+    page.emulate_media(media="print")
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 690
+    assert words.is_visible() and page.locator("#repeat summary").first.is_visible()
+    assert page.locator("#repeat dl").first.is_hidden()
+    page.evaluate("dispatchEvent(new Event('afterprint'))")
+    assert words.is_hidden()
     page.close()
 
 
