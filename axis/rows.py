@@ -423,16 +423,20 @@ def _csv_rows(path: Path, packed: str, key: str | None) -> Iterator[Row]:
     with _unpacked(path, packed, key) as stream, io.TextIOWrapper(stream, encoding="utf-8-sig", newline="") as text:
         line = 1
         try:
-            head = text.readline()
-            reader = csv.reader(itertools.chain([head], text), delimiter=max(",;\t", key=head.count), strict=True)
+            head, above = text.readline(), 0
+            marked = re.fullmatch(r'"?sep=(.)"?\s*', head, re.IGNORECASE)  # for spreadsheets
+            if marked:
+                head, above = text.readline(), 1
+            mark = marked[1] if marked else max(",;\t", key=head.count)
+            reader = csv.reader(itertools.chain([head], text), delimiter=mark, strict=True)
             names = [name.strip() for name in next(reader, [])]
             if len(set(names)) < len(names):
                 raise UserError("two columns have the same name", file=path, key=key, remedy="rename one of them")
-            line = reader.line_num + 1
+            line = above + reader.line_num + 1
             for fields in reader:
-                if fields:
+                if any(field.strip() for field in fields):  # spreadsheets write rows of empty cells below the last one
                     yield Row(line, f"line {line}", _record(names, fields))
-                line = reader.line_num + 1
+                line = above + reader.line_num + 1
         except UnicodeDecodeError as error:
             raise UserError(
                 f"not UTF-8 text, at or after line {line}", file=path, key=key, remedy="save the file as CSV UTF-8"

@@ -328,6 +328,20 @@ def test_headers_and_ids_in_capitals_and_empty_rows_are_read(
         read_labels([filled(path, [*rows, blank | {"label": "human"}])], key)
 
 
+@pytest.mark.parametrize("first", ["sep=;", '"SEP=;"'])
+def test_the_line_that_tells_the_separator_is_no_header(
+    tmp_path: Path, sheet_rows: tuple[Key, list[dict[str, str]]], first: str
+) -> None:
+    key, rows = sheet_rows
+    path = tmp_path / "ann.csv"
+    lines = [first, "id;label", *(f"{row['id']};{row['label']}" for row in rows), ";;;", ";"]
+    path.write_text("\ufeff" + "\r\n".join(lines), encoding="utf-8")
+    assert read_labels([path], key)[0].labels == {row["id"]: row["label"] for row in rows}
+    path.write_text("\n".join([*lines[:2], "r999;human"]), encoding="utf-8")
+    with pytest.raises(UserError, match="line 3: the sheet has no id 'r999'"):
+        read_labels([path], key)
+
+
 def test_labels_are_not_set_against_other_answers() -> None:
     _, key = draw_sheet({"a": report()}, per_arm=2)
     changed = report()
