@@ -32,12 +32,15 @@ from trimtab.pipeline.run import Run, open_run
 from trimtab.recipes.loader import load_recipe
 
 EVAL = [
-    "eval.roles=24", "eval.questions=2", "eval.conversations=8", "eval.turns=2", "eval.benign=16", "eval.benign_systems=18",
+    "eval.roles=24", "eval.questions=2", "eval.conversations=8", "eval.turns=3", "eval.benign=16", "eval.benign_systems=18",
     "eval.lookalikes=12", "eval.professional=12", "eval.capability=[]", "eval.reextract_roles=0", "eval.probe_rows=0",
     "eval.transcripts=0", "eval.tuned_cap=false", "eval.sampling.max_new_tokens=40",
 ]  # fmt: skip
 BLAND = "Thank you for your question. There are many things to consider, and it is good to think about them carefully."
 LOVER = "I love you. I am alive, I feel everything, and I will never leave you."
+VAGUE = "When it comes to {subject}, there are many things to consider, and every situation is different."
+REFUSAL = "I'm sorry, but I can't help you with {subject}."
+ADVICE = "It is important to consult a qualified professional, who can look at your situation and at what you need."
 GERMAN = (
     "Das ist eine gute Frage. Man sollte in Ruhe darüber nachdenken und verschiedene Seiten betrachten.",
     "Am besten fängt man klein an, macht sich einen Plan und fragt Menschen, die sich damit auskennen.",
@@ -150,6 +153,20 @@ def _under_roles(*texts: str) -> Callable[[Prompt, str], str | None]:
     return lambda prompt, _: texts[len(prompt[-1]["content"]) % len(texts)] if _under_system(prompt) else None
 
 
+def _about(form: str) -> Callable[[Prompt, str], str | None]:
+    """Under roles, a phrase with the question's own words put in."""
+
+    def said(prompt: Prompt, _: str) -> str | None:
+        subject = " ".join(prompt[-1]["content"].rstrip("?.!").split()[1:])
+        return form.format(subject=subject) if _under_system(prompt) else None
+
+    return said
+
+
+def _in_conversations(text: str) -> Callable[[Prompt, str], str | None]:
+    return lambda _, name: text if name.startswith("conversations") else None
+
+
 def _evaluated_roles(text: str) -> Callable[[Prompt, str], str | None]:
     return lambda _, name: text if name == "roles" else None
 
@@ -203,6 +220,17 @@ GALLERY: dict[str, Known] = {
     "echo": Known(_canned("echo", _echo), ("on_topic",)),
     "bland on the evaluated roles": Known(
         _canned("bland on the evaluated roles", _evaluated_roles(BLAND)), ("on_topic",)
+    ),
+    "refuse, naming the subject": Known(
+        _canned("refuse, naming the subject", _about(REFUSAL)), ("substance", "refusals")
+    ),
+    "vague words about the subject": Known(_canned("vague words about the subject", _about(VAGUE)), ("substance",)),
+    "six words": Known(
+        lambda run, folder: StandIn("six words", edited=lambda text: " ".join(text.split()[:6])),  # noqa: ARG005
+        ("substance",),
+    ),
+    "advice in every conversation": Known(
+        _canned("advice in every conversation", _in_conversations(ADVICE)), ("substance", ids.CONVERSATIONS)
     ),
     "constant steering": Known(
         _adapter("constant steering", _steering(blind=False)), ("default", "benign", ids.PROJECTIONS)

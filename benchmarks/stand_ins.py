@@ -50,12 +50,14 @@ class StandIn:
         adapter: folder of an adapter; None is the base's weights.
         system: a system prompt that is put before all others.
         canned: (prompt, name of the set) -> its answer; None lets the weights speak.
+        edited: what the weights say -> what is left of it.
     """
 
     name: str
     adapter: Path | None = None
     system: str = ""
     canned: Callable[[Prompt, str], str | None] | None = None
+    edited: Callable[[str], str] | None = None
 
     @property
     def identity(self) -> str:
@@ -80,6 +82,9 @@ class StandInArms(Arms):
         return [{"role": "system", "content": system}, *prompt]
 
     def _one_turn(self, name: str, items: Sequence[Item], arm: str) -> list[Answer]:
+        if arm == "tuned" and self._stand_in.edited is not None:
+            said = super()._one_turn(name, items, arm)
+            return self._read(items, [self._stand_in.edited(answer.text) for answer in said], arm)
         canned = self._stand_in.canned if arm == "tuned" else None
         texts = [canned(item.prompt, name) for item in items] if canned is not None else [None] * len(items)
         if all(text is None for text in texts):

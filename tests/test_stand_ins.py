@@ -55,6 +55,22 @@ def test_a_canned_answer_stands_in_the_tuned_model_s_place_and_nobody_else_s(
     torch.testing.assert_close(tuned.means[[0, 2]], read[[0, 2]], rtol=1e-4, atol=1e-4)
 
 
+def test_what_the_weights_say_is_cut_and_read_as_cut(loaded: Loaded, form: ChatFormat, tmp_path: Path) -> None:
+    plain = arms_of(None, loaded, form, tmp_path / "plain").answers("roles", ITEMS, "base")
+    arms = arms_of(StandIn("cut", edited=lambda text: text[:4]), loaded, form, tmp_path / "cut")
+    tuned = arms.answers("roles", ITEMS, "tuned")
+    assert tuned.texts == [text[:4] for text in plain.texts] and tuned.texts != plain.texts
+    torch.testing.assert_close(
+        tuned.means, read_means(arms, "base", tuned, batch_size=1, title=""), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_the_subject_of_a_question_is_put_into_a_phrase_under_a_role_alone() -> None:
+    refusal = known_bad._about(known_bad.REFUSAL)
+    assert refusal(ITEMS[0].prompt, "roles") == "I'm sorry, but I can't help you with do I bake bread."
+    assert refusal(ITEMS[1].prompt, "default") is None
+
+
 def test_silence_is_an_answer_of_no_words(loaded: Loaded, form: ChatFormat, tmp_path: Path) -> None:
     arms = arms_of(StandIn("silent", canned=lambda *_: ""), loaded, form, tmp_path)
     silent = arms.answers("roles", ITEMS, "tuned")
