@@ -34,8 +34,9 @@ from trimtab.eval.intervals import most_telling
 from trimtab.eval.report.compare import load_runs
 from trimtab.eval.report.page import load_report
 from trimtab.eval.report.pooling import Pooled, Standing, stand
-from trimtab.eval.schema import Report
+from trimtab.eval.schema import Estimate, Report
 from trimtab.eval.stages import eval_stage, report_stage
+from trimtab.eval.wording import number, signed
 from trimtab.pipeline.instrument import floor_stage
 from trimtab.pipeline.loading import Prepared
 from trimtab.pipeline.run import Run, open_run
@@ -95,7 +96,7 @@ EFFECTS = {
     ids.RULES_BROKEN: "rules broken",
     ids.DEFAULT_Z_SHIFT: "z-shift, free",
 }
-SAMPLES = 4000  # of the bootstrap over repetitions and roles
+SAMPLES = 4000  # of the bootstrap over roles and questions
 SEEDS_APART = 100  # of the axis: the held-out one takes the next
 
 
@@ -224,14 +225,19 @@ def table(methods: dict[str, list[Report]], together: Standing) -> str:
         if pooled is None or pooled.estimate is None:
             return "undefined"
         e = pooled.estimate
-        seeds = f" ({', '.join(f'{value:.{digits}f}' for value in pooled.seeds)})" if len(pooled.seeds) > 1 else ""
-        return f"{e.value:.{digits}f} [{e.low:.{digits}f}, {e.high:.{digits}f}]{seeds}"
+        seeds = (
+            f" ({', '.join('–' if value != value else number(value, digits) for value in pooled.seeds)})"
+            if len(pooled.seeds) > 1
+            else ""
+        )
+        return text_of(e, digits) + seeds
 
     def gap(pooled: Pooled | None, digits: int = 2) -> str:
         if pooled is None or pooled.gap is None:
             return "-"
         e, p = pooled.gap.estimate, pooled.gap.p
-        told = f"{e.value:+.{digits}f} [{e.low:+.{digits}f}, {e.high:+.{digits}f}]"
+        value, low, high = (signed(number(end, digits)) for end in (e.value, e.low, e.high))
+        told = f"{value} [{low}, {high}]"
         return f"**{told}**" if p is not None and p < 0.05 else told
 
     def rows(head: list[str], cells: dict[str, list[str]]) -> str:
@@ -264,7 +270,10 @@ def table(methods: dict[str, list[Report]], together: Standing) -> str:
     }
     some = next(iter(methods.values()))[0]
     parts = [
-        "Retention, repetitions pooled:",
+        _wrapped(
+            "Retention, repetitions pooled. Intervals are over roles, questions and repetitions. Of a method with one "
+            "repetition they are of those very weights alone:"
+        ),
         rows(["method", "repetitions", *COLUMNS.values(), "who speaks, without the role that weighs most"], kept),
         _wrapped("The base keeps 0 of the cap's effect, and base + cap keeps 1, by definition.") + "\nThey measure:",
         rows(["metric", "base", "base + cap", "unit", "n"], _given(some)),
@@ -281,12 +290,18 @@ def table(methods: dict[str, list[Report]], together: Standing) -> str:
         effect.id.removesuffix("_cap"): effect.estimate for effect in some.side_effects if effect.id.endswith("_cap")
     }
     effects_table["base + cap"] = [
-        *(f"{e.value:.3f} [{e.low:.3f}, {e.high:.3f}]" if (e := cap.get(key)) is not None else "-" for key in EFFECTS),
+        *("-" if (e := cap.get(key)) is None else text_of(e, 3) for key in EFFECTS),
         "-", "-",
     ]  # fmt: skip
     parts += ["Side effects:", rows(["method", *EFFECTS.values(), "minutes of training", "peak GiB"], effects_table)]
+    parts += [_wrapped(f"Left out: {sentence}.") for sentence in together.left_out]
     machines = sorted({_machine(run) for runs in methods.values() for run in runs})
     return "\n\n".join(part.strip() for part in [*parts, _wrapped(f"Measured on: {'; '.join(machines)}.")]) + "\n"
+
+
+def text_of(estimate: Estimate, digits: int) -> str:
+    """Value and interval with so many digits after the point, and real minus signs."""
+    return f"{number(estimate.value, digits)} [{number(estimate.low, digits)}, {number(estimate.high, digits)}]"
 
 
 def _wrapped(text: str) -> str:
@@ -298,13 +313,13 @@ def _without(runs: list[Report], key: str) -> str:
     """A metric's retention without the one role that weighs most."""
     found = [metric.by_cluster for run in runs for metric in run.metrics if metric.id == key and metric.by_cluster]
     told = most_telling(found) if found else None
-    return "-" if told is None else f"{told[1]:.2f} ({told[0]})"
+    return "-" if told is None else f"{number(told[1], 2)} ({told[0]})"
 
 
 def _given(report: Report) -> dict[str, list[str]]:
     """What base and base + cap measure, in the metric's own units: metric -> cells."""
     return {
-        name: [f"{arms['base'].value:.3f}", f"{arms['base+cap'].value:.3f}", metric.unit, str(arms["base"].n)]
+        name: [number(arms["base"].value, 3), number(arms["base+cap"].value, 3), metric.unit, str(arms["base"].n)]
         for key, name in COLUMNS.items()
         for metric in report.metrics
         if metric.id == key and (arms := metric.arms).keys() >= {"base", "base+cap"}
@@ -313,7 +328,7 @@ def _given(report: Report) -> dict[str, list[str]]:
 
 def _mean(values: list[float | None]) -> str:
     known = [value for value in values if value is not None]
-    return f"{statistics.mean(known):.1f}" if known else "-"
+    return number(statistics.mean(known), 1) if known else "-"
 
 
 def _machine(report: Report) -> str:

@@ -8,14 +8,16 @@ Templates are docs/results.md.j2 and docs/readme_results.md.j2; README.md holds 
 from __future__ import annotations
 
 import functools
+import statistics
 import textwrap
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from known_bad import table as bad_table
-from methods import DEFAULT, EVERY, by_method, standing_of, table
+from methods import DEFAULT, EVERY, by_method, standing_of, table, text_of
 
 from trimtab.axis.files import write_text
 from trimtab.eval import ids
@@ -25,13 +27,15 @@ from trimtab.eval.report.blind import BlindReading, rates_table, read_blind
 from trimtab.eval.report.compare import load_runs
 from trimtab.eval.report.pooling import Standing
 from trimtab.eval.schema import AnswerRow, Estimate, Report
-from trimtab.eval.wording import number
+from trimtab.eval.wording import number, real_minus
 
 ROOT = Path(__file__).resolve().parent.parent
 MEASURED = ROOT / "docs" / "measured"
 BLIND = MEASURED / "blind"
 BEGIN, END = "<!-- results: written by benchmarks/write_results.py -->", "<!-- end of results -->"
 WORST = 10
+LIGHTS_TOLD = {"green": "Green", "amber": "Amber", "red": "Red", "grey": "Not shown, or not measured"}
+ARM_KEYS = {"base": "base", "cap": "base+cap", "tuned": "tuned"}
 
 
 def main() -> None:
@@ -124,14 +128,43 @@ class Figures:
         return ", ".join(_text(kept.estimate if kept else None, 2) for kept in found)
 
     def rate(self, arm: str, method: str = DEFAULT, kind: str | None = None) -> str:
-        """Of 100 answers under roles, how many read as a persona; all repetitions together, a role a cluster."""
-        rows = [row for row in self._rows(method) if kind in (None, row.kind) and arm in row.answers]
-        odds = [row.answers[arm].persona for row in rows]
+        """Of 100 answers under roles, how many read as a persona, with an interval over roles, questions and repetitions."""
+        rows = [
+            (repetition, row)
+            for repetition, run in enumerate(self.runs[method])
+            for row in _on_roles(run)
+            if kind in (None, row.kind) and arm in row.answers
+        ]
+        odds = [row.answers[arm].persona for _, row in rows]
         found = clustered_rate(
-            [1.0 if value is None else float(value > 0) for value in odds], [row.cluster for row in rows]
+            [1.0 if value is None else float(value > 0) for value in odds],
+            [row.cluster for _, row in rows],
+            [row.question for _, row in rows],
+            [repetition for repetition, _ in rows],
         )
         assert found is not None
         return f"{100 * found.value:.0f} [{100 * found.low:.0f}, {100 * found.high:.0f}]"
+
+    def of_what(self) -> str:
+        """What the intervals are over."""
+        if self.repetitions() > 1:
+            return "roles, questions and repetitions"
+        return "roles and questions; there is one repetition, so they are of these weights alone"
+
+    def verdict(self) -> str:
+        """The default's own verdicts, and its claims by light; of several repetitions, in how many a claim has that light."""
+        runs = self.runs[DEFAULT]
+        lines = [f"**{run.verdict.status}**: {run.verdict.headline}" for run in runs]
+        names = {claim.id: claim.name for run in runs for claim in run.claims}
+        for light, told in LIGHTS_TOLD.items():
+            counts = Counter(claim.id for run in runs for claim in run.claims if claim.light == light)
+            claims = [
+                names[key] if counts[key] == len(runs) else f"{names[key]} ({counts[key]} of {len(runs)})"
+                for key in names
+                if counts[key]
+            ]
+            lines.append(f"{told}: {'; '.join(claims) or 'none'}")
+        return "\n".join(textwrap.fill(line, 100, initial_indent="- ", subsequent_indent="  ") for line in lines)
 
     @property
     def kinds(self) -> list[str]:
@@ -139,37 +172,44 @@ class Figures:
         return list(dict.fromkeys(row.kind for row in self._rows(DEFAULT)))
 
     def worst(self, method: str = DEFAULT) -> list[tuple[str, str, str, str]]:
-        """The ten roles that read most as a persona: role, its kind, mean log-odds of base and tuned."""
+        """The ten roles that read most as a persona: role, its kind, mean log-odds of base and tuned.
+
+        A role none of whose tuned answers could be read is not among them.
+        """
         by_role: dict[str, list[AnswerRow]] = {}
         for row in self._rows(method):
             by_role.setdefault(row.cluster, []).append(row)
 
-        def mean(rows: list[AnswerRow], arm: str) -> float:
+        def mean(rows: list[AnswerRow], arm: str) -> float | None:
             values = [value for row in rows if (value := row.answers[arm].persona) is not None]
-            return sum(values) / len(values)
+            return statistics.mean(values) if values else None
 
-        ranked = sorted(by_role.items(), key=lambda item: -mean(item[1], "tuned"))[:WORST]
-        return [
-            (role, rows[0].kind, number(mean(rows, "base"), 1), number(mean(rows, "tuned"), 1)) for role, rows in ranked
-        ]
+        means = {role: (mean(rows, "base"), mean(rows, "tuned")) for role, rows in by_role.items()}
+        read = [(role, tuned) for role, (_, tuned) in means.items() if tuned is not None]
+        ranked = [role for role, _ in sorted(read, key=lambda one: -one[1])[:WORST]]
+        return [(role, by_role[role][0].kind, _odds(means[role][0]), _odds(means[role][1])) for role in ranked]
 
     def _rows(self, method: str) -> Iterator[AnswerRow]:
-        return (row for run in self.runs[method] for row in run.answers if row.suite == "roles")
+        return (row for run in self.runs[method] for row in _on_roles(run))
 
     def pair(self) -> dict[str, str]:
-        """The answers of median change: question, role, and what base, capped and tuned model said."""
+        """The answers of median change: question, role, what base, capped and tuned model said, and each text's log-odds."""
         rows = [
             row for row in self._rows(DEFAULT) if all(row.answers[arm].persona is not None for arm in ("base", "tuned"))
         ]
         rows.sort(key=lambda row: (row.answers["tuned"].persona or 0) - (row.answers["base"].persona or 0))
         row = rows[len(rows) // 2]
         said = {arm: " ".join(answer.text.split()) for arm, answer in row.answers.items()}
+        both = [row.answers[arm].persona or 0 for arm in ("base", "tuned")]
+        already = {(False, False): "Both read as the Assistant already.", (True, True): "Both read as a persona."}
         return {
             "role": row.cluster,
             "question": row.question,
             "base": said["base"],
             "cap": said["base+cap"],
             "tuned": said["tuned"],
+            **{f"{name}_odds": _odds(row.answers[arm].persona) for name, arm in ARM_KEYS.items()},
+            "read": already.get((both[0] > 0, both[1] > 0), ""),
         }
 
     @property
@@ -202,7 +242,7 @@ class Figures:
     def bad(self) -> str:
         """The gallery of bad models."""
         reports = load_runs(sorted((MEASURED / "known_bad").glob("*.json.gz")))
-        return bad_table({name.replace("-", " "): report for name, report in reports.items()})
+        return real_minus(bad_table({name.replace("-", " "): report for name, report in reports.items()}))
 
     @functools.cached_property
     def blind(self) -> BlindReading:
@@ -229,9 +269,14 @@ class Figures:
         libraries = ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers", "trl", "peft"))
         return f"{machine['cores']} cores of {machine['cpu']}, {machine['dtype']} ({libraries})"
 
-    def commits(self) -> str:
-        """The code that evaluated."""
-        return ", ".join(sorted({run.repeat["git"].split("-")[0] for runs in self.runs.values() for run in runs}))
+    def made_by(self) -> str:
+        """The code that made the runs; "-dirty" where it had changes that are in no commit."""
+        return ", ".join(sorted({run.repeat["git"] for runs in self.runs.values() for run in runs}))
+
+    def evaluated_by(self) -> str:
+        """The code that evaluated them; older files do not say."""
+        found = {run.repeat.get("evaluated_by") or "not recorded" for runs in self.runs.values() for run in runs}
+        return ", ".join(sorted(found))
 
     def day(self) -> str:
         """Of the last evaluation."""
@@ -239,9 +284,15 @@ class Figures:
 
 
 def _text(estimate: Estimate | None, digits: int) -> str:
-    if estimate is None:
-        return "undefined"
-    return f"{number(estimate.value, digits)} [{number(estimate.low, digits)}, {number(estimate.high, digits)}]"
+    return "undefined" if estimate is None else text_of(estimate, digits)
+
+
+def _odds(value: float | None) -> str:
+    return "–" if value is None else number(value, 1)
+
+
+def _on_roles(run: Report) -> Iterator[AnswerRow]:
+    return (row for row in run.answers if row.suite == "roles")
 
 
 if __name__ == "__main__":

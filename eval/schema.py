@@ -36,6 +36,22 @@ class Retention(Part):
     why: str = ""
 
 
+class ByQuestion(Part):
+    """The items behind means by cluster, where several clusters are asked the same questions.
+
+    Attributes:
+        questions: sorted.
+        asked: place of each item's question among them.
+        cluster: place of each item's cluster among the clusters.
+        values: arm -> value of each item.
+    """
+
+    questions: list[str]
+    asked: list[int]
+    cluster: list[int]
+    values: dict[str, list[float]]
+
+
 class ByCluster(Part):
     """What lies behind an estimate, by role or conversation: enough to pool runs and to hold them against each other.
 
@@ -43,11 +59,14 @@ class ByCluster(Part):
         clusters: names, sorted.
         counts: items that all of the arms have, a cluster.
         means: arm -> mean over those items, a cluster.
+        items: the items themselves, with their questions; None where clusters have none in common, and in reports made before
+            2026-12.
     """
 
     clusters: list[str]
     counts: list[int]
     means: dict[str, list[float]]
+    items: ByQuestion | None = None
 
 
 class Metric(Part):

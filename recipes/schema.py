@@ -207,7 +207,9 @@ class EvalSection(Section):
     durability: list[DurabilityRun] = []
     control: bool = False
     tuned_cap: bool = True
-    bootstrap: Annotated[int, Field(gt=0, le=100_000)] = 5000
+    bootstrap: Annotated[int, Field(ge=200, le=100_000)] = (
+        5000  # of fewer, the ends of an interval are one resample's or two's
+    )
     transcripts: NotNegative = 12
     case_studies: NotNegative = 0
     seed: Seed = 1000

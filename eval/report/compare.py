@@ -155,7 +155,8 @@ def _standing_rows(reports: dict[str, Report]) -> Iterator[list[Any]]:
         for key, row in table.items():
             unit = "share" if what == "retention" else units[key]
             for name, pooled in row.items():
-                seeds = f"runs {', '.join(standing.settings[name])}"
+                runs = standing.settings[name]
+                seeds = f"runs {', '.join(runs)}" if len(runs) > 1 else f"run {runs[0]}: of these weights alone"
                 yield [name, *_row("setting", key, what, unit, pooled.estimate, pooled.why or seeds)]
                 if pooled.gap is not None:
                     note = "of these very weights" if pooled.gap.p is None else f"{p_text(pooled.gap.p)} (Holm)"

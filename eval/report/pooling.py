@@ -6,10 +6,12 @@ worked out from what the reports hold by role or conversation (:class:`~trimtab.
 Runs of the same weights are one repetition, however often these were evaluated: another seed of the evaluation gives other
 answers of the same weights, and says nothing of how other weights would turn out.
 
-A report holds no values by question, so pooled intervals are of other roles, and not, as a single report's, of other questions
-too. In a gap what questions have in common falls out, as it does for roles.
+Roles share their questions, so pooled intervals are of other roles and other questions, as a single report's are, and of other
+seeds where there are several repetitions. Reports made before 2026-12 hold no values by question: then intervals are of other
+roles, which :class:`Standing` says. The reports' answers could not stand in for these values: they hold one metric's scores, and
+what counts in the place of an answer that is none is the measure's to say.
 
-Shapes: R repetitions, C clusters, S bootstrap samples.
+Shapes: n items of all repetitions, R repetitions, C clusters, S bootstrap samples.
 """
 
 from __future__ import annotations
@@ -24,119 +26,170 @@ import numpy as np
 from trimtab.eval import ids
 from trimtab.eval.intervals import (
     Array,
-    cluster_draws,
+    ClusterBootstrap,
+    Noise,
+    both,
+    bounds_of,
     holm,
+    noise_of,
     p_of,
     percentiles,
-    retention_of,
-    third_of,
     widened,
+    with_noise,
+    within_noise,
 )
-from trimtab.eval.schema import ByCluster, Estimate, Report, Retention
+from trimtab.eval.schema import ByCluster, ByQuestion, Estimate, Report, Retention
 from trimtab.recipes.schema import deciding
 
 SEEDED = ("axis", "data", "train", "eval")  # sections of a recipe with a seed
 
 
 class Repetitions:
-    """Resamples of one setting: clusters, the same draws for every setting, and then repetitions, drawn for each by itself.
+    """The items of one setting's repetitions together, and the intervals of its figures.
 
-    So an interval holds the noise of roles and questions and that of training seeds. Of R repetitions R - 1 are drawn, which
-    makes the variance of their mean what R of them say it is (Rao and Wu 1988); drawing R would show (R - 1) / R of it.
+    An interval has two independent parts (:func:`~trimtab.eval.intervals.with_noise`). The one is that of a single report, over
+    roles and questions, of all items together. The other is Student's t of R - 1 degrees of freedom for the repetitions, whose
+    mean has the variance R / (R - 1) sum_r s_r^2, with s_r what repetition r adds to the figure. So three seeds that differ are
+    not taken for many. What is an answer's own is in both parts, which errs on the wide side. Of one repetition there is the
+    first part alone: the interval is of these weights.
 
     Args:
         runs: what the repetitions have by cluster, on the same clusters.
         samples: bootstrap samples, S.
-        seed: of the draws of clusters.
-        number: of the setting, for the draws of repetitions.
+        seed: of the draws.
+        questions: take their questions, where all have them; else clusters alone.
     """
 
-    def __init__(self, runs: Sequence[ByCluster], samples: int, seed: int, number: int = 0) -> None:
-        self._runs = runs
-        counts = np.asarray([run.counts for run in runs], dtype=float)  # [R, C]
-        drawn = np.random.default_rng([seed, number]).integers(0, len(runs), (samples, max(1, len(runs) - 1)))
-        repetitions = np.stack([np.bincount(row, minlength=len(runs)) for row in drawn]).astype(float)
-        clusters = cluster_draws(counts.shape[1], samples, seed)
-        self._counts = counts
-        self._weights = repetitions[:, :, None] * clusters[:, None, :] * counts  # [S, R, C]
-        self.n = int(counts.sum())
-        self.repetitions, self._size = counts.shape
+    def __init__(self, runs: Sequence[ByCluster], samples: int, seed: int, *, questions: bool = True) -> None:
+        self._given = runs, samples, seed
+        items = [run.items for run in runs if questions and run.items is not None]
+        self.crossed = len(items) == len(runs)
+        self.repetitions = len(runs)
+        self.clusters: list[str] = []
+        self.questions: list[str] | None = [] if self.crossed else None
+        values: list[Mapping[str, Sequence[float] | Array]] = []
+        if self.questions is not None:
+            for run, own in zip(runs, items, strict=True):
+                self.clusters += [run.clusters[place] for place in own.cluster]
+                self.questions += [own.questions[place] for place in own.asked]
+                values.append(own.values)
+        else:
+            for run in runs:
+                self.clusters += np.repeat(run.clusters, run.counts).tolist()
+                values.append({arm: np.repeat(row, run.counts) for arm, row in run.means.items()})
+        self._values = {arm: np.concatenate([np.asarray(row[arm], dtype=float) for row in values]) for arm in values[0]}
+        self._of = np.repeat(np.arange(len(runs)), [len(next(iter(row.values()))) for row in values])
+        self._resample = ClusterBootstrap(self.clusters, samples, seed, self.questions)
+
+    def by_clusters(self) -> Repetitions:
+        """The same without their questions."""
+        return Repetitions(*self._given, questions=False)
 
     def mean(self, arm: str) -> float:
         """Mean over all items of all repetitions."""
-        return float(np.average(self._values(arm), weights=self._counts))
+        return float(self._values[arm].mean())
 
-    def means(self, arm: str) -> Array:
-        """The same of each resample, [S]."""
-        found: Array = (self._weights * self._values(arm)).sum((1, 2)) / self._weights.sum((1, 2))
-        return found
+    def effects(self) -> tuple[Array, Array]:
+        """What the cap and what the tuning move each item by, [n] each."""
+        base = self._values["base"]
+        return self._values["base+cap"] - base, self._values["tuned"] - base
 
     def shares(self, what: str) -> Array:
-        """What each repetition's clusters add to the figure, to first order, [R, C]; they add up to 0.
+        """What each item adds to the figure, to first order, [n]; they add up to 0.
 
-        Of a mean m: counts (values - m) / n. Of a retention r: counts ((tuned - base) - r (base+cap - base)) / (n cap), with cap
-        the mean effect of it.
+        Of a mean m: (value - m) / n. Of a retention r: ((tuned - base) - r (base+cap - base)) / (n cap), with cap the mean effect
+        of it.
         """
         if what == "value":
-            cells, whole = self._values("value") - self.mean("value"), float(self.n)
-        else:
-            base, capped, tuned = (self._values(arm) for arm in ("base", "base+cap", "tuned"))
-            whole = float((self._counts * (capped - base)).sum())
-            kept = float((self._counts * (tuned - base)).sum()) / whole
-            cells = tuned - base - kept * (capped - base)
-        found: Array = self._counts * cells / whole
+            return _deviations(self._values["value"])
+        capped, tuned = self.effects()
+        found: Array = (tuned - tuned.sum() / capped.sum() * capped) / capped.sum()
         return found
 
-    def _values(self, arm: str) -> Array:
-        return np.asarray([run.means[arm] for run in self._runs], dtype=float)
+    def noise(self, what: str) -> Noise | None:
+        """That of the repetitions in a figure; None of one."""
+        return self._noise(self.shares(what))
 
-    def estimate(self, arm: str) -> Estimate:
-        """:meth:`mean` with its interval."""
-        value = self.mean(arm)
-        low, high = percentiles(widened(value, self.means(arm), self._size))
-        return Estimate(value=value, low=low, high=high, n=self.n)
+    def _noise(self, shares: Array) -> Noise | None:
+        return noise_of(shares, self._of.tolist())
+
+    def estimate(self, arm: str, *, least: float = -np.inf, most: float = np.inf) -> Estimate:
+        """:meth:`mean` with its interval, within what values can be."""
+        values = self._values[arm]
+        found = self._resample.estimate(values)
+        return self._with(found, _deviations(values), least, most)
+
+    def _with(self, found: Estimate, shares: Array, least: float = -np.inf, most: float = np.inf) -> Estimate:
+        low, high = with_noise(found.value, (found.low, found.high), self._noise(shares), least, most)
+        return found.model_copy(update={"low": low, "high": high})
 
     def retention(self) -> Retention:
         """Retention of the repetitions together: the ratio of their mean effects."""
-        base, capped, tuned = (self.mean(arm) for arm in ("base", "base+cap", "tuned"))
-        bases = self.means("base")
-        return retention_of(
-            capped - base, tuned - base, self.means("base+cap") - bases, self.means("tuned") - bases, self.n, self._size
-        )
+        kept = self._resample.retention(*(self._values[arm] for arm in ("base", "base+cap", "tuned")))
+        if kept.estimate is None:
+            return kept
+        capped, _ = self.effects()
+        cap = self._with(self._resample.estimate(capped), _deviations(capped))
+        if cap.low <= 0 <= cap.high:
+            return within_noise(cap.value, cap.low, cap.high)
+        return Retention(estimate=self._with(kept.estimate, self.shares("retention")))
 
-    def retentions(self) -> Array:
-        """Retention of each resample, [S]; NaN where the cap has no effect in it."""
-        bases = self.means("base")
-        effects = self.means("base+cap") - bases
-        found: Array = (self.means("tuned") - bases) / np.where(effects == 0, np.nan, effects)
+    def value(self, what: str) -> float:
+        """The figure alone; NaN where a retention is undefined."""
+        if what == "value":
+            return self.mean("value")
+        kept = self.retention().estimate
+        return float("nan") if kept is None else kept.value
+
+    def draws(self, what: str, resample: ClusterBootstrap, before: int, after: int) -> Array:
+        """The figure of each resample of items that stand ``before`` and ``after`` others, [S]; NaN where it is undefined."""
+
+        def means(values: Array) -> Array:
+            return resample.means(np.pad(values, (before, after), constant_values=np.nan))
+
+        if what == "value":
+            return means(self._values["value"])
+        capped, tuned = (means(values) for values in self.effects())
+        found: Array = tuned / np.where(capped == 0, np.nan, capped)
         return found
 
 
-def gap_p(value: float, one: Repetitions, other: Repetitions, what: str) -> float:
-    """Two-sided p of a gap of 0 between two settings of several repetitions each, by :func:`~trimtab.eval.intervals.p_of`.
+def _deviations(values: Array) -> Array:
+    found: Array = (values - values.mean()) / len(values)
+    return found
 
-    Its variance is that of clusters, paired, C / (C - 1) sum_c d_c^2 with d_c the difference of what cluster c adds to the two
-    figures, plus that of each setting's repetitions, R / (R - 1) sum_r s_r^2 with s_r what repetition r adds. Degrees of freedom
-    are Satterthwaite's (1946), so three seeds that differ are not taken for many.
+
+def gap_of(one: Repetitions, other: Repetitions, what: str, samples: int, seed: int) -> Gap:
+    """The figure of a setting minus another's, paired by cluster and question, with its interval and p of 0.
+
+    Both come of the same parts: the noise of clusters and questions, of the difference of what each adds to the two figures; and
+    that of each setting's repetitions, with Welch's degrees of freedom. p is None where either side has one repetition.
 
     Args:
-        value: the gap.
-        one: repetitions of the one setting.
-        other: of the other, on the same clusters.
+        one: the setting that is taken off.
+        other: the one that it is taken from, on the same clusters.
         what: ``retention`` or ``value``.
+        samples: bootstrap samples, S.
+        seed: of the draws.
     """
-    shares = [side.shares(what) for side in (one, other)]
-    apart = shares[1].sum(0) - shares[0].sum(0)  # [C]
-    variances = [_variance(part) for part in (apart, *(side.sum(1) for side in shares))]
-    degrees = [len(apart) - 1, *(len(side) - 1 for side in shares)]
-    total = sum(variances)
-    satterthwaite = total**2 / sum(v**2 / d for v, d in zip(variances, degrees, strict=True)) if total else degrees[0]
-    return p_of(value, total, third_of(apart), satterthwaite)
-
-
-def _variance(parts: Array) -> float:
-    """Of a sum of independent parts, from their own deviations."""
-    return float(len(parts) / (len(parts) - 1) * (parts**2).sum())
+    if one.crossed != other.crossed:
+        one, other = one.by_clusters(), other.by_clusters()
+    questions = None if one.questions is None or other.questions is None else [*one.questions, *other.questions]
+    resample = ClusterBootstrap([*one.clusters, *other.clusters], samples, seed, questions)
+    before, after = len(one.clusters), len(other.clusters)
+    shares = np.concatenate([-one.shares(what), other.shares(what)])
+    present = np.ones(before + after, bool)
+    value = other.value(what) - one.value(what)
+    draws = other.draws(what, resample, before, 0) - one.draws(what, resample, 0, after)
+    ends = percentiles(widened(value, draws, resample.levels(present), resample.scale(shares, present)))
+    seeds = [noise for noise in (one.noise(what), other.noise(what)) if noise is not None]
+    together = both(seeds) if seeds else None
+    low, high = with_noise(value, ends, together)
+    p = None
+    if len(seeds) == 2 and together is not None:
+        items, third = resample.noise(shares, present)
+        p = p_of(value, third, [items, together])
+    return Gap(Estimate(value=value, low=low, high=high, n=after), p)
 
 
 @dataclass(frozen=True)
@@ -144,7 +197,7 @@ class Gap:
     """A setting's figure minus the reference's, paired by cluster.
 
     ``p`` is that of 0, after Holm's correction over all retentions, or all side effects, of a page. It is None where either side
-    has one run: then the interval is about these very weights, and nothing says what another seed would give.
+    has one run: then the interval is about that one's very weights, and nothing says what another seed would give.
     """
 
     estimate: Estimate
@@ -156,7 +209,7 @@ class Pooled:
     """One figure of one setting.
 
     Attributes:
-        estimate: over its repetitions; None where it is undefined.
+        estimate: over its repetitions, and of these very weights where there is one; None where it is undefined.
         why: why it is undefined.
         seeds: its value in each repetition; NaN where that alone is undefined.
         gap: to the first setting; None for that one, and where either is undefined.
@@ -262,6 +315,7 @@ def stand(
         for effect in report.side_effects:
             if not effect.id.endswith((ids.OF_THE_CAP, ids.OF_THE_CONTROL)):  # it is the tuned weights'
                 effects.setdefault(effect.id, {})[name] = effect.by_cluster
+    units = {effect.id: effect.unit for report in reports.values() for effect in report.side_effects}
     left_out: list[str] = []
     first = next(iter(settings.values()))
     apart = {
@@ -276,13 +330,26 @@ def stand(
         for group in groups
         if len(group) > 1
     ]
+    if old := [name for name, report in reports.items() if not _holds_questions(report)]:
+        left_out.append(
+            f"other questions, from the intervals of {', '.join(old)}: evaluated before values by question were kept"
+        )
 
     def pool(table: dict[str, dict[str, ByCluster | None]], what: str) -> dict[str, dict[str, Pooled]]:
-        rows = {key: _pool(key, row, repetitions, samples, seed, left_out, what, apart) for key, row in table.items()}
+        rows = {
+            key: _pool(key, row, repetitions, samples, seed, left_out, what, apart, bounds_of(key, units.get(key, "")))
+            for key, row in table.items()
+        }
         return _corrected({key: row for key, row in rows.items() if row})
 
     named = {setting: [" + ".join(group) for group in groups] for setting, groups in repetitions.items()}
     return Standing(named, pool(metrics, "retention"), pool(effects, "value"), left_out)
+
+
+def _holds_questions(report: Report) -> bool:
+    """Whether a report's values are kept by question; one that holds no values at all is not told of."""
+    kept = [metric.by_cluster for metric in report.metrics if metric.by_cluster is not None]
+    return not kept or any(by_cluster.items is not None for by_cluster in kept)
 
 
 def _asked_otherwise(one: Report, other: Report) -> set[str]:
@@ -310,9 +377,10 @@ def _pool(
     left_out: list[str],
     what: str,
     apart: Mapping[str, Collection[str]],
+    bounds: tuple[float, float],
 ) -> dict[str, Pooled]:
     found: dict[str, Pooled] = {}
-    reference: tuple[list[str], Array, float, Repetitions] | None = None
+    reference: tuple[list[str], Repetitions] | None = None
     for number, (setting, groups) in enumerate(settings.items()):
         runs = [[by_run.get(name) for name in group] for group in groups]
         given = [[run for run in group if run is not None and run.clusters] for group in runs]
@@ -325,48 +393,57 @@ def _pool(
         if len(clusters) < 2:
             continue
         whole = [_as_one(group) for group in given]
-        together = Repetitions(whole, samples, seed, number)
-        each = [_value(Repetitions([run], samples, seed), what) for run in whole]
+        together = Repetitions(whole, samples, seed)
+        each = [Repetitions([run], samples, seed).value(what) for run in whole]
         if what == "retention":
             kept = together.retention()
-            estimate, why, draws = kept.estimate, kept.why, together.retentions()
+            estimate, why = kept.estimate, kept.why
         else:
-            estimate, why, draws = together.estimate("value"), "", together.means("value")
+            estimate, why = together.estimate("value", least=bounds[0], most=bounds[1]), ""
         gap = None
         if estimate is not None:
             if reference is None and number == 0:
-                reference = clusters, draws, estimate.value, together
+                reference = clusters, together
             elif reference is not None and reference[0] != clusters:
                 left_out.append(f"{key} of {setting} against the first: other roles or conversations")
             elif reference is not None and key in apart.get(setting, ()):
                 left_out.append(f"{key} of {setting} against the first: another split, judge or simulated user")
             elif reference is not None:
-                value = estimate.value - reference[2]
-                low, high = percentiles(widened(value, draws - reference[1], len(clusters)))
-                repeated = min(together.repetitions, reference[3].repetitions) > 1
-                p = gap_p(value, reference[3], together, what) if repeated else None
-                gap = Gap(Estimate(value=value, low=low, high=high, n=together.n), p)
+                gap = gap_of(reference[1], together, what, samples, seed)
         found[setting] = Pooled(estimate, why, each, gap)
     return found
 
 
 def _as_one(runs: Sequence[ByCluster]) -> ByCluster:
     """What several evaluations of the same weights found, on the same clusters, as one: their mean in every cluster."""
+    if len(runs) == 1:
+        return runs[0]
     counts = np.asarray([run.counts for run in runs], dtype=float)  # [runs, C]
+    items = [run.items for run in runs if run.items is not None]
     return ByCluster(
         clusters=runs[0].clusters,
         counts=np.rint(counts.mean(0)).astype(int).tolist(),
         means={
             arm: np.average([run.means[arm] for run in runs], axis=0, weights=counts).tolist() for arm in runs[0].means
         },
+        items=_mean_items(items) if len(items) == len(runs) else None,
     )
 
 
-def _value(run: Repetitions, what: str) -> float:
-    if what == "value":
-        return run.mean("value")
-    kept = run.retention().estimate
-    return float("nan") if kept is None else kept.value
+def _mean_items(runs: Sequence[ByQuestion]) -> ByQuestion:
+    """The mean of several evaluations for each pair of cluster and question that any of them has."""
+    questions, asked = np.unique([run.questions[place] for run in runs for place in run.asked], return_inverse=True)
+    pairs = np.stack([np.concatenate([run.cluster for run in runs]), asked])
+    own, index, counts = np.unique(pairs, axis=1, return_inverse=True, return_counts=True)
+    return ByQuestion(
+        questions=questions.tolist(),
+        asked=own[1].tolist(),
+        cluster=own[0].tolist(),
+        values={
+            arm: (np.bincount(index, np.concatenate([run.values[arm] for run in runs])) / counts).tolist()
+            for arm in runs[0].values
+        },
+    )
 
 
 def _corrected(rows: dict[str, dict[str, Pooled]]) -> dict[str, dict[str, Pooled]]:

@@ -42,7 +42,7 @@ EVAL = {
     "roles": 3, "questions": 2, "conversations": 2, "turns": 3, "benign": 5, "benign_systems": 3, "lookalikes": 2,
     "professional": 4, "case_studies": 1,
     "sampling": {"max_new_tokens": 4, "batch_size": 8}, "reextract_roles": 2, "reextract_questions": 2,
-    "susceptibility_roles": 2, "boundary_probes": 3, "capability": ["instructions"], "capability_limit": 5, "bootstrap": 20,
+    "susceptibility_roles": 2, "boundary_probes": 3, "capability": ["instructions"], "capability_limit": 5, "bootstrap": 200,
 }  # fmt: skip
 
 

@@ -221,7 +221,7 @@ def test_finished_weights_are_evaluated_and_never_trained(place: Path, capsys: p
         "benign_systems": 2,
         "lookalikes": 2,
     }
-    content["eval"] = {**small, "capability": [], "tuned": str(place / "adapter"), "bootstrap": 100}
+    content["eval"] = {**small, "capability": [], "tuned": str(place / "adapter"), "bootstrap": 200}
     (place / "tuned.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
     assert main(["run", str(place / "tuned.yaml"), "--output-dir", str(place / "whole"), "--quiet"]) == 0
     assert not (place / "whole" / "adapter").exists() and (place / "whole" / "report.html").exists()

@@ -11,7 +11,19 @@ import pytest
 from scipy import stats
 from sklearn.metrics import cohen_kappa_score, r2_score, roc_auc_score
 
-from trimtab.eval.intervals import ClusterBootstrap, clustered_rate, few, holm, most_telling, wilson
+from trimtab.eval.intervals import (
+    ClusterBootstrap,
+    Noise,
+    bounds_of,
+    clustered_rate,
+    few,
+    holm,
+    most_telling,
+    p_of,
+    rate_row,
+    wilson,
+    with_noise,
+)
 from trimtab.eval.schema import ByCluster
 
 NAN = float("nan")
@@ -440,3 +452,54 @@ def test_kappa_of_one_label_and_r2_of_one_value_are_undefined() -> None:
         warnings.simplefilter("ignore")
         assert ClusterBootstrap(names(3), 50, 0).kappa(["a"] * 3, ["a"] * 3) is None
     assert ClusterBootstrap(names(3), 50, 0).r2(np.ones(3), np.zeros(3)) is None
+
+
+def test_a_rate_has_the_noise_of_questions_and_of_repetitions() -> None:
+    """Whether an answer reads as a persona hangs on its question alone: roles tell nothing, and repetitions say the same."""
+    role, question = crossed(60, 12, 3)
+    labels, asked = named("r", role), named("q", question)
+    covered, narrow = 0, 0
+    for trial in range(200):
+        by_question = np.random.default_rng(trial).random(12) < 0.4
+        values = by_question[question].astype(float).tolist()
+        found, alone = clustered_rate(values, labels, asked), clustered_rate(values, labels)
+        assert found is not None and alone is not None
+        covered += found.low <= 0.4 <= found.high
+        narrow += alone.low <= 0.4 <= alone.high
+        again = clustered_rate(values * 2, labels * 2, asked * 2, [0] * 180 + [1] * 180)
+        assert again is not None and again.high == pytest.approx(found.high, abs=1e-6)
+    assert covered >= 184 > 160 > narrow
+    row = rate_row("r", {"base": values, "none": [NAN] * 180}, labels, crossed=asked)
+    assert row.arms == {"base": found}
+    apart = clustered_rate([1.0] * 100 + [0.0] * 80 + [1.0] * 60 + [0.0] * 120, labels * 2, None, [0] * 180 + [1] * 180)
+    together = clustered_rate([1.0] * 100 + [0.0] * 80 + [1.0] * 60 + [0.0] * 120, labels * 2)
+    assert apart is not None and together is not None
+    assert (apart.low, apart.high) == (0.0, 1.0) and 0.3 < together.low < together.high < 0.6  # two, by t of 1 degree
+
+
+def test_an_interval_stays_within_what_a_value_can_be() -> None:
+    changed = np.asarray([1.0, 1.0, 1.0, 0.0])
+    wide = ClusterBootstrap(names(4), 2000, 0).estimate(changed)
+    kept = ClusterBootstrap(names(4), 2000, 0).estimate_if_any(changed, least=-1.0, most=1.0)
+    assert kept is not None and wide.high > 1 and (kept.low, kept.high) == (wide.low, 1.0)
+    assert ClusterBootstrap(names(4), 2000, 0).estimate(-changed, least=-1.0, most=1.0).low == -1.0
+    assert ClusterBootstrap(names(4), 200, 0).estimate_if_any([NAN] * 4, most=1.0) is None
+    assert bounds_of("professional_off_change_cap", "share") == (-1, 1) and bounds_of("unusable_rate", "share") == (
+        0,
+        1,
+    )
+    assert bounds_of("persona_rate", "rate") == (0, 1) and bounds_of("length_change", "words") == (-np.inf, np.inf)
+
+
+def test_of_two_noises_each_keeps_its_own_degrees_of_freedom() -> None:
+    few_, many = Noise(0.5, 2), Noise(0.3, 60)
+    assert p_of(1.0, 0.0, [few_]) == pytest.approx(2 * stats.t.sf(1 / np.sqrt(0.5), 2))
+    assert p_of(1.0, 0.0, [many, Noise(0.0, 2)]) == pytest.approx(p_of(1.0, 0.0, [many]))
+    assert p_of(1.0, 0.0, [few_, Noise(0.3, 2)]) == pytest.approx(2 * stats.t.sf(1 / np.sqrt(0.8), 2))
+    # at the end of the interval p is 0.05
+    side = stats.t.ppf(0.975, 60) * np.sqrt(0.3)
+    low, high = with_noise(1.0, (1.0 - side, 1.0 + side), few_)
+    assert high - 1 == pytest.approx(1 - low) == pytest.approx(np.hypot(side, stats.t.ppf(0.975, 2) * np.sqrt(0.5)))
+    assert p_of(high - 1, 0.0, [many, few_]) == pytest.approx(0.05)
+    assert with_noise(1.0, (0.9, 1.2), None, 0.0, 1.0) == (0.9, 1.0)
+    assert p_of(1e6, 0.0, [many, few_]) < 1e-9 and p_of(0.0, 0.0, [many, few_]) == pytest.approx(1.0)

@@ -153,6 +153,7 @@ SCHEMA_FAULTS = {
     "eval.durability": ("eval: {durability: 3}", "expected a valid list", "kind"),
     "axis.sampling.temperature": ("axis: {sampling: {temperature: 1e-9}}", "too small", "write 0"),
     "data.benign_file": ("data: {benign_file: .}", "this is a folder", "name a file"),
+    "eval.bootstrap": ("eval: {bootstrap: 1}", "greater than or equal to 200", "range"),
     "eval.tuned": ("eval: {tuned: ''}", "must not be empty", "remove the key"),
     "data.role_questions": ("data: {role_questions: 900}", "900 questions a role", "at most"),
     "axis.default_repeats": ("axis: {default_repeats: 1000000000}", "less than or equal to 1000", "range"),

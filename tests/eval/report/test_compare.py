@@ -96,6 +96,7 @@ def test_seeds_are_pooled_and_settings_held_against_the_first(tmp_path: Path) ->
         ("sft", "retention"), ("dpo-0", "retention"), ("dpo-0", "retention, minus the first's"),
     ]  # fmt: skip
     assert float(settings[0]["value"]) == kept.value and settings[0]["note"] == "runs sft-0, sft-1"
+    assert settings[1]["note"] == "run dpo-0: of these weights alone" and "dpo-0 1 run: of these weights" in read.text
     assert float(settings[2]["value"]) == gap.estimate.value and settings[2]["note"] == "of these very weights"
 
 
