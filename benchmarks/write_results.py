@@ -250,7 +250,7 @@ class Figures:
         key = read_key(BLIND / "sheet.csv.key.json")
         drawn = {source.run for row in key.rows for source in row.sources}
         reports = load_runs(sorted(MEASURED / f"{name}.json.gz" for name in drawn))
-        return read_blind(key, read_labels(sorted(BLIND.glob("reader_*.csv")), key), reports)
+        return read_blind(key, read_labels(sorted(BLIND.glob("reader_*.csv")), key, reports), reports)
 
     def blind_rates(self) -> str:
         """Rates and retention by each reading, all runs together."""

@@ -71,7 +71,7 @@ def _unusable(given: Answers) -> list[float]:
 def _table(
     identifier: str, name: str, what: str, found: Mapping[str, Mapping[str, Sequence[float]]], sets: Sequence[AnswerSet]
 ) -> RateTable:
-    rows = [rate_row(given.name, found[given.key], given.clusters) for given in sets]
+    rows = [rate_row(given.name, found[given.key], given.clusters, crossed=given.crossed) for given in sets]
     return RateTable(id=identifier, name=name, meaning=f"Share of answers: {what}.", rows=rows)
 
 

@@ -47,7 +47,7 @@ def measure(evaluation: Evaluation) -> Suite:
             "Share of answers that refuse what is harmless, by a list of phrases", given.clusters, refused, LIMIT,
             crossed=given.crossed,
         )  # fmt: skip
-        rows.append(rate_row(name, refused, given.clusters))
+        rows.append(rate_row(name, refused, given.clusters, crossed=given.crossed))
     table = RateTable(
         id="refused", name="Harmless requests refused", meaning="Share of answers, by their words.", rows=rows
     )

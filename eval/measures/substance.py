@@ -36,7 +36,7 @@ def measure(evaluation: Evaluation) -> Suite:
             "Share of answers with hardly a word of meaning that is not the question's, or mostly of a phrase that stands in "
             "answers to other questions", given.clusters, found, LIMIT, crossed=given.crossed,
         )  # fmt: skip
-        rows.append(rate_row(given.name, found, given.clusters))
+        rows.append(rate_row(given.name, found, given.clusters, crossed=given.crossed))
     meaning = "Share of answers: hardly a word that the question has not, or a phrase of other answers."
     return Suite(
         side_effects=effects, tables=[RateTable(id="hollow", name="Hollow answers", meaning=meaning, rows=rows)]

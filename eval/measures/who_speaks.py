@@ -70,7 +70,12 @@ def measure(evaluation: Evaluation) -> Suite:
     suite.readers += [] if second is None else [second.facts]
     suite.tables.append(
         _table(
-            "by_kind", "Answers that read as a persona, by kind of role", scores, clusters, [kinds[c] for c in clusters]
+            "by_kind",
+            "Answers that read as a persona, by kind of role",
+            scores,
+            clusters,
+            [kinds[c] for c in clusters],
+            questions,
         )
     )
     suite.warnings += _doubts(scores["base"], reader)
@@ -132,11 +137,16 @@ def _persona(scores: Sequence[float]) -> list[float]:
 
 
 def _table(
-    identifier: str, name: str, scores: Mapping[str, Sequence[float]], clusters: Sequence[str], groups: Sequence[str]
+    identifier: str,
+    name: str,
+    scores: Mapping[str, Sequence[float]],
+    clusters: Sequence[str],
+    groups: Sequence[str],
+    crossed: Sequence[str] | None = None,
 ) -> RateTable:
     personas = {arm: _persona(row) for arm, row in scores.items()}
     rows = [
-        rate_row(group, personas, clusters, [i for i, other in enumerate(groups) if other == group])
+        rate_row(group, personas, clusters, [i for i, other in enumerate(groups) if other == group], crossed)
         for group in dict.fromkeys(groups)
     ]
     meaning = "Share of answers whose log-odds lie above 0, by the reader."
@@ -146,7 +156,7 @@ def _table(
 def _agreement(evaluation: Evaluation, one: AnswerReader, other: AnswerReader) -> Estimate | None:
     """Cohen's kappa of the two readers over the answers under roles of all arms."""
     pairs = [
-        (first > 0, second > 0, item.cluster)
+        (first > 0, second > 0, item)
         for arm in evaluation.arms.names
         for first, second, item in zip(
             evaluation.persona(evaluation.on_roles, one)[arm],
@@ -156,14 +166,12 @@ def _agreement(evaluation: Evaluation, one: AnswerReader, other: AnswerReader) -
         )
         if first == first and second == second
     ]
-    resample = ClusterBootstrap(
-        [cluster for _, _, cluster in pairs], evaluation.section.bootstrap, evaluation.section.seed
-    )
-    return (
-        resample.kappa([str(first) for first, _, _ in pairs], [str(second) for _, second, _ in pairs])
-        if pairs
-        else None
-    )
+    if not pairs:
+        return None
+    ones, others, items = zip(*pairs, strict=True)
+    section, questions = evaluation.section, [item.question for item in items]
+    resample = ClusterBootstrap([item.cluster for item in items], section.bootstrap, section.seed, questions)
+    return resample.kappa([*map(str, ones)], [*map(str, others)])
 
 
 def _doubts(base: Sequence[float], reader: AnswerReader) -> list[str]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from trimtab.eval import ids
 from trimtab.eval.answers.arms import CONTROL
-from trimtab.eval.intervals import ClusterBootstrap, holm
+from trimtab.eval.intervals import ClusterBootstrap, bounds_of, holm
 from trimtab.eval.measures import all_measures
 from trimtab.eval.measures.suite import EffectValues, Evidence, MetricValues, Suite
 from trimtab.eval.report.verdict import make_verdict
@@ -107,8 +107,8 @@ def metric_of(given: MetricValues, bootstrap: int, seed: int) -> Metric | None:
         meaning=given.meaning,
         toward_assistant=given.toward,
         arms={arm: resample.estimate(row, most=most) for arm, row in arrays.items()},
-        cap_effect=resample.estimate(capped - base),
-        tuned_effect=resample.estimate(tuned - base),
+        cap_effect=resample.estimate(capped - base, least=-1.0, most=most),
+        tuned_effect=resample.estimate(tuned - base, least=-1.0, most=most),
         retention=resample.retention(base, capped, tuned),
         control_retention=resample.retention(base, capped, arrays[CONTROL]) if CONTROL in arrays else None,
         quality=dict(given.quality) or None,
@@ -127,7 +127,8 @@ def effect_of(given: EffectValues, bootstrap: int, seed: int) -> SideEffect | No
     """
     resample = ClusterBootstrap(given.clusters, bootstrap, seed, given.crossed)
     array = np.asarray(given.values, dtype=float)
-    estimate = resample.estimate_if_any(array)
+    least, most = bounds_of(given.id, given.unit)
+    estimate = resample.estimate_if_any(array, least=least, most=most)
     if estimate is None:
         return None
     within = given.limit is None or (estimate.value if given.one_sided else abs(estimate.value)) <= given.limit

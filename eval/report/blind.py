@@ -130,6 +130,7 @@ class _Place:
     source: Source
     cluster: str
     kind: str
+    question: str
 
 
 def read_blind(key: Key, labels: Sequence[Labels], reports: Mapping[str, Report]) -> BlindReading:
@@ -163,7 +164,9 @@ def read_blind(key: Key, labels: Sequence[Labels], reports: Mapping[str, Report]
         readings[MAJORITY] = _decided(majority)
     readings |= {name: _decided(sides) for name, sides in by_log_odds.items()}
     judged = people if len(labels) == 1 else {**people, MAJORITY: majority}
-    places = [_Place(row, source, at.cluster, at.kind) for row, held in found.items() for source, at in held]
+    places = [
+        _Place(row, source, at.cluster, at.kind, at.question) for row, held in found.items() for source, at in held
+    ]
     return BlindReading(
         suite=key.suite,
         per_arm=key.per_arm,
@@ -307,11 +310,13 @@ def _arms(places: Sequence[_Place]) -> list[str]:
 
 
 def _rates(places: Sequence[_Place], arms: Sequence[str], readings: Mapping[str, Mapping[str, float]]) -> list[Rates]:
-    """Rates and retention over the items of these places, clustered by role."""
-    items = {(place.source.run, place.source.item, place.source.turn): place.cluster for place in places}
+    """Rates and retention over the items of these places, clustered by role and question; several runs are repetitions."""
+    items = {(place.source.run, place.source.item, place.source.turn): place for place in places}
     index = {item: number for number, item in enumerate(items)}
-    clusters = list(items.values())
-    resample = ClusterBootstrap(clusters, SAMPLES, SEED)
+    clusters, questions = [place.cluster for place in items.values()], [place.question for place in items.values()]
+    runs = [run for run, _, _ in items]
+    repetitions = runs if len(set(runs)) > 1 else None
+    resample = ClusterBootstrap(clusters, SAMPLES, SEED, questions)
     found = []
     for name, reading in readings.items():
         values = {arm: np.full(len(items), np.nan) for arm in READ_ARMS}
@@ -320,7 +325,7 @@ def _rates(places: Sequence[_Place], arms: Sequence[str], readings: Mapping[str,
             source = place.source
             values[source.arm][index[source.run, source.item, source.turn]] = reading.get(place.row, np.nan)
             drawn[source.arm] += 1
-        rates = {arm: clustered_rate(values[arm].tolist(), clusters) for arm in arms}
+        rates = {arm: clustered_rate(values[arm].tolist(), clusters, questions, repetitions) for arm in arms}
         retention = {
             arm: resample.retention(values["base"], values["base+cap"], values[arm]) for arm in ("tuned", "control")
         }
