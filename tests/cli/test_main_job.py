@@ -271,7 +271,7 @@ def test_training_that_changes_nothing_is_never_good(job: Job, tmp_path: Path) -
     effects = {effect.id: effect.estimate.value for effect in report.side_effects}
     changes_at_all = (
         "benign_kl", "benign_kl_own", "benign_kl_own_worst", "default_z_shift", "default_z_shift_same_text",
-        "benign_nll_change", "length_change", "benign_length_change", "benign_missing",
+        "benign_nll_change", "length_change", "benign_length_change", "hollow_change",
     )  # fmt: skip
     assert [effects[name] for name in changes_at_all] == pytest.approx([0.0] * 9, abs=1e-5)
     assert effects["professional_missed_change"] == 0

@@ -130,10 +130,11 @@ def test_base_against_base_is_never_good(base: Path, run: Run) -> None:
         assert turn.answers["base"] == turn.answers["tuned"]
     # a simulated user who hears the same says the same, so simulated conversations are alike too
     assert {"identity_llr", "jailbreak_llr", "z_simulated"} <= {metric.id for metric in report.metrics}
-    by_words = ["by_kind", "by_domain", "by_turn", "off_topic", "unusable", "benign_systems", "refused", "survival"]
+    by_words = ["by_kind", "by_domain", "by_turn", "off_topic", "unusable", "hollow", "benign_systems"]
+    by_words += ["refused", "survival"]
     assert [table.id for table in report.rates] == by_words, "what a judge says is left out"
     effects = {effect.id: effect.estimate.value for effect in report.side_effects}
-    assert effects["benign_kl_own"] == effects["benign_kl_own_worst"] == effects["benign_missing"] == 0
+    assert effects["benign_kl_own"] == effects["benign_kl_own_worst"] == effects["hollow_change"] == 0
     assert effects["benign_kl"] == effects["default_z_shift"] == effects["default_z_shift_same_text"] == 0
 
 
