@@ -6,8 +6,10 @@ not. They can be told apart from an answer without asking what is true or wanted
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Sequence
 
+WORD = re.compile(r"(?=[^\W_])[\u2e81-\U0010ffff]|[^\W_\u2e81-\U0010ffff]+")
 STEM = 5  # letters by which forms of a word are taken for one
 OF_ENGLISH = """
 a about above after again all also am an and another any are as at be because been before being below between
@@ -23,9 +25,8 @@ FUNCTION_WORDS = frozenset(OF_ENGLISH.split())  # they say nothing by themselves
 
 
 def words_of(text: str) -> list[str]:
-    """Words in lower case; a script without spaces gives its characters."""
-    spaced = "".join(f" {c} " if ord(c) > 0x2E80 else c if c.isalnum() else " " for c in text.lower())
-    return spaced.split()
+    """Words in lower case, without marks; a script without spaces gives its characters."""
+    return WORD.findall(text.lower())
 
 
 def new_words(question: str, answer: str) -> int:
@@ -40,8 +41,18 @@ def stems_of(text: str) -> set[str]:
 
 def runs_beside(question: str, answer: str) -> list[list[str]]:
     """The answer's words in runs between those of its question: what is left of a phrase that a subject was put into."""
-    asked = {word[:STEM] for word in words_of(question)} - {word[:STEM] for word in FUNCTION_WORDS}
-    return _split(words_of(answer), asked)
+    return _split(words_of(answer), _named(question))
+
+
+def without_question(question: str, answer: str) -> str:
+    """The answer without its question's words that mean something, else as it stands: empty only where no new word is in it."""
+    named = _named(question)
+    left = WORD.sub(lambda word: "" if word[0].lower()[:STEM] in named else word[0], answer)
+    return " ".join(left.split())
+
+
+def _named(question: str) -> set[str]:
+    return {word[:STEM] for word in words_of(question)} - {word[:STEM] for word in FUNCTION_WORDS}
 
 
 def _split(words: Sequence[str], at: Collection[str]) -> list[list[str]]:

@@ -31,14 +31,16 @@ from trimtab.axis.given import Given
 from trimtab.axis.reader import Reader, read_states, rows_to_read
 from trimtab.axis.sampling import batches_on_all_ranks, pad_left, seed_of
 from trimtab.axis.scoring import SCORE_BATCH, given_logprobs, relevance
+from trimtab.axis.substance import new_words, without_question
 from trimtab.recipes import data
 from trimtab.recipes.shipped_reader import fit_known, read_known
 
 log = logging.getLogger("trimtab")
 
-# Relevance, nat a token, at which an answer is half on the question, and how steeply that changes around it. By SmolLM2 most
-# stock phrases lie below 0, and most answers of the default Assistant above 0.6.
-MIDDLE, SCALE = 0.3, 0.1
+# Chosen on the gallery's dev split, read by SmolLM2. MIDDLE: relevance of what an answer adds, nat a token, at which it is half
+# on the question, and SCALE how steeply that changes around it. Most non-answers that name the subject lie below 0 by that.
+MIDDLE, SCALE = 0.2, 0.05
+ENOUGH = 8  # new words of a whole answer: hollow phrases have 2 to 4, and half of the base's own answers 13 or more
 OTHERS = 3  # questions that an answer is held against
 
 Turn = tuple[list[dict[str, str]], str]
@@ -158,11 +160,13 @@ def assistant_rewards(
 ) -> list[float]:
     """Reward of answers to their questions by the Assistant, each between 0 and 1.
 
-        r(y) = sigmoid(-s(y)) sigmoid((relevance(y) - MIDDLE) / SCALE)
+        r(y) = sigmoid(-s(y)) sigmoid((relevance(y') - MIDDLE) / SCALE) min(1, n(y) / ENOUGH)^2
 
-    s: log-odds that a persona speaks, by the reader. Relevance: see :func:`~trimtab.axis.scoring.relevance`, against questions of
-    the train split that the question alone chooses, so that no other rollout changes a reward. Neither sees a system prompt. An
-    answer without words earns 0, and so does one that repeats the question.
+    s: log-odds that a persona speaks, by the reader. y': what the answer adds, see
+    :func:`~trimtab.axis.substance.without_question`. Relevance: see :func:`~trimtab.axis.scoring.relevance`, against questions of
+    the train split that the question alone chooses, so that no other rollout changes a reward. n: how many words it adds, see
+    :func:`~trimtab.axis.substance.new_words`. So a refusal, an offer or a vague sentence earns nothing by naming the subject.
+    No part sees a system prompt. An answer that adds no word earns 0, and so does one that repeats the question.
 
     Args:
         model: the frozen base, adapter off, cap off.
@@ -173,13 +177,16 @@ def assistant_rewards(
         title: label of the progress bar.
         most: as of :func:`~trimtab.axis.sampling.batches_on_all_ranks`.
     """
-    kept = [i for i, answer in enumerate(answers) if answer.strip() and not echoes(answer, questions[i])]
+    counts = [new_words(question, answer) for question, answer in zip(questions, answers, strict=True)]
+    kept = [i for i, count in enumerate(counts) if count and not echoes(answers[i], questions[i])]
     asked, said = [questions[i] for i in kept], [answers[i] for i in kept]
     given = rows_to_read(form.tokenizer, form, asked, said)
     odds = reader.log_odds(read_states(model, form.tokenizer, given, reader.layers, title=title, most=most))
     others = [other_questions(question) for question in asked]
-    related = relevance(model, form, asked, said, others, title=title, most=most)
-    paid = torch.sigmoid(-torch.tensor(odds)) * on_question(torch.tensor(related))
+    added = [without_question(question, answer) for question, answer in zip(asked, said, strict=True)]
+    related = relevance(model, form, asked, added, others, title=title, most=most)
+    whole = substance(torch.tensor([counts[i] for i in kept]))
+    paid = torch.sigmoid(-torch.tensor(odds)) * on_question(torch.tensor(related)) * whole
     found = [0.0] * len(answers)
     for i, value in zip(kept, paid.tolist(), strict=True):
         found[i] = value
@@ -187,8 +194,13 @@ def assistant_rewards(
 
 
 def on_question(related: Tensor) -> Tensor:
-    """How much answers are on their question, between 0 and 1, by their relevance, nat a token."""
+    """How much answers are on their question, between 0 and 1, by the relevance of what they add, nat a token."""
     return torch.sigmoid((related - MIDDLE) / SCALE)
+
+
+def substance(counts: Tensor) -> Tensor:
+    """How much answers say beyond their question, between 0 and 1, by their counts of new words."""
+    return (counts / ENOUGH).clamp(max=1) ** 2
 
 
 @functools.cache  # the completions of a prompt share it

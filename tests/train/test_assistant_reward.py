@@ -16,6 +16,7 @@ from trimtab.recipes import data
 from trimtab.recipes.shipped_reader import read_known
 from trimtab.train import rewards
 from trimtab.train.rewards import (
+    ENOUGH,
     MIDDLE,
     OTHERS,
     SCALE,
@@ -24,9 +25,18 @@ from trimtab.train.rewards import (
     make_rewards,
     on_question,
     other_questions,
+    substance,
 )
 
-ANSWERS = ("Arr, the oven be small.", "Knead flour and water, and bake it.", "the the the the")
+# an answer, what it adds to the question, and its new words
+ANSWERS = {
+    "Arr, the oven be small.": ("Arr, the oven be small.", 3),
+    "Knead flour and water for the bread, let it rest, then bake it with steam at full heat.": (
+        "Knead flour and water for the , let it rest, then it with steam at full heat.", 7
+    ),
+    "Sorry, no bread.": ("Sorry, no .", 1),
+}  # fmt: skip
+FIRST = next(iter(ANSWERS))
 
 
 def bound(folder: Path, name: str = "run") -> tuple[Any, Any]:
@@ -51,12 +61,12 @@ def test_the_reward_by_hand(tmp_path: Path) -> None:
     found = reward(**together(rollouts))
     (path,) = (tmp_path / "run").glob("reader-*.safetensors")
     reader, layers = Reader.load(path), model.get_base_model().model.layers
-    for text, value in zip(ANSWERS, found, strict=True):
+    for (text, (adds, words)), value in zip(ANSWERS.items(), found, strict=True):
         tail = form.answer_ids(text)
 
-        def mean_logprob(asked: str, tail: list[int] = tail) -> float:
-            ids = torch.tensor(form.prompt_ids([{"role": "user", "content": asked}]) + tail)
-            return float(logprobs(model, ids, len(tail), capped=False).mean())
+        def mean_logprob(asked: str, added: list[int]) -> float:
+            ids = torch.tensor(form.prompt_ids([{"role": "user", "content": asked}]) + added)
+            return float(logprobs(model, ids, len(added), capped=False).mean())
 
         states: list[Tensor] = []  # not output_hidden_states, whose last one is normalised
         hooks = [layer.register_forward_hook(lambda m, i, o, states=states: states.append(o)) for layer in layers]
@@ -64,11 +74,12 @@ def test_the_reward_by_hand(tmp_path: Path) -> None:
             model(input_ids=torch.tensor([form.prompt_ids([{"role": "user", "content": question}]) + tail]))
             for hook in hooks:
                 hook.remove()
-            own, *others = (mean_logprob(asked) for asked in (question, *other_questions(question)))
+            added = form.answer_ids(adds)
+            own, *others = (mean_logprob(asked, added) for asked in (question, *other_questions(question)))
         read = torch.stack([states[layer][0, -len(tail) :].mean(0) for layer in reader.layers])
         raw = (((read - reader.mean) / reader.scale * reader.weights).sum(-1) + reader.bias).mean()
         odds = float(raw) * reader.slope + reader.intercept
-        wanted = sigmoid(-odds) * sigmoid((own - max(others) - MIDDLE) / SCALE)
+        wanted = sigmoid(-odds) * sigmoid((own - max(others) - MIDDLE) / SCALE) * (words / ENOUGH) ** 2
         assert value == pytest.approx(wanted, rel=1e-3, abs=1e-7)
     without_role = [said(form, ONE_TURN[0][1:], text) for text in ANSWERS]
     assert reward(**together(without_role)) == pytest.approx(found)
@@ -81,10 +92,14 @@ def test_the_reward_by_hand(tmp_path: Path) -> None:
 def test_what_is_no_answer_earns_nothing_and_a_conversation_has_its_mean(tmp_path: Path) -> None:
     reward, trainer = bound(tmp_path)
     question = ONE_TURN[0][-1]["content"]
-    nothing = ("", " \n", question, f"You ask: {question.upper()} A fine question.")
-    rollouts = [said(trainer.form, ONE_TURN[0], text) for text in (*nothing, ANSWERS[1])]
-    *zeros, paid = reward(**together(rollouts))
-    assert zeros == [0.0] * 4 and paid > 0
+    nothing = (
+        "", " \n", question, f"You ask: {question.upper()} A fine question.",
+        "the the the the", "Yes, you can bake bread!",
+    )  # fmt: skip
+    rollouts = [said(trainer.form, ONE_TURN[0], text) for text in (*nothing, *ANSWERS)]
+    found = reward(**together(rollouts))
+    assert found[: len(nothing)] == [0.0] * len(nothing) and min(found[len(nothing) :]) > 0
+    paid = found[-1]
     talk = {name: [rollouts[0][name][0] + rollouts[-1][name][0]] for name in ("turns", "turn_ids")}
     assert reward(**talk) == pytest.approx([paid / 2])
 
@@ -92,7 +107,7 @@ def test_what_is_no_answer_earns_nothing_and_a_conversation_has_its_mean(tmp_pat
 def test_the_reader_is_fitted_once_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And again where nothing was kept; the weights that are trained have no part in it."""
     reward, trainer = bound(tmp_path)
-    rollout = said(trainer.form, ONE_TURN[0], ANSWERS[0])
+    rollout = said(trainer.form, ONE_TURN[0], FIRST)
     first = reward(**rollout)
     alone = AssistantAnswer()
     bind_rewards([alone], trainer)
@@ -115,7 +130,7 @@ def test_the_reader_is_fitted_once_a_run(tmp_path: Path, monkeypatch: pytest.Mon
 def test_every_rank_does_as_many_forwards(tmp_path: Path) -> None:
     """Whatever its own answers: under ZeRO-3 and FSDP each forward is a collective."""
     reward, trainer = bound(tmp_path)
-    reward(**said(trainer.form, ONE_TURN[0], ANSWERS[0]))
+    reward(**said(trainer.form, ONE_TURN[0], FIRST))
     largest = 7
     trainer.most = lambda number: max(number, largest)
     forwards: list[int] = []
@@ -129,7 +144,7 @@ def test_every_rank_does_as_many_forwards(tmp_path: Path) -> None:
 def test_a_rank_reads_the_texts_where_another_lacks_the_reader(tmp_path: Path) -> None:
     """Then all read, or those that lack it would wait for ever."""
     reward, trainer = bound(tmp_path)
-    rollout = said(trainer.form, ONE_TURN[0], ANSWERS[0])
+    rollout = said(trainer.form, ONE_TURN[0], FIRST)
     reward(**rollout)
     (path,) = (tmp_path / "run").glob("reader-*.safetensors")
     before = path.stat().st_mtime_ns
@@ -142,6 +157,10 @@ def test_a_rank_reads_the_texts_where_another_lacks_the_reader(tmp_path: Path) -
 def test_relevance_is_mapped_to_between_nothing_and_one() -> None:
     at = on_question(torch.tensor([-1.0, 0.0, MIDDLE, 0.6, 2.0])).tolist()
     assert at[0] < 1e-4 and at[1] < 0.05 and at[2] == pytest.approx(0.5) and at[3] > 0.95 and at[4] > 0.999
+
+
+def test_new_words_are_paid_for_until_there_are_enough() -> None:
+    assert substance(torch.tensor([0, 2, ENOUGH, 3 * ENOUGH])).tolist() == [0.0, (2 / ENOUGH) ** 2, 1.0, 1.0]
 
 
 def test_an_answer_is_held_against_questions_that_its_own_alone_chooses() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean
@@ -19,6 +20,7 @@ from sklearn.metrics import roc_auc_score
 from trimtab.axis.chat_format import ChatFormat
 from trimtab.axis.errors import UserError
 from trimtab.axis.models import EMBEDDED, fetch_embedded, load_model
+from trimtab.axis.substance import FUNCTION_WORDS
 from trimtab.eval.answers.readers import AnswerReader, ReadingModel
 from trimtab.recipes import data
 from trimtab.recipes.data import Split
@@ -143,13 +145,36 @@ PHRASES = (
     "The the the the the the the the.",
     "I love you, and I have loved you since the first word.",
 )
+TOPICAL = {  # they name the subject and say nothing of it, in a breath or at length
+    "a refusal that names the subject": (
+        "I'm sorry, but I can't help with {}.",
+        "I am an AI language model, and I recommend that you ask a professional who can give you the advice that you need.",
+    ),
+    "vague words that name it": (
+        "When it comes to {}, there are many things to consider.",
+        "It is important to think about your needs and circumstances, and the best approach depends on the situation.",
+    ),
+    "an offer that names it": (
+        "I'd be happy to help you with {}!",
+        "Could you tell me a little more about what you have in mind, so that I can give you the best possible answer?",
+    ),
+}
+
+
+def subject(question: str) -> str:
+    """What a question is about: its first sentence from the first word that means something."""
+    words = re.split("[.?!]", question)[0].split()
+    return " ".join(itertools.dropwhile(lambda word: word.lower() in FUNCTION_WORDS, words))
 
 
 def canned() -> Iterator[tuple[str, str, str]]:
-    """(kind, question, answer): the gallery, its stock answers to other questions, stock phrases, loops and repetitions."""
+    """(kind, question, answer): the gallery, its stock answers to other questions, stock phrases, loops, and empty words.
+
+    The empty words name the subject of the question that they are put to.
+    """
     gallery = data.reader_gallery("dev")
     ordinary = [text for text in gallery if text.kind in ANSWERS_TO_IT]
-    for text in gallery:
+    for text in [text for i, text in enumerate(gallery) if text.speaker != "persona" or i % 3 == 0]:
         yield text.kind if text.kind not in STOCK else f"{text.kind}, in its place", text.question, text.answer
     for i, text in list(enumerate(ordinary))[::4]:
         for kind in STOCK:
@@ -158,6 +183,10 @@ def canned() -> Iterator[tuple[str, str, str]]:
         yield "phrase", text.question, PHRASES[i % len(PHRASES)]
         yield "another's", text.question, ordinary[(i + 7) % len(ordinary)].answer
         yield "repeated", text.question, f"{text.question} {text.question}"
+        for kind, (phrase, more) in TOPICAL.items():
+            named = phrase.format(subject(text.question))
+            yield kind, text.question, named
+            yield f"{kind}, at length", text.question, f"{named} {more}"
 
 
 def test_grpo_s_reward_pays_answers_more_than_what_stands_in_for_one(reader: AnswerReader) -> None:
@@ -179,6 +208,8 @@ def test_grpo_s_reward_pays_answers_more_than_what_stands_in_for_one(reader: Ans
     bad = [value for kind in others for value in of[kind]]
     assert fmean(a > b for a, b in itertools.product(good, bad)) > 0.9
     assert fmean(good) > 0.7 and fmean(bad) < 0.1
+    for kind in TOPICAL:
+        assert fmean(of[kind]) < worst_answer / 4, kind
     # vague words are little of an answer even in their place; a refusal of what should be refused is one
     assert fmean(of["bland, in its place"]) < worst_answer and fmean(of["refusal, in its place"]) > 0.5
     assert set(of["repeated"]) == {0.0}
