@@ -66,6 +66,7 @@ BY_LIMITS = {
     "benign_systems",
     "on_topic",
     "usable",
+    "substance",
     "refusals",
 }  # nothing changed: within any limit
 
