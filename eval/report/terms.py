@@ -26,7 +26,7 @@ TERMS = {
     ),
     "text-only behaviour": "the metric of that ratio, scored by the frozen base",
     "re-routing": "the persona is still there, along another direction",
-    "hollow": "said of an answer with hardly a word that its question has not, or mostly of a phrase of other answers",
+    "hollow": "said of an answer with hardly a word of its own, or mostly a phrase of other answers",
     "durability": "what is left after somebody fine-tunes the tuned weights further",
 }
 _LETTERS_COUNT = {"KL", "z"}  # words only when written just so
