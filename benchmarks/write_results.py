@@ -23,6 +23,7 @@ from trimtab.axis.files import write_text
 from trimtab.eval import ids
 from trimtab.eval.answers.sheets import read_key, read_labels
 from trimtab.eval.intervals import clustered_rate
+from trimtab.eval.report.blind import EVERY as EVERY_READER
 from trimtab.eval.report.blind import BlindReading, rates_table, read_blind
 from trimtab.eval.report.compare import load_runs
 from trimtab.eval.report.pooling import Standing
@@ -34,6 +35,7 @@ MEASURED = ROOT / "docs" / "measured"
 BLIND = MEASURED / "blind"
 BEGIN, END = "<!-- results: written by benchmarks/write_results.py -->", "<!-- end of results -->"
 WORST = 10
+WANTED = [method for method in EVERY if method not in ("distillation", "GRPO", "GRPO without the ratio", "DPO")]
 LIGHTS_TOLD = {"green": "Green", "amber": "Amber", "red": "Red", "grey": "Not shown, or not measured"}
 ARM_KEYS = {"base": "base", "cap": "base+cap", "tuned": "tuned"}
 
@@ -255,6 +257,25 @@ class Figures:
     def blind_rates(self) -> str:
         """Rates and retention by each reading, all runs together."""
         return rates_table(self.blind.together or self.blind.runs[0].rates)
+
+    def blind_kappa(self) -> str:
+        """Cohen's kappa of the blind readers, Assistant against the rest."""
+        return _text(self.blind.agreements[0].assistant, 2)
+
+    def blind_rate(self, arm: str) -> str:
+        """Of 100 answers, how many read as a persona to every blind reader."""
+        (row,) = (row for row in self.blind.together or self.blind.runs[0].rates if row.read_by == EVERY_READER)
+        rate = row.arms[arm]
+        return f"{100 * rate.value:.0f} [{100 * rate.low:.0f}, {100 * rate.high:.0f}]"
+
+    def statuses(self) -> str:
+        """The verdict on the default, of each repetition where they differ."""
+        return ", ".join(dict.fromkeys(run.verdict.status for run in self.runs[DEFAULT]))
+
+    def missing(self) -> str:
+        """Which methods are not measured, and which only in one repetition."""
+        none = [method for method in WANTED if method not in self.runs]
+        return f"Not measured yet by this ruler: {', '.join(none)}." if none else ""
 
     def blind_agreement(self) -> str:
         """Cohen's kappa of each pair of readings."""
