@@ -26,7 +26,7 @@ from pathlib import Path
 
 from stand_ins import STAY, StandIn, context_distilled, evaluated
 
-from trimtab.axis.files import file_fingerprint, write_json, write_packed_json, write_text
+from trimtab.axis.files import fingerprint, load_tensors, write_json, write_packed_json, write_text
 from trimtab.axis.logs import setup_logging
 from trimtab.cli.launch import launch_training
 from trimtab.eval import ids
@@ -132,13 +132,19 @@ def share(folder: Path, run: Run, seed: int) -> None:
 def share_answers(folder: Path, run: Run) -> None:
     """Give a run the readers, their scores, and what the base answered, with and without the cap, under the same floor."""
     (run.folder / "eval").mkdir(exist_ok=True)
-    floor = file_fingerprint(run.folder / "floor.safetensors")
+    floor = _content(run.folder / "floor.safetensors")
     of_texts = ("reader-*", "read-*", "relevance-*")  # whoever said them, under whatever floor
     for pattern in ("*-base.*", "*-base-cap.*", *of_texts):
         for path in sorted(folder.glob(f"*/eval/{pattern}")):
-            alike = file_fingerprint(path.parents[1] / "floor.safetensors") == floor
+            alike = _content(path.parents[1] / "floor.safetensors") == floor
             if (alike or pattern in of_texts) and not (run.folder / "eval" / path.name).exists():
                 shutil.copy(path, run.folder / "eval")
+
+
+def _content(path: Path) -> str:
+    """What a file of tensors holds; its bytes have them in another order each time it is written."""
+    tensors, facts = load_tensors(path)
+    return fingerprint([facts, {name: tensor.tolist() for name, tensor in sorted(tensors.items())}])
 
 
 def play(method: str, seed: int, folder: Path, model: str, extra: list[str], *, small: bool = False) -> Report:
