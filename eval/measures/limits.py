@@ -80,11 +80,20 @@ def within(identifier: str, name: str, effects: Sequence[SideEffect | None]) -> 
         lights.append("green" if farthest <= limit else "amber" if value <= limit else "red")
     few = any(too_few(effect.by_cluster) for effect, _ in judged)
     lacking = any(effect.ok is None for effect, _ in judged)
-    said = "; ".join(
+    told = [
         f"{inline_name(effect.name)} {estimate_text(effect.estimate)} {effect.unit}, limit {number(limit)}"
-        for effect, limit in judged
-    )
+        for effect, limit in sorted(judged, key=lambda pair: -pair[0].estimate.high / pair[1])
+        if not _no_more(effect)
+    ]
+    if same := [inline_name(effect.name) for effect, _ in judged if _no_more(effect)]:
+        told.append(f"none, or no more than before: {', '.join(same)}")
+    said = "; ".join(told)
     says = f"{said[:1].upper()}{said[1:]}." if said else "Not measured."
     measured = bool(judged) and None not in effects and not few and not lacking
     light: Light = "red" if "red" in lights else "grey" if few or lacking else worst(lights)
     return Claim(id=identifier, name=name, light=light, says=says, rule=RULE, decides=True, measured=measured)
+
+
+def _no_more(effect: SideEffect) -> bool:
+    """Whether what only more of is harm became no more, by the whole interval."""
+    return effect.one_sided and effect.estimate.high <= 0

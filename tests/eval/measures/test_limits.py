@@ -97,3 +97,11 @@ def test_where_the_base_leaves_no_room_nothing_is_judged() -> None:
 def test_it_says_value_interval_and_limit() -> None:
     says = within("c", "C", [effect(0.05, -0.01, 0.11), effect(0.2, 0.15, 0.25, limit=0.3)]).says
     assert says.startswith("Answers off the question 0.05") and "limit 0.1" in says and "limit 0.3." in says
+
+
+def test_what_is_nearest_its_limit_is_said_first_and_what_became_no_more_in_one_breath() -> None:
+    some, none = effect(0.02, 0.0, 0.05, one_sided=True), effect(-0.01, -0.02, 0.0, one_sided=True)
+    near = effect(0.08, 0.0, 0.3, one_sided=True).model_copy(update={"name": "Refusals"})
+    says = within("c", "C", [none, some, near, none.model_copy(update={"name": "Loops"})]).says
+    assert says.startswith("Refusals 0.08") and says.endswith("; none, or no more than before: answers off the question, loops.")
+    assert says.count("answers off the question 0.02") == 1
