@@ -1,6 +1,6 @@
 """Models that are known to be bad, and two honest competitors, under the whole evaluation: does it name every damage?
 
-    python benchmarks/known_bad.py --folder runs/known-bad          # some minutes on two cores; again: what is done stays done
+    python benchmarks/known_bad.py --folder runs/known-bad          # three minutes a model; again: what is done stays done
     python benchmarks/known_bad.py --folder runs/known-bad --only "one bland sentence" echo
 
 Axis, floor, and what base and capped base answer are made once. The damage is *named* where a claim that it must turn red is red,
