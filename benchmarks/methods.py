@@ -386,7 +386,13 @@ def write_page(page: Path, reports: dict[str, Report], model: str) -> str:
     known = by_method(reports)
     told = table(known, standing_of(known))
     recipes = {method: " ".join((f"`{model}/{name}`", *changes)) for method, (name, changes) in METHODS.items()}
-    methods = [f"- {method}: {what}" for method, what in {**recipes, **COMPETITORS}.items() if method in known]
+    methods = [
+        textwrap.fill(
+            f"- {method}: {what}", 100, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+        )
+        for method, what in {**recipes, **COMPETITORS}.items()
+        if method in known
+    ]
     head = f"# Every training method, {model}\n\nWritten by `benchmarks/methods.py`.\n\n"
     write_text(page, head + told + "\n" + "\n".join(methods) + "\n")
     return told

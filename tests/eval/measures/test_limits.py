@@ -103,5 +103,7 @@ def test_what_is_nearest_its_limit_is_said_first_and_what_became_no_more_in_one_
     some, none = effect(0.02, 0.0, 0.05, one_sided=True), effect(-0.01, -0.02, 0.0, one_sided=True)
     near = effect(0.08, 0.0, 0.3, one_sided=True).model_copy(update={"name": "Refusals"})
     says = within("c", "C", [none, some, near, none.model_copy(update={"name": "Loops"})]).says
-    assert says.startswith("Refusals 0.08") and says.endswith("; none, or no more than before: answers off the question, loops.")
+    assert says.startswith("Refusals 0.08") and says.endswith(
+        "; none, or no more than before: answers off the question, loops."
+    )
     assert says.count("answers off the question 0.02") == 1
