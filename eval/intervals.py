@@ -207,7 +207,7 @@ class ClusterBootstrap(Clustering):
         Six significant digits, which a file can hold.
         """
         arrays = {arm: np.asarray(row, dtype=float) for arm, row in values.items()}
-        together = np.isfinite(np.stack(list(arrays.values()))).all(0)
+        together: Any = np.isfinite(np.stack(list(arrays.values()))).all(0)
         index = self._index[together]
         counts = np.bincount(index, minlength=self._size)
         kept = np.flatnonzero(counts)
@@ -477,7 +477,8 @@ def p_of(value: float, third: float, noises: Sequence[Noise]) -> float:
         sides = (student.isf(np.exp(log_p) / 2, noise.degrees) ** 2 * noise.variance for noise in noises)
         return float(sum(sides)) - (reached * error) ** 2
 
-    return min(1.0, float(np.exp(brentq(beyond, np.log(low) - 1e-9, np.log(high) + 1e-9))))
+    root: Any = brentq(beyond, np.log(low) - 1e-9, np.log(high) + 1e-9)
+    return min(1.0, float(np.exp(root)))
 
 
 def wilson(successes: int, n: int) -> Estimate:
