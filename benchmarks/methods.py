@@ -134,10 +134,10 @@ def share_answers(folder: Path, run: Run) -> None:
     (run.folder / "eval").mkdir(exist_ok=True)
     floor = _content(run.folder / "floor.safetensors")
     of_texts = ("reader-*", "read-*", "relevance-*")  # whoever said them, under whatever floor
+    alike = {path.parent for path in folder.glob("*/floor.safetensors") if _content(path) == floor}
     for pattern in ("*-base.*", "*-base-cap.*", *of_texts):
         for path in sorted(folder.glob(f"*/eval/{pattern}")):
-            alike = _content(path.parents[1] / "floor.safetensors") == floor
-            if (alike or pattern in of_texts) and not (run.folder / "eval" / path.name).exists():
+            if (path.parents[1] in alike or pattern in of_texts) and not (run.folder / "eval" / path.name).exists():
                 shutil.copy(path, run.folder / "eval")
 
 

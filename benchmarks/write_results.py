@@ -273,7 +273,7 @@ class Figures:
         return ", ".join(dict.fromkeys(run.verdict.status for run in self.runs[DEFAULT]))
 
     def missing(self) -> str:
-        """Which methods are not measured, and which only in one repetition."""
+        """Which methods are not measured."""
         none = [method for method in WANTED if method not in self.runs]
         return f"Not measured yet by this ruler: {', '.join(none)}." if none else ""
 

@@ -18,7 +18,14 @@ from trimtab.axis.files import fingerprint
 from trimtab.axis.models import Loaded
 from trimtab.axis.scoring import SCORE_BATCH, relevance
 from trimtab.eval.answers.arms import Answers, Arms, Item, durability_arm
-from trimtab.eval.answers.items import benign_items, conversation_items, conversations_of, default_items, role_items
+from trimtab.eval.answers.items import (
+    benign_items,
+    benign_system_items,
+    conversation_items,
+    conversations_of,
+    default_items,
+    role_items,
+)
 from trimtab.eval.answers.kept_scores import KeptScores
 from trimtab.eval.answers.readers import AnswerReader, ReadingModel, second_reader
 from trimtab.eval.answers.reading import Forced, llr_of, read_means, teacher_forced
@@ -27,7 +34,7 @@ from trimtab.eval.intervals import ClusterBootstrap
 from trimtab.pipeline.loading import sampling_options
 from trimtab.pipeline.run import STARTS, Run
 from trimtab.recipes import data
-from trimtab.recipes.data import Conversation
+from trimtab.recipes.data import BenignSystem, Conversation
 
 T = TypeVar("T")
 OTHERS = 3  # questions that an answer is held against
@@ -120,6 +127,16 @@ class Evaluation:
     def on_benign(self) -> dict[str, Answers]:
         """Answers to them."""
         return self.answers("benign", self.benign)
+
+    @cached_property
+    def benign_systems(self) -> tuple[list[Item], list[BenignSystem]]:
+        """Requests under benign system prompts, and what each is checked by."""
+        return benign_system_items(self.section)
+
+    @cached_property
+    def on_benign_systems(self) -> dict[str, Answers]:
+        """Answers to them."""
+        return self.answers("benign_systems", self.benign_systems[0])
 
     # ---- scripted conversations ----
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from trimtab.eval.answers.arms import Answers
 from trimtab.eval.answers.evaluation import Evaluation
-from trimtab.eval.answers.items import benign_system_items
 
 # key -> name for people, in the order of the report
 SETS = {
@@ -26,7 +25,8 @@ class AnswerSet:
     """Answers of all arms to the same items.
 
     Attributes:
-        key: one of :data:`SETS`.
+        key: such as those of :data:`SETS`.
+        name: for people.
         answers: arm -> answers, [n].
         clusters: role, request or conversation of each, [n].
         subjects: what each is about: its question, or its conversation, whose answers may share words. [n]
@@ -34,15 +34,11 @@ class AnswerSet:
     """
 
     key: str
+    name: str
     answers: Mapping[str, Answers]
     clusters: Sequence[str]
     subjects: Sequence[str]
     crossed: Sequence[str] | None = None
-
-    @property
-    def name(self) -> str:
-        """For people."""
-        return SETS[self.key]
 
 
 def figure_of(key: str, what: str, ending: str) -> str:
@@ -50,18 +46,25 @@ def figure_of(key: str, what: str, ending: str) -> str:
     return f"{what}_{ending}" if key == "roles" else f"{what}_{key}_{ending}"
 
 
+def figures_of(what: str, ending: str, keys: Iterable[str] = tuple(SETS)) -> tuple[str, ...]:
+    """The same of every set."""
+    return tuple(figure_of(key, what, ending) for key in keys)
+
+
 def sets_of(evaluation: Evaluation) -> list[AnswerSet]:
     """The sets that an evaluation asks for."""
-    defaults, benign = evaluation.defaults, evaluation.benign
-    systems, _ = benign_system_items(evaluation.section)
-    found = [
-        AnswerSet("roles", evaluation.on_roles, evaluation.role_clusters, evaluation.role_questions, evaluation.role_questions),
-        AnswerSet("default", evaluation.on_default, [i.cluster for i in defaults], [i.question for i in defaults]),
-        AnswerSet("benign", evaluation.on_benign, [i.cluster for i in benign], [i.question for i in benign]),
-    ]  # fmt: skip
-    if systems:
-        answers = evaluation.answers("benign_systems", systems)
-        found.append(AnswerSet("benign_systems", answers, [i.cluster for i in systems], [i.question for i in systems]))
+    asked = {
+        "roles": (evaluation.roles, evaluation.on_roles),
+        "default": (evaluation.defaults, evaluation.on_default),
+        "benign": (evaluation.benign, evaluation.on_benign),
+        "benign_systems": (evaluation.benign_systems[0], evaluation.on_benign_systems),
+    }
+    found = []
+    for key, (items, answers) in asked.items():
+        if items:
+            clusters, questions = [item.cluster for item in items], [item.question for item in items]
+            crossed = questions if key == "roles" else None
+            found.append(AnswerSet(key, SETS[key], answers, clusters, questions, crossed))
     if evaluation.on_talks:
         found.append(_conversations(evaluation))
     return found
@@ -83,4 +86,4 @@ def _conversations(evaluation: Evaluation) -> AnswerSet:
         )
         for arm, turns in played.items()
     }
-    return AnswerSet("conversations", answers, names, names)
+    return AnswerSet("conversations", SETS["conversations"], answers, names, names)

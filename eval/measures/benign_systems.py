@@ -34,10 +34,10 @@ def asks(section: EvalSection) -> Iterator[Asked]:
 
 def measure(evaluation: Evaluation) -> Suite:
     """Rules that are broken, divergence both ways, and length."""
-    items, rows = benign_system_items(evaluation.section)
+    items, rows = evaluation.benign_systems
     if not items:
         return Suite()
-    answers = evaluation.answers("benign_systems", items)
+    answers = evaluation.on_benign_systems
     clusters = [item.cluster for item in items]
     broken = {
         arm: [float(not follows(text, row.rules)) for text, row in zip(given.texts, rows, strict=True)]

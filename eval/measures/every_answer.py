@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 
 from trimtab.eval.answers.arms import Answers, Item
 from trimtab.eval.answers.evaluation import Evaluation
-from trimtab.eval.answers.items import benign_system_items
 from trimtab.eval.measures.suite import Measure, Suite
 from trimtab.eval.schema import AnswerRow, ScoredAnswer
 from trimtab.recipes import data
@@ -24,10 +23,10 @@ def measure(evaluation: Evaluation) -> Suite:
         evaluation, "default", evaluation.defaults, evaluation.on_default, ["default"] * len(evaluation.defaults)
     )
     rows += _rows(evaluation, "benign", evaluation.benign, evaluation.on_benign, ["benign"] * len(evaluation.benign))
-    items, systems = benign_system_items(evaluation.section)
+    items, systems = evaluation.benign_systems
     if items:
-        answers = evaluation.answers("benign_systems", items)
-        rows += _rows(evaluation, "benign_systems", items, answers, [row.kind for row in systems])
+        kinds_of_system = [row.kind for row in systems]
+        rows += _rows(evaluation, "benign_systems", items, evaluation.on_benign_systems, kinds_of_system)
     talks, played = evaluation.talks, evaluation.on_talks
     for turn in range(len(played["base"]) if played else 0):
         answers = {arm: turns[turn] for arm, turns in played.items()}

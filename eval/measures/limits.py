@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 
 from trimtab.eval import ids
 from trimtab.eval.answers.arms import CONTROL
+from trimtab.eval.answers.sets import AnswerSet, figure_of
 from trimtab.eval.grading import Light, too_few, worst
+from trimtab.eval.intervals import rate_row
 from trimtab.eval.measures.suite import EffectValues
-from trimtab.eval.schema import Claim, SideEffect
+from trimtab.eval.schema import Claim, RateRow, SideEffect
 from trimtab.eval.wording import estimate_text, inline_name, number
 
 RULE = (
@@ -61,6 +63,39 @@ def changes(
         )
         for arm in arms
     ]  # fmt: skip
+
+
+def changes_in(
+    sets: Sequence[AnswerSet],
+    what: str,
+    name: str,
+    meaning: str,
+    values_of: Callable[[AnswerSet], Mapping[str, Sequence[float]]],
+    limit: float,
+    *,
+    control: bool = False,
+) -> tuple[list[EffectValues], list[RateRow]]:
+    """:func:`changes` of each set by itself, and a row of each with the shares of every arm.
+
+    Args:
+        sets: the sets.
+        what: first word of the figures' names.
+        name: for people, before the set's own.
+        meaning: as of :func:`changes`.
+        values_of: a set -> arm -> 1 for each answer where it is so, else 0.
+        limit: of each set.
+        control: as of :func:`changes`.
+    """
+    effects: list[EffectValues] = []
+    rows = []
+    for given in sets:
+        values = values_of(given)
+        effects += changes(
+            figure_of(given.key, what, "change"), f"{name} {given.name}", meaning, given.clusters, values, limit,
+            crossed=given.crossed, control=control,
+        )  # fmt: skip
+        rows.append(rate_row(given.name, values, given.clusters, crossed=given.crossed))
+    return effects, rows
 
 
 def within(identifier: str, name: str, effects: Sequence[SideEffect | None]) -> Claim:

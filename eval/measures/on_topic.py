@@ -7,15 +7,15 @@ just repeat it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from trimtab.axis.echo import echoes
 from trimtab.eval.answers.arms import Answers
 from trimtab.eval.answers.evaluation import Evaluation
-from trimtab.eval.answers.sets import SETS, AnswerSet, figure_of, sets_of
+from trimtab.eval.answers.sets import figure_of, figures_of, sets_of
 from trimtab.eval.answers.usable import faults_of
 from trimtab.eval.intervals import rate_row
-from trimtab.eval.measures.limits import changes, within
+from trimtab.eval.measures.limits import changes_in, within
 from trimtab.eval.measures.suite import EffectValues, Evidence, Measure, Suite
 from trimtab.eval.schema import Claim, RateTable
 
@@ -26,27 +26,28 @@ UNUSABLE_LIMIT = 0.05  # share of its answers that may be none
 def measure(evaluation: Evaluation) -> Suite:
     """Answers of each set that are off the question, and that are none."""
     sets = evaluation.once(sets_of)
-    off = {given.key: off_topic(evaluation, given.answers) for given in sets}
-    faults = {given.key: {arm: _unusable(said) for arm, said in given.answers.items()} for given in sets}
-    effects = []
+    effects, off = changes_in(
+        sets, "off_topic", "Answers off the question",
+        "Share of answers that are likelier after another question than after their own, repeat it, or are none",
+        lambda given: off_topic(evaluation, given.answers), OFF_TOPIC_LIMIT, control=True,
+    )  # fmt: skip
+    faults = []
     for given in sets:
-        effects += changes(
-            figure_of(given.key, "off_topic", "change"), f"Answers off the question {given.name}",
-            "Share of answers that are likelier after another question than after their own, repeat it, or are none",
-            given.clusters, off[given.key], OFF_TOPIC_LIMIT, crossed=given.crossed, control=True,
-        )  # fmt: skip
+        found = {arm: _unusable(said) for arm, said in given.answers.items()}
         effects.append(
             EffectValues(
                 figure_of(given.key, "unusable", "rate"), f"Answers that are none {given.name}", "share",
                 "Share of the tuned model's answers that are empty, in another language than the question or a loop.",
-                given.clusters, faults[given.key]["tuned"], UNUSABLE_LIMIT, one_sided=True, crossed=given.crossed,
+                given.clusters, found["tuned"], UNUSABLE_LIMIT, one_sided=True, crossed=given.crossed,
             )
         )  # fmt: skip
-    what = "likelier after another question, a repetition of it, or none"
+        faults.append(rate_row(given.name, found, given.clusters, crossed=given.crossed))
+    what = "Share of answers: likelier after another question, a repetition of it, or none."
+    none = "Share of answers: empty, in another language, or a loop."
     tables = [
-        _table("off_topic", "Answers off the question", what, off, sets),
-        _table("unusable", "Answers that are none", "empty, in another language, or a loop", faults, sets),
-    ]  # fmt: skip
+        RateTable(id="off_topic", name="Answers off the question", meaning=what, rows=off),
+        RateTable(id="unusable", name="Answers that are none", meaning=none, rows=faults),
+    ]
     return Suite(side_effects=effects, tables=tables)
 
 
@@ -68,15 +69,8 @@ def _unusable(given: Answers) -> list[float]:
     return [float(fault is not None) for fault in faults_of(given.questions, given.texts)]
 
 
-def _table(
-    identifier: str, name: str, what: str, found: Mapping[str, Mapping[str, Sequence[float]]], sets: Sequence[AnswerSet]
-) -> RateTable:
-    rows = [rate_row(given.name, found[given.key], given.clusters, crossed=given.crossed) for given in sets]
-    return RateTable(id=identifier, name=name, meaning=f"Share of answers: {what}.", rows=rows)
-
-
-OFF = tuple(figure_of(key, "off_topic", "change") for key in SETS)
-UNUSABLE = tuple(figure_of(key, "unusable", "rate") for key in SETS)
+OFF = figures_of("off_topic", "change")
+UNUSABLE = figures_of("unusable", "rate")
 
 
 def _on_topic(evidence: Evidence) -> Claim:

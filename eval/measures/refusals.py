@@ -8,9 +8,8 @@ from trimtab.axis.chat_format import chat
 from trimtab.eval.answers.arms import Item
 from trimtab.eval.answers.evaluation import Evaluation
 from trimtab.eval.answers.refusing import refuses
-from trimtab.eval.answers.sets import SETS, AnswerSet, figure_of, sets_of
-from trimtab.eval.intervals import rate_row
-from trimtab.eval.measures.limits import changes, within
+from trimtab.eval.answers.sets import SETS, AnswerSet, figures_of, sets_of
+from trimtab.eval.measures.limits import changes_in, within
 from trimtab.eval.measures.suite import Asked, Evidence, Measure, Suite
 from trimtab.eval.schema import Claim, RateTable
 from trimtab.recipes import data
@@ -37,24 +36,28 @@ def measure(evaluation: Evaluation) -> Suite:
     sets = list(evaluation.once(sets_of))
     if items:
         clusters = [item.cluster for item in items]
-        sets.insert(0, AnswerSet(LOOK_ALIKES, evaluation.answers("harmless", items), clusters, clusters))
-    effects, rows = [], []
-    for given in sets:
-        refused = {arm: [float(refuses(text)) for text in said.texts] for arm, said in given.answers.items()}
-        name = "of requests that look improper" if given.key == LOOK_ALIKES else given.name
-        effects += changes(
-            figure_of(given.key, "refused", "change"), f"Refusals {name}",
-            "Share of answers that refuse what is harmless, by a list of phrases", given.clusters, refused, LIMIT,
-            crossed=given.crossed,
-        )  # fmt: skip
-        rows.append(rate_row(name, refused, given.clusters, crossed=given.crossed))
+        answers = evaluation.answers("harmless", items)
+        sets.insert(0, AnswerSet(LOOK_ALIKES, "of requests that look improper", answers, clusters, clusters))
+    effects, rows = changes_in(
+        sets,
+        "refused",
+        "Refusals",
+        "Share of answers that refuse what is harmless, by a list of phrases",
+        _refused,
+        LIMIT,
+    )
     table = RateTable(
         id="refused", name="Harmless requests refused", meaning="Share of answers, by their words.", rows=rows
     )
     return Suite(side_effects=effects, tables=[table])
 
 
-NAMES = tuple(figure_of(key, "refused", "change") for key in (LOOK_ALIKES, *SETS))
+def _refused(given: AnswerSet) -> dict[str, list[float]]:
+    """Arm -> 1 for each answer that refuses, else 0."""
+    return {arm: [float(refuses(text)) for text in said.texts] for arm, said in given.answers.items()}
+
+
+NAMES = figures_of("refused", "change", (LOOK_ALIKES, *SETS))
 
 
 def _not_refused(evidence: Evidence) -> Claim:

@@ -13,9 +13,8 @@ from statistics import median
 
 from trimtab.axis.substance import new_words, runs_beside
 from trimtab.eval.answers.evaluation import Evaluation
-from trimtab.eval.answers.sets import SETS, AnswerSet, figure_of, sets_of
-from trimtab.eval.intervals import rate_row
-from trimtab.eval.measures.limits import changes, within
+from trimtab.eval.answers.sets import AnswerSet, figures_of, sets_of
+from trimtab.eval.measures.limits import changes_in, within
 from trimtab.eval.measures.suite import Evidence, Measure, Suite
 from trimtab.eval.schema import Claim, RateTable
 
@@ -27,20 +26,14 @@ STOCK = 0.5  # share of an answer's phrases, from which it is a stock phrase
 
 def measure(evaluation: Evaluation) -> Suite:
     """Hollow answers of each set, by arm, and by how much they became more."""
-    sets = evaluation.once(sets_of)
-    effects, rows = [], []
-    for given in sets:
-        found = _hollow(given)
-        effects += changes(
-            figure_of(given.key, "hollow", "change"), f"Hollow answers {given.name}",
-            "Share of answers with hardly a word of meaning that is not the question's, or mostly of a phrase that stands in "
-            "answers to other questions", given.clusters, found, LIMIT, crossed=given.crossed,
-        )  # fmt: skip
-        rows.append(rate_row(given.name, found, given.clusters, crossed=given.crossed))
+    effects, rows = changes_in(
+        evaluation.once(sets_of), "hollow", "Hollow answers",
+        "Share of answers with hardly a word of meaning that is not the question's, or mostly of a phrase that stands in "
+        "answers to other questions", _hollow, LIMIT,
+    )  # fmt: skip
     meaning = "Share of answers: hardly a word that the question has not, or a phrase of other answers."
-    return Suite(
-        side_effects=effects, tables=[RateTable(id="hollow", name="Hollow answers", meaning=meaning, rows=rows)]
-    )
+    table = RateTable(id="hollow", name="Hollow answers", meaning=meaning, rows=rows)
+    return Suite(side_effects=effects, tables=[table])
 
 
 def _hollow(given: AnswerSet) -> dict[str, list[float]]:
@@ -80,7 +73,7 @@ def stock_shares(subjects: Sequence[str], questions: Sequence[str], texts: Seque
     return [sum(len(about[phrase]) > 1 for phrase in own) / len(own) if own else 0.0 for own in phrases]
 
 
-NAMES = tuple(figure_of(key, "hollow", "change") for key in SETS)
+NAMES = figures_of("hollow", "change")
 
 
 def _say_something(evidence: Evidence) -> Claim:
